@@ -1,0 +1,72 @@
+# Every target that needs an environment makes it first, once: `make test` or `make demo` is all
+# that a fresh machine with Python >= 3.10 and make needs.
+
+PYTHON ?= python3
+PYTHON_OLDEST ?= $(shell for p in python3.10 $(PYTHON); do $$p -c "" 2>&- && echo $$p && break; done)
+OUT ?= demo
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+NOTEBOOKS = $(wildcard tutorials/*.ipynb)
+
+# One thread for each test worker: two workers with a thread each keep two cores busy, two workers
+# with two threads each get in each other's way.
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format tutorials test-oldest clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.stamp  ## make .venv from constraints.txt (the others do this themselves)
+
+demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write pictures to OUT=demo
+	$(BIN)/python -m captum_sdi demo --out "$(OUT)"
+
+test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS="-k sketch")
+	$(call PYTEST,$(VENV))
+
+lint: $(VENV)/.stamp  ## check layout, style, docstrings and types; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp  ## lay the code out and repair what ruff can repair
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+tutorials: $(VENV)/.stamp  ## execute the notebooks in tutorials/
+ifeq ($(NOTEBOOKS),)
+	@echo "tutorials/ holds no notebooks yet: nothing to run"
+else
+	MPLBACKEND=Agg $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 $(NOTEBOOKS) $(ARGS)
+endif
+
+test-oldest: $(OLDEST)/.stamp  ## run the tests on the oldest versions that pyproject.toml admits
+	$(call PYTEST,$(OLDEST))
+
+clean:  ## remove the environments, the caches and the demo's output
+	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: whatever build of the pinned version pip finds (a CPU one, say) satisfies
+# everything that comes after it. $(1) the interpreter, $(2) the environment, $(3) its constraints
+# file, $(4) the extra.
+define make_venv
+	@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "captum_sdi needs Python 3.10 or newer, this is " + sys.version.split()[0] + ": make PYTHON=/path/to/python3")'
+	$(1) -m venv $(2)
+	$(2)/bin/python -m pip install -c $(3) torch
+	$(2)/bin/python -m pip install -c $(3) -e ".[$(4)]"
+	@touch $(2)/.stamp
+endef
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(call make_venv,$(PYTHON),$(VENV),constraints.txt,dev)
+
+$(OLDEST)/.stamp: pyproject.toml constraints-oldest.txt
+	$(call make_venv,$(PYTHON_OLDEST),$(OLDEST),constraints-oldest.txt,test)

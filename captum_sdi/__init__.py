@@ -1,0 +1,41 @@
+"""captum_sdi: which training examples shaped this answer, and at which step of the model's thinking.
+
+A looped transformer applies one shared block τ times. Let φ_t(w; z) be the part of the gradient ∇_w ℓ(w; z) that flows
+through the t-th use of the block, so that ∇_w ℓ = Σ_t φ_t. For checkpoints w_c with learning rates η_c:
+
+    TracIn(z, z')     = Σ_c η_c ⟨ Σ_s φ_s(w_c; z), Σ_t φ_t(w_c; z') ⟩      one number per (test, train) pair
+    SDI_t(z, z')      = Σ_c η_c ⟨ Σ_s φ_s(w_c; z), φ_t(w_c; z') ⟩          a trajectory over loop steps
+    SDI_{s,t}(z, z')  = Σ_c η_c ⟨ φ_s(w_c; z), φ_t(w_c; z') ⟩              the step-by-step matrix
+
+z is a training example, z' a test example; positive influence means that training on z lowers the loss of z'.
+
+Axis letters, in every docstring and einsum: ``n`` train examples, ``q`` test examples, ``p`` token positions, ``t``
+loop step of the test side (0-based), ``s`` loop step of the train side, ``i``/``o`` in/out features of a layer, ``d``
+sketch dimension, ``c`` checkpoint, ``k`` Captum's top-k. Score matrices are (test, train), as in Captum.
+
+Source: Kaissis et al., "Step-Decomposed Influence", arXiv 2602.10097; Pruthi et al. 2020 for TracIn.
+"""
+
+from importlib.metadata import version as _version
+
+from captum_sdi import plotting
+from captum_sdi.checkpoints import load_checkpoint
+from captum_sdi.influence import SDIInfluence
+from captum_sdi.loop import coverage_check, find_loop
+from captum_sdi.scores import StepInfluence
+from captum_sdi.sketch import Exact, TensorSketch
+from captum_sdi.tape import LoopSpec
+
+__all__ = [
+    "Exact",
+    "LoopSpec",
+    "SDIInfluence",
+    "StepInfluence",
+    "TensorSketch",
+    "coverage_check",
+    "find_loop",
+    "load_checkpoint",
+    "plotting",
+]
+
+__version__ = _version("captum-sdi")

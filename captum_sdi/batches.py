@@ -1,0 +1,532 @@
+"""Batches, padding and per-example losses.
+
+The batch contract, described here once. A batch is either
+
+* a tuple or list, as in Captum: ``model(*batch[:-1])``, the labels last; or
+* a mapping, as in Hugging Face: ``model(**batch)`` without ``"labels"``, which are the labels.
+
+Every tensor's first axis is the example. Keys that the model's forward does not take are dropped with one warning;
+tensors are moved to the model's device. Rows of a dataset are collated by `Collator` when the user gives no
+``collate_fn``.
+
+A loss function is called as ``loss_fn(output, labels)`` with what the model returned, untouched. It returns one value
+per example (first axis; others are summed), or, where the model returns a tensor, a scalar: it is then called on
+slices of one example, so that a mean over tokens or examples cannot mix examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, default_collate
+
+IGNORED = -100
+"""The label of a position where nothing is predicted, as in Hugging Face."""
+
+LossFn = Callable[[Any, Any], Tensor]
+Settings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch taken apart: ``model(*args, **kwargs)`` and the labels of ``size`` examples."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Any
+    size: int
+
+
+class BatchReader:
+    """Reads the batches of one model.
+
+    Args:
+        model: The model that the batches are for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._accepted = _forward_keys(model)
+        self._dropped: set[str] = set()
+
+    def __call__(self, raw: Any, forward_kwargs: Settings | None = None) -> Batch:
+        """Takes a batch apart and moves it to the model's device.
+
+        Args:
+            raw: A tuple, list or mapping; see the module's docstring.
+            forward_kwargs: Further keywords for the model's forward, or a function of the batch that returns them.
+
+        Returns:
+            The batch.
+
+        Raises:
+            TypeError: It is something else.
+            ValueError: Its tensors disagree on the number of examples.
+        """
+        size = batch_size(raw)
+        extra = forward_kwargs(raw) if callable(forward_kwargs) else forward_kwargs or {}
+        if not isinstance(extra, Mapping):
+            raise TypeError(f"forward_kwargs must be a mapping or return one, got {type(extra).__name__}.")
+        # Asked anew for every batch: a checkpoint's load function may have moved the model.
+        device = next((p.device for p in self._model.parameters()), torch.device("cpu"))
+        args, kwargs, labels = _parts(raw)
+        kwargs = {**self._known(kwargs), **extra}
+        args, kwargs, labels = (_map(lambda t: _moved(t, device), part) for part in (args, kwargs, labels))
+        return Batch(tuple(args), kwargs, labels, size)
+
+    def takes(self, key: str) -> bool:
+        """Whether the model's forward names this keyword.
+
+        Args:
+            key: The keyword.
+
+        Returns:
+            False also for a forward that takes any keyword without naming it.
+        """
+        return self._accepted is not None and key in self._accepted
+
+    def _known(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if self._accepted is None:
+            return kwargs
+        unknown = set(kwargs) - self._accepted
+        if unknown - self._dropped:
+            warnings.warn(
+                f"{type(self._model).__name__}.forward does not take {sorted(unknown)}: dropped from every batch.",
+                stacklevel=2,
+            )
+            self._dropped |= unknown
+        return {key: value for key, value in kwargs.items() if key not in unknown}
+
+
+def batch_size(raw: Any) -> int:
+    """The number of examples in a batch.
+
+    Args:
+        raw: A tuple, list or mapping; see the module's docstring.
+
+    Returns:
+        The length of the first axis of its tensors.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: Its tensors disagree, or there is none.
+
+    Example:
+        >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4, 7)})
+        4
+    """
+    if isinstance(raw, Mapping):
+        leaves = {str(key): value for key, value in raw.items()}
+    elif isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) > 1:
+        leaves = {f"batch[{i}]": value for i, value in enumerate(raw)}
+    else:
+        raise TypeError(
+            f"A batch must be a tuple (inputs..., labels) or a mapping of model inputs, got {_described(raw)}."
+        )
+    sizes = {name: len(t) for name, value in leaves.items() for t in _tensors(value) if t.ndim > 0}
+    if not sizes:
+        raise ValueError(f"The batch holds no tensor with an example axis: {list(leaves)}.")
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"The batch's tensors disagree on the number of examples (their first axis): {sizes}. "
+            "Give each one row per example, or pass what all examples share in forward_kwargs=."
+        )
+    return next(iter(sizes.values()))
+
+
+def select(raw: Any, indices: Sequence[int]) -> Any:
+    """The batch of some of its examples.
+
+    Args:
+        raw: A batch.
+        indices: Positions of the examples.
+
+    Returns:
+        A batch of the same form.
+    """
+    size, index = batch_size(raw), torch.as_tensor(indices, dtype=torch.long)
+
+    def rows(value: Any) -> Any:
+        if isinstance(value, list | tuple) and len(value) == size and not list(_tensors(value)):
+            return [value[i] for i in index.tolist()]  # such as the examples' texts
+        return _map(lambda t: t if t.ndim == 0 else t[index.to(t.device)], value)
+
+    if isinstance(raw, Mapping):
+        return {key: rows(value) for key, value in raw.items()}
+    return tuple(rows(value) for value in raw)
+
+
+def fingerprint(raw: Any) -> bytes:
+    """A hash of a batch's content, to notice that an iterable yields something else the next time.
+
+    Args:
+        raw: A batch.
+
+    Returns:
+        8 bytes.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in _tensors(raw):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]
+    return digest.digest()
+
+
+def check_order(loader: DataLoader[Any], argument: str) -> None:
+    """Refuses a loader whose order or length is not that of its dataset: an example's position is its identity.
+
+    Args:
+        loader: The loader.
+        argument: Named in the error.
+
+    Raises:
+        ValueError: It shuffles, or drops its last batch.
+    """
+    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
+    shuffled = any(isinstance(s, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for s in samplers)
+    if shuffled or any(getattr(sampler, "shuffle", False) is True for sampler in samplers):
+        raise ValueError(
+            f"{argument} shuffles, but an example is known by its position: results could not be matched to "
+            "examples. Build the DataLoader with shuffle=False."
+        )
+    if getattr(loader.batch_sampler, "drop_last", loader.drop_last):
+        raise ValueError(
+            f"{argument} has drop_last=True and would leave examples out without a word. Build the DataLoader with "
+            "drop_last=False."
+        )
+
+
+class Stream:
+    """The batches of a loader, pass after pass in one order; the first one can be looked at beforehand.
+
+    Args:
+        loader: A DataLoader, or any iterable of batches.
+        argument: Named in errors.
+
+    Raises:
+        ValueError: The loader shuffles or drops its last batch.
+    """
+
+    def __init__(self, loader: Iterable[Any], argument: str) -> None:
+        if isinstance(loader, DataLoader):
+            check_order(loader, argument)
+        self._loader, self._argument = loader, argument
+        self._peeked: tuple[Any, Iterator[Any]] | None = None
+        self._seen: list[bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self._loader)  # type: ignore[arg-type]  # TypeError when unknown, as for DataLoader
+
+    def peek(self) -> Any:
+        """The first batch, without losing it for a loader that can be read only once.
+
+        Returns:
+            The batch.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._peeked is None:
+            iterator = iter(self._loader)
+            try:
+                self._peeked = next(iterator), iterator
+            except StopIteration:
+                raise ValueError(f"{self._argument} is empty.") from None
+        return self._peeked[0]
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """One pass: (position of the batch's first example, batch).
+
+        Raises:
+            ValueError: A pass differs from the first one.
+        """
+        first, rest = self.peek(), self._peeked[1]  # type: ignore[index]
+        self._peeked = None
+        seen: list[bytes] = []
+        empty: list[int] = []
+        start = 0
+        for raw in itertools.chain([first], rest):
+            seen.append(fingerprint(raw))
+            if self._seen is not None and self._seen[len(seen) - 1 : len(seen)] != seen[-1:]:
+                raise ValueError(self._changed(f"batch {len(seen) - 1} is another one"))
+            empty += [start + i for i in untargeted(_parts(raw)[2])] if self._seen is None else []
+            yield start, raw
+            start += batch_size(raw)
+        if self._seen is not None and len(seen) != len(self._seen):
+            raise ValueError(self._changed(f"it ended after {len(seen)} batches instead of {len(self._seen)}"))
+        self._seen = seen
+        if empty:
+            warnings.warn(
+                f"{self._argument}: example(s) {empty} have no target (all labels are {IGNORED}); their influence "
+                "is zero.",
+                stacklevel=2,
+            )
+
+    def _changed(self, how: str) -> str:
+        return (
+            f"{self._argument} yields something else at the next checkpoint: {how}. An example is known by its "
+            "position, so every pass must yield the same batches: no shuffling, no random augmentation, and an "
+            "iterable that can be read again."
+        )
+
+
+# --- collating rows ---
+
+
+class Collator:
+    """Stacks a dataset's rows into a batch, padding ragged mapping rows on the right.
+
+    Labels are padded with -100, the attention mask with 0 (and made when rows are ragged and have none), token ids
+    with the model's padding token and everything else with 0. Ragged tuple rows are refused: a tuple has no place for
+    an attention mask.
+
+    Args:
+        pad_token_id: What pads ``input_ids``.
+
+    Example:
+        >>> batch = Collator()([{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}])
+        >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
+        ([[5, 6], [7, -100]], [[1, 1], [1, 0]])
+    """
+
+    def __init__(self, pad_token_id: int = 0) -> None:
+        self._padding = {"input_ids": pad_token_id, "labels": IGNORED}
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        """Collates.
+
+        Args:
+            rows: What the dataset yields.
+
+        Returns:
+            A batch: a dict for mapping rows, else what `torch.utils.data.default_collate` makes of them.
+
+        Raises:
+            ValueError: Rows have different keys, or are ragged tuples.
+        """
+        if not isinstance(rows[0], Mapping):
+            return self._collated_tuples(rows)
+        keys = set(rows[0])
+        for i, row in enumerate(rows):
+            if set(row) != keys:
+                raise ValueError(f"Row {i} of a batch has keys {sorted(row)}, its first row {sorted(keys)}.")
+        batch = {key: self._column(key, [row[key] for row in rows]) for key in rows[0]}
+        lengths = [len(row["input_ids"]) for row in rows] if "input_ids" in keys else []
+        if len(set(lengths)) > 1 and "attention_mask" not in keys:
+            batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+        return batch
+
+    def _column(self, key: str, values: list[Any]) -> Any:
+        try:
+            tensors = [torch.as_tensor(value) for value in values]
+        except (TypeError, ValueError, RuntimeError):
+            return values  # such as texts; the reader drops what forward does not take
+        if len({tensor.shape[1:] for tensor in tensors}) > 1 or any(t.ndim == 0 for t in tensors):
+            return torch.stack(tensors)
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=self._padding.get(key, 0))
+
+    @staticmethod
+    def _collated_tuples(rows: Sequence[Any]) -> Any:
+        try:
+            return default_collate(rows)
+        except RuntimeError as error:
+            raise ValueError(
+                "The rows of a batch differ in shape and tuples have no place for an attention mask: yield mapping "
+                "rows (input_ids, attention_mask, labels), which are padded, or pass collate_fn=."
+            ) from error
+
+
+# --- losses ---
+
+
+class TokenCrossEntropy:
+    """Cross-entropy from a language model's logits, averaged over each example's own target tokens.
+
+    ``ℓ = -1/|T| Σ_{p in T} log softmax(logits_p)[label_p]`` with T the positions whose label is not -100. An example
+    without any has loss zero.
+
+    Args:
+        shift: The logits at position p predict the label at p + 1, as in causal models.
+
+    Example:
+        >>> logits, labels = torch.zeros(1, 3, 8), torch.tensor([[-100, 2, 3]])
+        >>> round(TokenCrossEntropy()(logits, labels).item(), 4)  # log 8
+        2.0794
+    """
+
+    reduction = "none"
+
+    def __init__(self, shift: bool = True) -> None:
+        self.shift = shift
+
+    def __repr__(self) -> str:
+        return f"{'next-token' if self.shift else 'token'} cross-entropy averaged over an example's targets"
+
+    def __call__(self, output: Any, labels: Any) -> Tensor:
+        """The loss of each example.
+
+        Args:
+            output: What the model returned: logits, or something with ``logits``, or a tuple that begins with them.
+            labels: ``(n, p)``, or ``(n,)`` for logits of one position ``(n, v)``.
+
+        Returns:
+            ``(n,)``.
+
+        Raises:
+            ValueError: There are no labels, or they do not fit the logits.
+        """
+        logits = _logits(output)
+        if not isinstance(labels, Tensor):
+            raise ValueError(
+                "There are no labels and no loss_fn to do without them: put 'labels' into the batch (last in a "
+                "tuple), or pass loss_fn=."
+            )
+        if logits.shape[:-1] != labels.shape or labels.is_floating_point():
+            raise ValueError(
+                f"Labels of shape {tuple(labels.shape)} and dtype {labels.dtype} do not fit logits of shape "
+                f"{tuple(logits.shape)}: the default loss needs token ids. Pass loss_fn=."
+            )
+        if self.shift and labels.ndim > 1:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        losses, targets = losses.view(len(labels), -1), (labels != IGNORED).view(len(labels), -1)
+        return losses.sum(1) / targets.sum(1).clamp(min=1)
+
+
+def default_loss(model: nn.Module) -> TokenCrossEntropy:
+    """The loss that ``loss_fn=None`` stands for.
+
+    Args:
+        model: Its config says whether it is causal.
+
+    Returns:
+        Next-token cross-entropy, unshifted when ``config.is_causal`` is False.
+    """
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    return TokenCrossEntropy(shift=getattr(config, "is_causal", True) is not False)
+
+
+def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argument: str = "loss_fn") -> Tensor:
+    """The loss of each example, whatever the loss function reduces.
+
+    Args:
+        loss_fn: See the module's docstring.
+        output: What the model returned.
+        labels: The batch's labels.
+        size: The number of examples n.
+        argument: Named in the error.
+
+    Returns:
+        ``(n,)``.
+
+    Raises:
+        TypeError: It returned no tensor.
+        ValueError: What it returned has another shape.
+    """
+    losses = loss_fn(output, labels)
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"{argument} must return a tensor, got {_described(losses)}.")
+    if losses.ndim == 0 and isinstance(output, Tensor) and len(output) == size:
+        one = [loss_fn(output[i : i + 1], _map(lambda t, i=i: t[i : i + 1], labels)) for i in range(size)]
+        return torch.stack([loss.reshape(()) for loss in one])
+    if losses.ndim == 0 or losses.shape[0] != size:
+        advice = " (a scalar is possible only where the model returns a tensor)" if losses.ndim == 0 else ""
+        raise ValueError(
+            f"{argument} returned a tensor of shape {tuple(losses.shape)} for {size} example(s). Return one value per "
+            f"example, first axis = example{advice}, e.g. with reduction='none'."
+        )
+    return losses.reshape(size, -1).sum(1)
+
+
+def untargeted(labels: Any) -> list[int]:
+    """Positions of the examples in which nothing is predicted.
+
+    Args:
+        labels: The batch's labels.
+
+    Returns:
+        Those whose integer labels are all -100.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
+        return []
+    return (labels.reshape(len(labels), -1) == IGNORED).all(1).nonzero().flatten().tolist()
+
+
+def first_targeted(raw: Any) -> int:
+    """Position of the first example in which something is predicted.
+
+    Args:
+        raw: A batch.
+
+    Returns:
+        The position; 0 when there is none.
+    """
+    empty = set(untargeted(_parts(raw)[2]))
+    return next((i for i in range(batch_size(raw)) if i not in empty), 0)
+
+
+# --- helpers ---
+
+
+def _forward_keys(model: nn.Module) -> set[str] | None:
+    """The keywords that forward takes, or None when it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    # Like transformers.Trainer, a named parameter counts and **kwargs does not, or every column of a dataset would
+    # reach the model; a wrapper that only forwards (*args, **kwargs) takes all.
+    return named or (None if any(p.kind is p.VAR_KEYWORD for p in parameters) else set())
+
+
+def _parts(raw: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    if isinstance(raw, Mapping):
+        return (), {key: value for key, value in raw.items() if key != "labels"}, raw.get("labels")
+    return tuple(raw[:-1]), {}, raw[-1]
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, Sequence) and output:
+        logits = output[0]
+    logits = output if logits is None else logits
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise ValueError(f"The default loss needs logits, but the model returned {_described(output)}. Pass loss_fn=.")
+    return logits
+
+
+def _map(apply: Callable[[Tensor], Any], value: Any) -> Any:
+    """``apply`` on every tensor inside."""
+    if isinstance(value, Tensor):
+        return apply(value)
+    if isinstance(value, Mapping):
+        return {key: _map(apply, item) for key, item in value.items()}
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return type(value)(_map(apply, item) for item in value)
+    return value
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    found: list[Tensor] = []
+    _map(found.append, value)
+    return found
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = tensor.to(device)
+    return tensor.clone() if tensor.is_inference() else tensor  # inference tensors cannot be saved for backward
+
+
+def _described(value: Any) -> str:
+    return f"{type(value).__name__}" + (f" of length {len(value)}" if isinstance(value, list | tuple) else "")

@@ -1,0 +1,209 @@
+"""The passes over checkpoints, test examples and training examples.
+
+Checkpoints are the outermost loop, each loaded once. At a checkpoint the test side's features are computed and kept;
+the training side's are never held: a batch is sketched, scored and forgotten. Before the first batch of a side, its
+first example is rehearsed, so that what cannot work is said before hours are spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_sdi.batches import Stream, TokenCrossEntropy, batch_size, first_targeted, select
+from captum_sdi.checkpoints import checkpoint_names, preserved
+from captum_sdi.features import Featurizer, Side, StepFeatures, concatenate
+from captum_sdi.loop import find_loop, target_parameters
+from captum_sdi.scores import Scores, pair_scores, with_total
+from captum_sdi.sketch import Sketch
+from captum_sdi.tape import LoopSpec, Tape
+
+Receive = Callable[[int, Tensor, float, Scores], None]
+"""Called for each training batch with (its number, its examples' positions, η, scores)."""
+
+
+class Engine:
+    """Everything `SDIInfluence` does that is not Captum's interface.
+
+    Args:
+        model: The model.
+        load: ``(model, checkpoint)`` to the learning rate.
+        layers: Which parameters count; see `SDIInfluence`.
+        loop: What repeats; None: found on the first batch.
+        sketch: How gradients are represented.
+        activation_checkpointing: Recompute the loop's activations in the backward pass.
+
+    Raises:
+        ValueError: What can be known before a forward pass is wrong: a layer or loop name, a parameter no rule covers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        load: Callable[[nn.Module, Any], float],
+        layers: str | Sequence[str] | None,
+        loop: LoopSpec | None,
+        sketch: Sketch,
+        activation_checkpointing: bool,
+    ) -> None:
+        self.model, self.layers, self.loop, self.sketch = model, layers, loop, sketch
+        self._load, self._activation_checkpointing = load, activation_checkpointing
+        self._featurizer: Featurizer | None = None
+        self._rehearsed: set[tuple[int, int]] = set()
+        if loop is not None or layers != "loop":
+            self._targets(loop or LoopSpec(("",)))
+
+    def exactly(self, values: Tensor) -> Tensor:
+        """Scores are summed over checkpoints in float64 for float64 models, else in float32."""
+        double = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+        return values.to(torch.float64 if double else torch.float32)
+
+    def sweep(
+        self, checkpoints: Sequence[Any], first: tuple[Stream, Side], visit: Callable[[int, float], None]
+    ) -> None:
+        """Calls ``visit`` at every checkpoint; the model comes back as it was, whatever happens.
+
+        Args:
+            checkpoints: What to load, in order; None stands for the current weights.
+            first: The side whose first batch serves to find the loop.
+            visit: Called with the checkpoint's position and its learning rate.
+
+        Raises:
+            ValueError: A learning rate is no finite number.
+        """
+        loads = any(checkpoint is not None for checkpoint in checkpoints)
+        with preserved(self.model, weights=loads):
+            featurizer = self._prepared(*first)
+            for i, (checkpoint, name) in enumerate(zip(checkpoints, checkpoint_names(checkpoints), strict=True)):
+                eta = 1.0 if checkpoint is None else float(self._load(self.model, checkpoint))
+                if not torch.isfinite(torch.tensor(eta)):
+                    raise ValueError(f"checkpoints_load_func returned the learning rate {eta} for checkpoint {name!r}.")
+                with featurizer.installed(name):
+                    visit(i, eta)
+
+    def features(self, stream: Stream, side: Side, by_step: bool, aggregate: bool = False) -> StepFeatures:
+        """Features of every example of a stream, inside `sweep`.
+
+        Args:
+            stream: Batches.
+            side: How they are run.
+            by_step: Keep loop steps apart.
+            aggregate: Sum over the examples.
+
+        Returns:
+            The features of all, or of their sum.
+        """
+        parts = (features for _, features in self.blocks(stream, side, by_step))
+        if not aggregate:
+            return concatenate(list(parts))
+        return reduce(lambda a, b: concatenate([a, b]).aggregated(), parts).aggregated()
+
+    def blocks(
+        self, stream: Stream, side: Side, by_step: bool, only: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, StepFeatures]]:
+        """Features of a stream, batch by batch, inside `sweep`.
+
+        Args:
+            stream: Batches.
+            side: How they are run.
+            by_step: Keep loop steps apart.
+            only: Positions of the examples to compute; None: all.
+
+        Yields:
+            The positions of a batch's examples ``(n,)``, and their features.
+        """
+        assert self._featurizer is not None
+        for start, raw in stream:
+            self._rehearse(raw, side)
+            positions = torch.arange(start, start + batch_size(raw))
+            if only is not None:
+                positions = positions[torch.isin(positions, only)]
+                if len(positions) == 0:
+                    continue
+                raw = select(raw, (positions - start).tolist())
+            yield positions, self._featurizer(raw, side, by_step, positions.tolist())
+
+    def pairs(
+        self,
+        checkpoints: Sequence[Any],
+        train: tuple[Stream, Side],
+        test: tuple[Stream, Side],
+        receive: Receive,
+        by_step: bool,
+        aggregate: bool = False,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """Scores every training batch against all test examples, at every checkpoint.
+
+        Args:
+            checkpoints: As for `sweep`.
+            train: The training side.
+            test: The test side.
+            receive: Takes each batch's scores ``(q, n, b)``.
+            by_step: Keep the test side's loop steps apart.
+            aggregate: Sum over the test examples: q is 1.
+            only: Positions of the training examples to compute; None: all.
+
+        Returns:
+            ``(q,)`` how many loop steps each test example ran, at most.
+        """
+        depths: list[Tensor] = []
+
+        def visit(_: int, eta: float) -> None:
+            tested = with_total(self.features(*test, by_step, aggregate))
+            depths.append(tested.n_steps)
+            for i, (positions, trained) in enumerate(self.blocks(*train, False, only)):
+                receive(i, positions, eta, pair_scores(tested, trained))
+
+        self.sweep(checkpoints, train, visit)
+        return torch.stack(depths).amax(0)
+
+    # --- before the first batch ---
+
+    def _targets(self, loop: LoopSpec) -> list[str]:
+        """Names of the targeted parameters, all of which some rule may cover."""
+        names = target_parameters(self.model, self.layers, loop)
+        parameters = dict(self.model.named_parameters())
+        Tape(self.model, {name: parameters[name] for name in names}, loop)
+        return names
+
+    def _prepared(self, stream: Stream, side: Side) -> Featurizer:
+        if self._featurizer is None:
+            if self.loop is None:
+                self.loop = find_loop(self.model, stream.peek(), forward_kwargs=side.forward_kwargs)
+            targets = self._targets(self.loop)
+            self._featurizer = Featurizer(self.model, targets, self.loop, self.sketch, self._activation_checkpointing)
+        return self._featurizer
+
+    def _rehearse(self, raw: Any, side: Side) -> None:
+        """Runs a side's first example alone, once per object."""
+        settings = (id(side.loss_fn), id(side.forward_kwargs))
+        if settings in self._rehearsed:
+            return
+        assert self._featurizer is not None
+        example = select(raw, [first_targeted(raw)])
+        losses, again = (self._featurizer.forward(example, side)[1].detach() for _ in range(2))
+        if not torch.allclose(losses, again, rtol=1e-3, equal_nan=True):
+            raise ValueError(
+                f"The model is not deterministic: the first {side.name} example has loss {losses.item():.6g}, then "
+                f"{again.item():.6g}. Fix its randomness, e.g. with a seeded state in forward_kwargs=."
+            )
+        if isinstance(side.loss_fn, TokenCrossEntropy):
+            self._check_default_loss(example, side, losses)
+        self._rehearsed.add(settings)
+
+    def _check_default_loss(self, example: Any, side: Side, losses: Tensor) -> None:
+        """Compares the default loss with the model's own, where it has one."""
+        assert self._featurizer is not None
+        own = self._featurizer.own_loss(example, side)
+        coarse = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
+        if own is not None and not torch.allclose(own.to(losses), losses[0], rtol=3e-2 if coarse else 1e-3):
+            raise ValueError(
+                f"The default loss, {side.loss_fn}, is {losses.item():.6g} for the first {side.name} example, the "
+                f"model's own loss {own.item():.6g}. Pass loss_fn= with the loss you trained with: "
+                "(output, labels) to one value per example."
+            )

@@ -1,0 +1,226 @@
+"""From a batch to step features: loss, tape, rules and sketch put together.
+
+The features of an example are, for each targeted parameter, the sketch of the part φ of its gradient that flowed
+through each loop step. Their bins are ``[prelude, coda, step 0, step 1, ...]``: steps come last so that a deeper
+batch only adds to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_sdi.batches import BatchReader, LossFn, Settings, example_losses
+from captum_sdi.sketch import Gradient, Projection, Sketch
+from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape
+
+POOLED = ""
+"""The name of the one row that all parameters share with ``TensorSketch(pool=True)``."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """How the examples of one side, training or test, are run."""
+
+    name: str
+    loss_fn: LossFn
+    forward_kwargs: Settings | None
+
+
+@dataclass(frozen=True)
+class StepFeatures:
+    """Step features of n examples."""
+
+    rows: dict[str, Tensor]
+    """By parameter ``(n, b, width)``: one row of numbers per bin b."""
+    noise: dict[str, float]
+    """By parameter, the sketch's variance in units of ‖g‖²‖φ‖² + ⟨g,φ⟩²; see `captum_sdi.scores`."""
+    n_steps: Tensor
+    """``(n,)`` how many loop steps each example's batch ran."""
+
+    @property
+    def size(self) -> int:
+        """The number of examples n."""
+        return len(self.n_steps)
+
+    def map(self, change: Callable[[Tensor], Tensor], n_steps: Tensor | None = None) -> StepFeatures:
+        """The same features with every parameter's rows changed.
+
+        Args:
+            change: Applied to each ``(n, b, width)``.
+            n_steps: The new depths; None keeps them.
+
+        Returns:
+            New features.
+        """
+        rows = {name: change(row) for name, row in self.rows.items()}
+        return StepFeatures(rows, self.noise, self.n_steps if n_steps is None else n_steps)
+
+    def summed(self) -> StepFeatures:
+        """Summed over all bins: one bin is left, the whole gradient."""
+        return self.map(lambda row: row.sum(1, keepdim=True))
+
+    def aggregated(self) -> StepFeatures:
+        """Summed over the examples: one is left, as deep as the deepest."""
+        return self.map(lambda row: row.sum(0, keepdim=True), self.n_steps.amax().reshape(1))
+
+
+def concatenate(parts: Sequence[StepFeatures]) -> StepFeatures:
+    """Features of several batches as one, shallower ones padded with zeros to the deepest.
+
+    Args:
+        parts: At least one.
+
+    Returns:
+        Features of all examples in order.
+    """
+    bins = max(row.shape[1] for part in parts for row in part.rows.values())
+    padded = [part.map(lambda row: F.pad(row, (0, 0, 0, bins - row.shape[1]))) for part in parts]
+    rows = {name: torch.cat([part.rows[name] for part in padded]) for name in parts[0].rows}
+    return StepFeatures(rows, parts[0].noise, torch.cat([part.n_steps for part in parts]))
+
+
+class Featurizer:
+    """Computes step features of batches at the model's current weights, one checkpoint at a time.
+
+    Args:
+        model: The model.
+        targets: Names of the targeted parameters.
+        loop: What repeats.
+        sketch: How gradients are represented.
+        activation_checkpointing: Recompute the loop's activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        loop: LoopSpec,
+        sketch: Sketch,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        self._model, self._names, self._loop, self._sketch = model, targets, loop, sketch
+        self._activation_checkpointing = activation_checkpointing
+        self.read = BatchReader(model)
+
+    @contextmanager
+    def installed(self, checkpoint: str) -> Iterator[None]:
+        """Hooks on the model and hashes for this checkpoint, for as long as the ``with`` block lasts.
+
+        Args:
+            checkpoint: The checkpoint's name, from which its hashes are derived.
+        """
+        # Looked up anew: a load function may have replaced the Parameter objects.
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        targets = {name: parameters[name] for name in self._names}
+        self._checkpoint = checkpoint
+        self._projections: dict[str, Projection] = {
+            name: self._sketch.projection(name, parameter, checkpoint) for name, parameter in targets.items()
+        }
+        with Tape(self._model, targets, self._loop, self._activation_checkpointing) as self._tape:
+            yield
+
+    def forward(self, raw: Any, side: Side) -> tuple[Any, Tensor]:
+        """A forward pass under the hooks, inside `installed`.
+
+        Args:
+            raw: A batch as the loader yields it.
+            side: Its loss and forward keywords.
+
+        Returns:
+            The model's output and ``(n,)`` losses.
+
+        Raises:
+            ValueError: A targeted parameter's layer was not called.
+        """
+        batch = self.read(raw, side.forward_kwargs)
+
+        def run() -> tuple[Any, Tensor]:
+            output = self._model(*batch.args, **batch.kwargs)
+            return output, example_losses(side.loss_fn, output, batch.labels, batch.size, f"{side.name} loss_fn")
+
+        result = self._tape.forward(run, batch.size)
+        silent = [name for name in self._names if name not in self._tape.called]
+        if silent:
+            raise ValueError(
+                f"The forward pass never called the layer that owns {_listed(silent)}: their influence cannot be "
+                "seen. Leave them out with layers=[...], or call the layer itself, not its weight or its .forward."
+            )
+        return result
+
+    def own_loss(self, raw: Any, side: Side) -> Tensor | None:
+        """The loss that the model itself computes from labels, inside `installed`.
+
+        Args:
+            raw: A batch with labels.
+            side: Its forward keywords.
+
+        Returns:
+            A scalar, or None when the model takes no labels or returns no loss.
+        """
+        batch = self.read(raw, side.forward_kwargs)
+        if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
+            return None
+        with torch.no_grad():
+            output = self._model(*batch.args, **batch.kwargs, labels=batch.labels)
+        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
+        return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+    def __call__(self, raw: Any, side: Side, by_step: bool, positions: Sequence[int]) -> StepFeatures:
+        """Step features of a batch, inside `installed`.
+
+        Args:
+            raw: A batch as the loader yields it.
+            side: Its loss and forward keywords.
+            by_step: False sums all uses in one bin, for a fraction of the memory.
+            positions: Of its examples, named in errors.
+
+        Returns:
+            The features, ``(n, 2 + t, width)`` per parameter, or ``(n, 1, width)``.
+
+        Raises:
+            ValueError: A loss or gradient is not finite.
+        """
+        _, losses = self.forward(raw, side)
+        self._check_finite(losses.detach().isfinite(), "loss", side, positions)
+        n, n_steps = len(losses), self._tape.n_steps
+        rows = self._zeros(n, FIRST_STEP + n_steps if by_step else 1)
+
+        def consume(name: str, examples: slice, bin: int, gradient: Gradient) -> None:
+            row = rows[POOLED if self._sketch.pool else name]
+            row[examples, bin if by_step else 0] += self._projections[name](gradient)
+
+        self._tape.backward(losses.sum(), consume)
+        finite = torch.stack([row.flatten(1).sum(1).isfinite().cpu() for row in rows.values()])
+        self._check_finite(finite.all(0), "gradient", side, positions)
+        return StepFeatures(rows, self._noise(), torch.full((n,), n_steps))
+
+    def _zeros(self, n: int, bins: int) -> dict[str, Tensor]:
+        kinds = {POOLED if self._sketch.pool else name: kind for name, kind in self._projections.items()}
+        return {
+            name: torch.zeros(n, bins, kind.width, dtype=kind.dtype, device=kind.device) for name, kind in kinds.items()
+        }
+
+    def _noise(self) -> dict[str, float]:
+        noise = {name: projection.noise for name, projection in self._projections.items()}
+        return {POOLED: max(noise.values())} if self._sketch.pool else noise
+
+    def _check_finite(self, finite: Tensor, what: str, side: Side, positions: Sequence[int]) -> None:
+        if not finite.all():
+            bad = [positions[i] for i in (~finite).nonzero().flatten().tolist()]
+            raise ValueError(
+                f"The {what} of {side.name} example(s) {bad} is not finite at checkpoint {self._checkpoint!r}. "
+                "Look at these examples and that checkpoint, or leave one of them out."
+            )
+
+
+def _listed(names: Sequence[str], at_most: int = 5) -> str:
+    """A readable, bounded list of names."""
+    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(repr(name) for name in names[:at_most]) + rest

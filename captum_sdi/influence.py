@@ -1,0 +1,511 @@
+"""`SDIInfluence`: the only file that knows Captum.
+
+Checkpoints are the outermost loop, each loaded once per call. At a checkpoint the test side's features are computed
+and kept; the training side's are never held: a batch is sketched, scored and forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from captum._utils.progress import NullProgress, progress
+from captum.influence import TracInCPBase
+from captum.influence._utils.common import KMostInfluentialResults
+from captum.log import log_usage
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from captum_sdi.batches import Collator, LossFn, Settings, Stream, default_loss
+from captum_sdi.checkpoints import find_checkpoints, load_checkpoint
+from captum_sdi.engine import Engine, Receive
+from captum_sdi.features import Side
+from captum_sdi.loop import as_loop
+from captum_sdi.scores import (
+    Running,
+    Scores,
+    StepInfluence,
+    TopK,
+    pick_winners,
+    self_scores,
+    step_influence,
+    step_matrices,
+    top_k,
+)
+from captum_sdi.sketch import Exact, Sketch, TensorSketch
+from captum_sdi.tape import FIRST_STEP, LoopSpec
+
+
+class SDIInfluence(TracInCPBase):
+    """Step-Decomposed Influence: which training examples shaped an output, and at which loop step.
+
+    For checkpoints c with learning rates η_c, a test example z' and a training example z,
+
+        SDI_t(z, z') = Σ_c η_c ⟨ Σ_s φ_s(w_c; z), φ_t(w_c; z') ⟩            (Kaissis et al., arXiv 2602.10097)
+
+    where φ_t is the part of the gradient that flows through the t-th use of the looped block. The sum over t is
+    TracIn (Pruthi et al. 2020), Captum's ``TracInCP``, whose arguments come first, in its order. Positive values are
+    proponents: a gradient step on z lowers the loss of z'.
+
+    Args:
+        model: The model; every call gives it back exactly as it was.
+        train_dataset: A Dataset, or a DataLoader that keeps its order; batches as in `captum_sdi.batches`.
+        checkpoints: A directory, a list of paths or an iterator of anything ``checkpoints_load_func`` takes, as in
+            Captum. None: the model's current weights with η = 1.
+        checkpoints_load_func: ``(model, checkpoint)`` to the learning rate; loads in place.
+        layers: ``"loop"``: the loop's trainable parameters. None: every trainable parameter, as in Captum; uses before
+            and after the loop are reported as prelude and coda. Or a list of module names, counted in full.
+        loss_fn: ``(output, labels)`` to losses; see `captum_sdi.batches`. None: next-token cross-entropy, averaged
+            over each example's targets and compared once with the model's own loss where it has one.
+        batch_size: Examples per batch of a Dataset. It changes the time and the memory, never a score.
+        test_loss_fn: The test side's loss; None: ``loss_fn``.
+        loop: What repeats: a module's name, names, a `LoopSpec`; None finds it.
+        sketch: `TensorSketch` or `Exact`.
+        collate_fn: Collates the rows of a Dataset; None pads ragged rows (`captum_sdi.batches.Collator`).
+        forward_kwargs: Further keywords for the model's forward, or a function of the batch that returns them.
+        test_forward_kwargs: The test side's, e.g. another number of loop steps; None: ``forward_kwargs``.
+        activation_checkpointing: Recompute the looped blocks in the backward pass instead of keeping their
+            activations.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument cannot be right: an unknown layer, no trainable parameter, no checkpoint, a loader that
+            shuffles, a model on the meta device.
+
+    Example:
+        >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+        >>> from captum_sdi.tasks import ParityDataset
+        >>> model = LoopedGPTForCausalLM(LoopedGPTConfig(vocab_size=8, n_embd=8, n_head=2, n_positions=16, n_loops=3))
+        >>> train, test = ParityDataset(6, seed=0), ParityDataset(2, seed=1)
+        >>> sdi = SDIInfluence(model, train, batch_size=4, sketch=Exact())
+        >>> result = sdi.step_influence(test[0:2], k=3)
+        >>> result.indices.shape, result.trajectories.shape
+        (torch.Size([2, 3]), torch.Size([2, 3, 3]))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_dataset: Dataset[Any] | DataLoader[Any],
+        checkpoints: Any = None,
+        checkpoints_load_func: Callable[[nn.Module, Any], float] = load_checkpoint,
+        layers: str | Sequence[str] | None = "loop",
+        loss_fn: nn.Module | LossFn | None = None,
+        batch_size: int | None = 1,
+        test_loss_fn: nn.Module | LossFn | None = None,
+        *,
+        loop: str | Sequence[str] | LoopSpec | None = None,
+        sketch: Sketch = TensorSketch(dim=2048, seed=0),
+        collate_fn: Callable[[Any], Any] | None = None,
+        forward_kwargs: Settings | None = None,
+        test_forward_kwargs: Settings | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        if not isinstance(sketch, TensorSketch | Exact):
+            raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
+        on_meta = [name for name, p in model.named_parameters() if p.is_meta]
+        if on_meta:
+            raise ValueError(f"The model has no weights: {on_meta[0]!r} is on the meta device. Load it first.")
+        self._collate = collate_fn or Collator(_pad_token_id(model))
+        train_loader = self._loader(train_dataset, batch_size, "train_dataset")
+        super().__init__(model, train_loader, checkpoints, checkpoints_load_func, loss_fn, batch_size, test_loss_fn)
+        self.layers, self.sketch = layers, sketch
+        train_loss = _checked_loss(loss_fn, "loss_fn") or default_loss(model)
+        test_loss = _checked_loss(test_loss_fn, "test_loss_fn") or train_loss
+        test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
+        self._train = Side("train", train_loss, forward_kwargs)
+        self._test = Side("test", test_loss, test_kwargs)
+        self._engine = Engine(model, self._load, layers, as_loop(loop), sketch, activation_checkpointing)
+
+    @property
+    def loop(self) -> LoopSpec | None:
+        """What repeats; None until the first call when it has to be found."""
+        return self._engine.loop
+
+    @property
+    def checkpoints(self) -> list[Any]:
+        """The checkpoints in order; ``[None]`` stands for the model's current weights."""
+        return self._checkpoints
+
+    @checkpoints.setter
+    def checkpoints(self, checkpoints: Any) -> None:
+        self._checkpoints = find_checkpoints(checkpoints)
+
+    # --- public methods ---
+
+    @log_usage(part_of_slo=True)
+    def influence(  # type: ignore[override]
+        self,
+        inputs: Any,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+    ) -> Tensor | KMostInfluentialResults:
+        """Total influence of every training example on every test example: TracIn.
+
+        Args:
+            inputs: Test examples: a batch (tuple or mapping), a DataLoader, or a Dataset.
+            k: None for all training examples, or how many of the most influential ones; clipped to n.
+            proponents: With ``k``: the highest influences first; False: the lowest.
+            show_progress: Show a progress bar.
+            aggregate: Influence on the sum of the test losses: q becomes 1.
+
+        Returns:
+            ``(q, n)``, or ``KMostInfluentialResults(indices, influence_scores)``, each ``(q, k)``.
+        """
+        stream = self._stream(inputs)
+        what = "compute influence for training batches"
+        if k is not None:
+            _check_k(k)
+            what = _top_k_text(proponents)
+        totals = Running()
+
+        def receive(i: int, _: Tensor, eta: float, scores: Scores) -> None:
+            totals.add(i, eta * self._engine.exactly(scores.values[..., 0]))
+
+        self._pairs(stream, receive, False, aggregate, what if show_progress else None)
+        scores = totals.result()
+        return scores if k is None else KMostInfluentialResults(*top_k(scores, k, proponents))
+
+    def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
+        """Captum's abstract method: `influence` without ``k``."""
+        return self.influence(inputs, show_progress=show_progress, aggregate=aggregate)  # type: ignore[return-value]
+
+    def _get_k_most_influential(
+        self, inputs: Any, k: int = 5, proponents: bool = True, show_progress: bool = False, aggregate: bool = False
+    ) -> KMostInfluentialResults:
+        """Captum's abstract method: `influence` with ``k``."""
+        return self.influence(inputs, k, proponents, show_progress, aggregate)  # type: ignore[return-value]
+
+    @log_usage(part_of_slo=True)
+    def step_influence(
+        self,
+        inputs: Any,
+        k: int | None = None,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
+        rank_by: int | None = None,
+    ) -> StepInfluence:
+        """Influence of every training example on every test example, one number per loop step, with standard errors.
+
+        Args:
+            inputs: As for `influence`.
+            k: As for `influence`. Memory then grows by one number per pair, never by trajectories.
+            proponents: As for `influence`.
+            show_progress: As for `influence`.
+            aggregate: As for `influence`.
+            rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
+
+        Returns:
+            Totals, trajectories, their standard errors; ``(q, n, t)`` or ``(q, k, t)``.
+
+        Raises:
+            ValueError: ``rank_by`` without ``k``, or beyond the deepest test example's last step.
+        """
+        stream = self._stream(inputs)
+        if k is not None:
+            _check_k(k)
+        if rank_by is not None and (k is None or rank_by < 0):
+            raise ValueError(f"rank_by={rank_by} is a 0-based loop step to rank the top k by: pass k=, and 0 or more.")
+        if k is None:
+            return self._all_steps(stream, aggregate, show_progress)
+        column = 0 if rank_by is None else 1 + FIRST_STEP + rank_by
+        what = _top_k_text(proponents) if show_progress else None
+        if len(self.checkpoints) == 1:
+            return self._top_steps_in_one_pass(stream, k, proponents, column, aggregate, what)
+        return self._top_steps(stream, k, proponents, column, aggregate, what)
+
+    @log_usage(part_of_slo=True)
+    def step_matrix(self, inputs: Any, indices: Sequence[int] | None = None) -> Tensor:
+        """Influence of every training step on every test step, ``SDI_{s,t}``.
+
+        Args:
+            inputs: As for `influence`.
+            indices: Positions of the training examples to compute; None: all.
+
+        Returns:
+            ``(q, n, s, t)`` over loop steps; summed over s it is the trajectory less what comes from outside the loop.
+
+        Raises:
+            ValueError: An index is not in the training set.
+        """
+        tests = self._stream(inputs)
+        trains = Stream(self.train_dataloader, "train_dataset")
+        wanted = None if indices is None else _as_indices(indices)
+        matrices, found = Running(), Running()
+
+        def visit(position: int, eta: float) -> None:
+            tested = self._engine.features(tests, self._test, by_step=True)
+            blocks = self._engine.blocks(trains, self._train, by_step=True, only=wanted)
+            for i, (positions, trained) in enumerate(blocks):
+                matrix = eta * self._engine.exactly(step_matrices(tested, trained))
+                matrices.add(i, matrix)
+                if position == 0:
+                    found.add(i, positions.unsqueeze(0))
+
+        self._engine.sweep(self.checkpoints, (trains, self._train), visit)
+        if wanted is None:
+            return matrices.result()
+        places = {index: place for place, index in enumerate(found.result()[0].tolist())}
+        return matrices.result()[:, [places[index] for index in wanted.tolist()]]
+
+    @log_usage(part_of_slo=True)
+    def self_influence(
+        self, inputs: Any = None, show_progress: bool = False, outer_loop_by_checkpoints: bool = False
+    ) -> Tensor:
+        """Influence of every example on itself, with the training side's loss and settings.
+
+        Args:
+            inputs: As for `influence`; None: the training set.
+            show_progress: Show a progress bar over batches.
+            outer_loop_by_checkpoints: Show one over checkpoints, too. Each checkpoint is loaded once in any case.
+
+        Returns:
+            ``(n,)``.
+        """
+        values, _, _ = self._self(inputs, False, show_progress, outer_loop_by_checkpoints)
+        return values[:, 0]
+
+    @log_usage(part_of_slo=True)
+    def step_self_influence(self, inputs: Any = None, show_progress: bool = False) -> StepInfluence:
+        """Influence of every example on itself, one number per loop step.
+
+        Args:
+            inputs: As for `self_influence`.
+            show_progress: As for `self_influence`.
+
+        Returns:
+            A result with one leading axis ``(n,)``.
+        """
+        return step_influence(None, *self._self(inputs, True, show_progress, False))
+
+    @log_usage(part_of_slo=True)
+    def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False, test: bool = False) -> Tensor:
+        """Vectors whose dot products are influences: of a training row with a test row, √η on each side.
+
+        Args:
+            inputs: As for `influence`.
+            aggregate: Return the sum over the examples: n becomes 1.
+            test: Use the test side's loss and settings.
+
+        Returns:
+            ``(n, D)``, D = checkpoints x parameters x d with `TensorSketch` (rows of parameters kept exactly are
+            padded with zeros), checkpoints x all targeted parameters' entries with `Exact`.
+
+        Raises:
+            ValueError: A learning rate is negative.
+        """
+        stream, side = self._stream(inputs), self._test if test else self._train
+        width = self.sketch.dim if isinstance(self.sketch, TensorSketch) else 0
+        columns: list[Tensor] = []
+
+        def visit(_: int, eta: float) -> None:
+            if eta < 0:
+                raise ValueError(f"A learning rate of {eta} has no square root; influence() takes it.")
+            features = self._engine.features(stream, side, False, aggregate)
+            rows = [F.pad(row[:, 0], (0, max(0, width - row.shape[-1]))) for row in features.rows.values()]
+            columns.append(
+                math.sqrt(eta) * self._engine.exactly(torch.cat([row.to(rows[0].device) for row in rows], 1))
+            )
+
+        self._engine.sweep(self.checkpoints, (stream, side), visit)
+        return torch.cat(columns, dim=1)
+
+    # --- pairs: all of them, or the top k ---
+
+    def _pairs(
+        self,
+        tests: Stream,
+        receive: Receive,
+        by_step: bool,
+        aggregate: bool,
+        what: str | None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """`Engine.pairs` over the training set, under a progress bar when ``what`` says what for."""
+        trains = Stream(self.train_dataloader, "train_dataset")
+        total = None if self.train_dataloader_len is None else self.train_dataloader_len * len(self.checkpoints)
+        with self._bar(what, total) as bar:
+
+            def counted(i: int, positions: Tensor, eta: float, scores: Scores) -> None:
+                receive(i, positions, eta, scores)
+                bar.update()
+
+            sides = (trains, self._train), (tests, self._test)
+            return self._engine.pairs(self.checkpoints, *sides, counted, by_step, aggregate, only)
+
+    def _all_steps(self, tests: Stream, aggregate: bool, show_progress: bool) -> StepInfluence:
+        values, variances = Running(), Running()
+
+        def receive(i: int, _: Tensor, eta: float, scores: Scores) -> None:
+            values.add(i, eta * self._engine.exactly(scores.values))
+            variances.add(i, eta**2 * self._engine.exactly(scores.variances))
+
+        what = "compute step influence for training batches" if show_progress else None
+        n_steps = self._pairs(tests, receive, True, aggregate, what)
+        return step_influence(None, values.result(), variances.result(), n_steps)
+
+    def _top_steps_in_one_pass(
+        self, tests: Stream, k: int, proponents: bool, column: int, aggregate: bool, what: str | None
+    ) -> StepInfluence:
+        """With one checkpoint the running top k carries its trajectories along."""
+        best = TopK(k, proponents)
+
+        def receive(_: int, positions: Tensor, eta: float, scores: Scores) -> None:
+            values, variances = (self._engine.exactly(tensor) for tensor in (scores.values, scores.variances))
+            best.add(positions, eta * _column(values, column), eta * values, eta**2 * variances)
+
+        n_steps = self._pairs(tests, receive, True, aggregate, what)
+        indices, _, values, variances = best.result()
+        return step_influence(indices, values, variances, n_steps)
+
+    def _top_steps(
+        self, tests: Stream, k: int, proponents: bool, column: int, aggregate: bool, what: str | None
+    ) -> StepInfluence:
+        """With several, one pass finds the winners by one number per pair, a short one computes their trajectories."""
+        ranked = Running()
+
+        def rank(i: int, _: Tensor, eta: float, scores: Scores) -> None:
+            ranked.add(i, eta * self._engine.exactly(_column(scores.values, column)))
+
+        self._pairs(tests, rank, column > 0, aggregate, what)
+        indices, _ = top_k(ranked.result(), k, proponents)
+        values, variances = Running(), Running()
+
+        def collect(_: int, positions: Tensor, eta: float, scores: Scores) -> None:
+            values.add(0, eta * self._engine.exactly(pick_winners(indices, positions, scores.values)))
+            variances.add(0, eta**2 * self._engine.exactly(pick_winners(indices, positions, scores.variances)))
+
+        what = None if what is None else "compute the trajectories of the winners"
+        n_steps = self._pairs(tests, collect, True, aggregate, what, only=indices.unique().cpu())
+        return step_influence(indices, values.result(), variances.result(), n_steps)
+
+    def _self(self, inputs: Any, by_step: bool, show_progress: bool, outer_bar: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Values and variances ``(n, b)`` of every example against itself, and depths ``(n,)``."""
+        stream = Stream(self.train_dataloader, "train_dataset") if inputs is None else self._stream(inputs)
+        values, variances, depths = Running(axis=0), Running(axis=0), Running(axis=0)
+        n_checkpoints, n_batches = len(self.checkpoints), _length(stream) if show_progress else None
+        text = "compute self influence. Processing"
+        total = n_batches if outer_bar or n_batches is None else n_batches * n_checkpoints
+
+        def visit(position: int, eta: float) -> None:
+            bar = self._bar(f"{text} batch", total) if show_progress and outer_bar else whole
+            for i, (_, features) in enumerate(self._engine.blocks(stream, self._train, by_step)):
+                scores = self_scores(features)
+                values.add(i, eta * self._engine.exactly(scores.values))
+                variances.add(i, eta**2 * self._engine.exactly(scores.variances))
+                if position == 0:
+                    depths.add(i, features.n_steps)
+                bar.update()
+            if outer_bar:
+                bar.close()
+                whole.update()
+
+        outer_text, outer_total = (f"{text} checkpoint", n_checkpoints) if outer_bar else (f"{text} batch", total)
+        with self._bar(outer_text if show_progress else None, outer_total) as whole:
+            self._engine.sweep(self.checkpoints, (stream, self._train), visit)
+        return values.result(), variances.result(), depths.result()
+
+    # --- what the user passed ---
+
+    def _bar(self, what: str | None, total: int | None) -> Any:
+        if what is None:
+            return NullProgress()
+        return progress(desc=f"Using {self.get_name()} to {what}", total=total, mininterval=0.0)
+
+    def _load(self, model: nn.Module, checkpoint: Any) -> float:
+        return self.checkpoints_load_func(model, checkpoint)
+
+    def _loader(self, data: Any, batch_size: int | None, argument: str) -> DataLoader[Any]:
+        """A DataLoader as it is, a Dataset in batches and in order."""
+        if isinstance(data, DataLoader):
+            Stream(data, argument)  # refuses a shuffled one
+            return data
+        # Captum's own sentence
+        assert isinstance(batch_size, int), (
+            f"since the `{argument}` argument was a `Dataset`, `batch_size` must be an int."
+        )
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if not hasattr(data, "__getitem__") and not isinstance(data, Iterable):
+            raise TypeError(f"{argument} must be a Dataset or a DataLoader, got {type(data).__name__}.")
+        return DataLoader(data, batch_size, shuffle=False, collate_fn=self._collate)
+
+    def _stream(self, inputs: Any) -> Stream:
+        """Test examples in any of the forms they come in."""
+        if inputs is None:
+            raise AssertionError(  # Captum's type and sentence
+                "`inputs` argument is required. If you wish to calculate self influence scores, please use the "
+                "`self_influence` method instead."
+            )
+        if isinstance(inputs, tuple | Mapping) or (isinstance(inputs, list) and not _are_rows(inputs)):
+            return Stream([inputs], "inputs")
+        return Stream(self._loader(inputs, self.batch_size or 1, "inputs"), "inputs")
+
+
+def _pad_token_id(model: nn.Module) -> int:
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    return getattr(config, "pad_token_id", None) or 0
+
+
+def _checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
+    if loss_fn is None:
+        return None
+    if not callable(loss_fn):
+        raise TypeError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
+    if not hasattr(loss_fn, "reduction"):
+        warnings.warn(  # begins with Captum's sentence
+            f'Since `{argument}` has no "reduction" attribute, the implementation assumes that `{argument}` is a '
+            '"per-example" loss function if it returns one value per example, and calls it on one example at a time '
+            "if it returns a scalar. Please ensure that this is the case.",
+            stacklevel=3,
+        )
+    return loss_fn
+
+
+def _check_k(k: Any) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k must be an int of at least 1, or None for all training examples; got {k!r}.")
+
+
+def _top_k_text(proponents: bool) -> str:
+    found = "proponents" if proponents else "opponents"
+    return f"perform computation for getting {found}. Processing training batches"
+
+
+def _column(values: Tensor, column: int) -> Tensor:
+    if column >= values.shape[-1]:
+        deepest = values.shape[-1] - 1 - FIRST_STEP
+        raise ValueError(f"rank_by={column - 1 - FIRST_STEP}, but the test side runs {deepest} loop steps (0-based).")
+    return values[..., column]
+
+
+def _as_indices(indices: Sequence[int]) -> Tensor:
+    wanted = torch.as_tensor(indices).cpu()
+    if wanted.ndim != 1 or wanted.is_floating_point() or len(wanted) == 0 or bool((wanted < 0).any()):
+        raise ValueError(f"indices must be a list of positions in train_dataset, 0 or more; got {indices!r}.")
+    return wanted
+
+
+def _are_rows(inputs: list[Any]) -> bool:
+    """A list of a dataset's rows, as opposed to a batch given as a list of tensors."""
+    return len(inputs) > 0 and all(isinstance(row, Mapping) for row in inputs)
+
+
+def _length(stream: Stream) -> int | None:
+    try:
+        return len(stream)
+    except TypeError:
+        warnings.warn(  # Captum's sentence
+            "Unable to determine the number of batches in `inputs`. Therefore, if showing the progress of the "
+            "computation of self influence scores, only the number of batches processed can be displayed, and not "
+            "the percentage completion of the computation, nor any time estimates.",
+            stacklevel=3,
+        )
+        return None

@@ -1,0 +1,419 @@
+"""The hooks: what every use of a shared layer read and what flowed back to it, and at which loop step.
+
+`Tape` is the only code that touches the model. While it is installed, each call of a layer that owns a targeted
+parameter passes its output through `_Tap`, an identity in the autograd graph that saves what the layer read and, in
+the backward pass, hands it to the layer's rule together with the gradient that arrives. Three choices matter.
+
+* The loop step is a value the tap closes over in the forward pass. A stack popped in the backward pass is silently
+  wrong as soon as some loop outputs do not reach the loss (early exit, exit gates).
+* Every parameter is frozen meanwhile, so the backward pass forms no weight gradient: a dummy scalar that requires a
+  gradient keeps the taps in the graph.
+* What a layer read is saved the ordinary way, so activation checkpointing drops and recomputes it like anything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from captum_sdi.rules import Rule, choose_rule, may_cover
+from captum_sdi.sketch import Gradient, canonical_name
+
+PRELUDE, CODA, FIRST_STEP = 0, 1, 2
+"""Bins of a use: before the first loop step, after the last, and loop step t at ``FIRST_STEP + t``."""
+
+Consumer = Callable[[str, slice, int, Gradient], None]
+"""Called in the backward pass with (parameter name, examples, bin, per-example gradients)."""
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """Which modules are the loop, and whose call starts a loop step.
+
+    Args:
+        modules: Names of the modules that repeat. Containers that are never called themselves (`torch.nn.ModuleList`)
+            count for what they hold.
+        anchors: Names of the modules whose call starts a new step, among them or not; empty: the first of ``modules``
+            that is called. Several anchors share one timeline.
+
+    Raises:
+        TypeError: A field is not a sequence of names.
+        ValueError: No module is named.
+
+    Example:
+        >>> LoopSpec(modules=("core",), anchors=("core",)).modules
+        ('core',)
+    """
+
+    modules: tuple[str, ...]
+    anchors: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("modules", "anchors"):
+            names = getattr(self, field)
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"LoopSpec({field}=...) must be a tuple of module names, got {names!r}.")
+            object.__setattr__(self, field, tuple(names))
+        if not self.modules:
+            raise ValueError("LoopSpec(modules=()) names no module; name the block that repeats, or pass loop=None.")
+
+
+def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
+    """The submodule of that name, with or without the prefixes that wrappers put before it.
+
+    Args:
+        model: Where to look.
+        name: As `torch.nn.Module.named_modules` gives it; "" is the model itself.
+        argument: Named in the error.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: There is none; the nearest names are suggested.
+    """
+    modules = {canonical_name(known): module for known, module in model.named_modules(remove_duplicate=False)}
+    module = modules.get(canonical_name(name))
+    if module is None:
+        near = difflib.get_close_matches(name, modules, n=3) or [known for known in modules if known][:5]
+        raise ValueError(f"{argument} names {name!r}, which {type(model).__name__} does not have. Nearest: {near}.")
+    return module
+
+
+def called_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """``module``, or for a container that is never called itself, what it holds.
+
+    Args:
+        module: Any module.
+
+    Yields:
+        Modules with a forward of their own.
+    """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        for child in module.children():
+            yield from called_modules(child)
+    else:
+        yield module
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward reports (what the layer read, the gradient at its output)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, dummy: Tensor, activation: Tensor, in_place: bool, report: Callable[..., None]
+    ) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.report = report
+        if not in_place:
+            return output.clone()
+        ctx.mark_dirty(output)  # a view of the output instead would break models that work in place on it
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        (activation,) = ctx.saved_tensors
+        ctx.report(activation, backprop)
+        return backprop, None, None, None, None
+
+
+class _Use:
+    """One call of a layer: the loop step it fell in, settled when the forward pass ends."""
+
+    def __init__(self, step: int, in_loop: bool, loop_calls: int) -> None:
+        self.step, self.in_loop, self.loop_calls = step, in_loop, loop_calls
+
+    def bin(self, all_loop_calls: int) -> int:
+        if self.step < 0:
+            return PRELUDE
+        # A layer outside the loop's list (a norm between two iterations) belongs to the step it follows as long as
+        # the loop goes on after it.
+        return FIRST_STEP + self.step if self.in_loop or self.loop_calls < all_loop_calls else CODA
+
+
+class Tape:
+    """Hooks on one model for one loop and one set of targeted parameters; install with ``with``.
+
+    Args:
+        model: The model; outside ``with`` it is as the user left it.
+        targets: The targeted parameters by name.
+        loop: What repeats.
+        activation_checkpointing: Recompute the looped modules in the backward pass instead of keeping their
+            activations.
+
+    Raises:
+        ValueError: The loop names a module the model does not have, or a targeted parameter is owned by a module that
+            no rule covers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        loop: LoopSpec,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        self.model, self.targets = model, targets
+        self._loop, self._anchors = _resolve(model, loop.modules), _resolve(model, loop.anchors)
+        self._in_loop = {id(part) for module in self._loop for part in module.modules()}
+        self._checkpointed = [m for m in self._loop if activation_checkpointing and next(m.children(), None)]
+        self._names = {id(module): canonical_name(name) for name, module in model.named_modules()}
+        self._owners = _owners(model, targets)
+        self._rules: dict[tuple[int, bool], Rule] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Back to the state before a forward pass."""
+        self._phase: str | None = None
+        self._batch_size = 0
+        self._step, self._loop_calls = -1, 0
+        self._first_called: nn.Module | None = None
+        self._consume: Consumer | None = None
+        self.called: set[str] = set()
+
+    @property
+    def n_steps(self) -> int:
+        """How many loop steps the last forward pass ran."""
+        return self._step + 1
+
+    def __enter__(self) -> Tape:
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            stack.enter_context(evaluating(self.model))
+            stack.enter_context(_frozen(self.model))
+            for module in self._loop:
+                stack.callback(module.register_forward_pre_hook(self._on_loop_call).remove)
+            for module in self._anchors:
+                stack.callback(module.register_forward_pre_hook(self._on_anchor, prepend=True).remove)
+            for module, _ in self._owners.values():
+                stack.callback(module.register_forward_pre_hook(self._expand, prepend=True, with_kwargs=True).remove)
+                # First, or a hook of the user's registered earlier would hide a branch of the graph from the tap.
+                stack.callback(module.register_forward_hook(self._on_use, prepend=True, with_kwargs=True).remove)
+            for module in self._checkpointed:
+                stack.enter_context(_recomputed(module))
+            self._stack = stack.pop_all()
+        device = next(iter(self.targets.values())).device
+        self._dummy = torch.zeros((), device=device, requires_grad=True)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.close()
+
+    def forward(self, run: Callable[[], Any], batch_size: int) -> Any:
+        """Runs one forward pass under the hooks.
+
+        Args:
+            run: Calls the model on a batch.
+            batch_size: The number of examples n in it.
+
+        Returns:
+            What ``run`` returns.
+        """
+        self._forget()
+        self._phase, self._batch_size = "forward", batch_size
+        try:
+            # Hooks capture nothing inside compiled code, without any error.
+            with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                return run()
+        finally:
+            self._phase = None
+
+    def backward(self, loss: Tensor, consume: Consumer) -> None:
+        """Backpropagates the summed loss of the last forward pass; no ``.grad`` is written.
+
+        Args:
+            loss: A scalar. One that depends on no targeted parameter has nothing to report.
+            consume: Receives every use's per-example gradients.
+
+        Raises:
+            RuntimeError: A model returned one of its own parameters in place of an activation.
+        """
+        if not loss.requires_grad:
+            return
+        self._phase, self._consume = "backward", consume
+        try:
+            with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+                torch.autograd.grad(loss, self._dummy, allow_unused=True)
+        finally:
+            self._phase, self._consume = None, None
+        for name, parameter in self.model.named_parameters():
+            if not parameter.is_leaf:
+                raise RuntimeError(f"parameter {name!r} became part of the graph; please report this model.")
+
+    # --- forward hooks ---
+
+    def _on_loop_call(self, module: nn.Module, args: object) -> None:
+        if self._phase != "forward":
+            return
+        self._loop_calls += 1
+        if not self._anchors:
+            self._first_called = self._first_called or module
+            self._step += module is self._first_called
+
+    def _on_anchor(self, module: nn.Module, args: object) -> None:
+        if self._phase == "forward":
+            self._step += 1
+
+    def _expand(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        # A layer called once for the whole batch (GPT-2's wpe) is called for every example, or their gradients could
+        # not be told apart; what it adds to is broadcast in any case.
+        activation = _only_tensor(args, kwargs)
+        if self._phase is None or self._batch_size == 1 or activation is None:
+            return None
+        if activation.ndim < 2 or activation.shape[0] != 1:
+            return None
+        expanded = activation.expand(self._batch_size, *activation.shape[1:])
+        return (
+            tuple(expanded if value is activation else value for value in args),
+            {key: expanded if value is activation else value for key, value in kwargs.items()},
+        )
+
+    def _on_use(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._phase is None:
+            return None
+        _, parameters = self._owners[id(module)]
+        if self._phase == "forward":
+            self.called.update(parameters.values())
+        if not torch.is_grad_enabled():
+            return None  # the step counts, and contributes nothing: influence is that of the graph that trained
+        activation = _only_tensor(args, kwargs)
+        rule = self._rule(module, activation, output)
+        assert activation is not None
+        use = _Use(self._step, id(module) in self._in_loop, self._loop_calls)
+        shape = output.shape  # closing over the output itself would keep it, and through it the graph, alive
+
+        def report(activation: Tensor, backprop: Tensor) -> None:
+            assert self._consume is not None
+            bin = use.bin(self._loop_calls)
+            backprop = backprop.reshape(shape)
+            for local, examples, gradient in rule.gradients(module, activation, backprop, tuple(parameters)):
+                self._consume(parameters[local], examples, bin, gradient)
+
+        return self._tap(output, activation.detach(), rule.fresh_output, report)
+
+    def _tap(self, output: Tensor, activation: Tensor, fresh: bool, report: Callable[..., None]) -> Tensor:
+        base = output._base if output._is_view() else None
+        if fresh and base is not None and base.numel() == output.numel() and output.is_contiguous():
+            # Linear with a bias and Conv1D return a view of the whole; tapping the view would copy it.
+            return _Tap.apply(base, self._dummy, activation, True, report).view(output.shape)
+        return _Tap.apply(output, self._dummy, activation, fresh and base is None, report)
+
+    def _rule(self, module: nn.Module, activation: Tensor | None, output: Any) -> Rule:
+        key = (id(module), self._batch_size > 1)  # a single example cannot tell whether examples mix
+        rule = self._rules.get(key)
+        if rule is None:
+            chosen = None if activation is None else choose_rule(module, activation, output)
+            if chosen is None:
+                raise ValueError(_uncovered(self._describe(module), "no rule covers this call of it"))
+            rule = self._rules[key] = chosen
+        assert activation is not None
+        for what, tensor in (("was given", activation), ("returned", output)):
+            if tensor.shape[:1] != (self._batch_size,):
+                raise ValueError(
+                    f"{self._describe(module)} {what} a tensor of shape {tuple(tensor.shape)} in a batch of "
+                    f"{self._batch_size}: without the example axis first, per-example gradients cannot be told apart. "
+                    "Leave it out with layers=[...], or let the model pass it one row per example."
+                )
+        return rule
+
+    def _describe(self, module: nn.Module) -> str:
+        _, parameters = self._owners[id(module)]
+        owned = ", ".join(repr(name) for name in parameters.values())
+        return f"{self._names.get(id(module), '?')!r} ({type(module).__name__}), which owns {owned},"
+
+
+def _resolve(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """The modules of these names that are called, each once even when it has several names."""
+    modules = [called for name in names for called in called_modules(find_module(model, name, "loop="))]
+    return list({id(module): module for module in modules}.values())
+
+
+def _owners(model: nn.Module, targets: Mapping[str, nn.Parameter]) -> dict[int, tuple[nn.Module, dict[str, str]]]:
+    """Every module that owns targeted parameters, with its local names mapped to theirs.
+
+    A parameter may have several owners (tied embedding and head, blocks that share tensors): their uses add up.
+    """
+    by_id = {id(parameter): name for name, parameter in targets.items()}
+    owners: dict[int, tuple[nn.Module, dict[str, str]]] = {}
+    for name, module in model.named_modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        mine = {local: by_id[id(parameter)] for local, parameter in own if id(parameter) in by_id}
+        if not mine:
+            continue
+        if not may_cover(module):
+            owned = ", ".join(repr(target) for target in mine.values())
+            what = f"{canonical_name(name)!r} ({type(module).__name__}), which owns {owned},"
+            raise ValueError(_uncovered(what, "it uses them outside any layer of its own"))
+        owners[id(module)] = (module, mine)
+    return owners
+
+
+def _uncovered(what: str, why: str) -> str:
+    return (
+        f"No layer rule covers {what} because {why}. Leave it out by naming the layers you want in layers=[...], or "
+        "move the parameter into a leaf module that takes one tensor and returns one."
+    )
+
+
+def _only_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a layer was given, if that is exactly one tensor."""
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return tensors[0] if len(tensors) == 1 else None
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, so that the backward pass forms none."""
+    active = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in active:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in active:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no key-value cache: a looped block would append to the cache of its previous iteration.
+
+    Args:
+        model: Given back as it was.
+    """
+    training = {module: module.training for module in model.modules()}
+    configs = {
+        id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)
+    }
+    model.eval()
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def _recomputed(module: nn.Module) -> Iterator[None]:
+    """``module`` drops its activations in the forward pass and recomputes them in the backward pass."""
+    own = vars(module).get("forward")
+    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

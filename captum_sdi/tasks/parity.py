@@ -1,0 +1,40 @@
+"""Parity: is the number of ones in a bit string odd?"""
+
+from captum_sdi.tasks.dataset import Example, TaskDataset, check_bits, draw_examples
+
+
+def parity(size: int, min_bits: int = 1, max_bits: int = 8, seed: int = 0) -> TaskDataset:
+    """Draw different bit strings, each followed by its parity: "10110=1".
+
+    Lengths are drawn equally often until the strings of one run out: there are only 2^b of b bits,
+    510 of 1 to 8 bits.
+
+    Args:
+        size: Number of strings.
+        min_bits: Length of the shortest.
+        max_bits: Length of the longest.
+        seed: The same seed gives the same strings.
+
+    Returns:
+        Rows of `max_bits + 2` positions.
+
+    Raises:
+        ValueError: If an argument is impossible, or there are fewer than `size` such strings.
+
+    Example:
+        >>> data = parity(100)
+        >>> data.text(0)
+        '00110010=1'
+        >>> train, held_out = data.split(held_out=20)
+        >>> len(train), len(held_out)
+        (80, 20)
+    """
+    check_bits(min_bits, max_bits)
+    spaces = {bits: 2**bits for bits in range(min_bits, max_bits + 1)}
+    examples = draw_examples(size, seed, spaces, _example)
+    return TaskDataset(examples, characters="01=", length=max_bits + 2)
+
+
+def _example(bits: int, number: int) -> Example:
+    string = f"{number:0{bits}b}"
+    return Example.question(f"{string}=", str(string.count("1") % 2))
