@@ -17,7 +17,7 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format tutorials test-oldest clean
+.PHONY: help venv demo test lint format tutorials test-captum test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,13 @@ ifeq ($(NOTEBOOKS),)
 else
 	MPLBACKEND=Agg $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 $(NOTEBOOKS) $(ARGS)
 endif
+
+test-captum: $(VENV)/.stamp  ## run Captum's own influence tests on SDIInfluence (CAPTUM_TESTS=path)
+	@test -n "$(wildcard $(CAPTUM_TESTS)/test_tracin_*.py)" || { \
+		echo "no test_tracin_*.py in CAPTUM_TESTS='$(CAPTUM_TESTS)': check out https://github.com/meta-pytorch/captum"; \
+		echo "and run: make test-captum CAPTUM_TESTS=path/to/captum/tests/influence/_core"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.captum_contract -n $(WORKERS) \
+		$(wildcard $(CAPTUM_TESTS)/test_tracin_*.py) $(ARGS)
 
 test-oldest: $(OLDEST)/.stamp  ## run the tests on the oldest versions that pyproject.toml admits
 	$(call PYTEST,$(OLDEST))

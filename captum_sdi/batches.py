@@ -118,7 +118,7 @@ def batch_size(raw: Any) -> int:
 
     Raises:
         TypeError: It is something else.
-        ValueError: Its tensors disagree, or there is none.
+        ValueError: Its tensors disagree, or there is none, or no example in them.
 
     Example:
         >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4, 7)})
@@ -140,7 +140,10 @@ def batch_size(raw: Any) -> int:
             f"The batch's tensors disagree on the number of examples (their first axis): {sizes}. "
             "Give each one row per example, or pass what all examples share in forward_kwargs=."
         )
-    return next(iter(sizes.values()))
+    size = next(iter(sizes.values()))
+    if size == 0:
+        raise ValueError(f"The batch holds no example: the tensors of {list(sizes)} have no row.")
+    return size
 
 
 def select(raw: Any, indices: Sequence[int]) -> Any:
@@ -234,14 +237,16 @@ class Stream:
             The batch.
 
         Raises:
-            ValueError: There is none.
+            ValueError: There is none, or none any more.
         """
         if self._peeked is None:
             iterator = iter(self._loader)
             try:
                 self._peeked = next(iterator), iterator
             except StopIteration:
-                raise ValueError(f"{self._argument} is empty.") from None
+                if self._seen is None:
+                    raise ValueError(f"{self._argument} is empty.") from None
+                raise ValueError(self._changed(f"it ended after 0 batches instead of {len(self._seen)}")) from None
         return self._peeked[0]
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:

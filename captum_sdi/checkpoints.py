@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 # In the order they are looked for: safetensors before pickles, whole models before adapters.
 _WHOLE_FILES = (
@@ -256,12 +257,13 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     state, rate = _read_weights(file)
     if rate is None and file.name in _WHOLE_FILES + _ADAPTER_FILES:
         rate = _trainer_rate(source if source.is_dir() else source.parent)
-    rate = _settled_rate(rate, source)
+    if rate is not None and (not math.isfinite(rate) or rate < 0):
+        raise ValueError(f"The learning rate of {source} is {rate}; it must be finite and not < 0.")
     if file.name in _ADAPTER_FILES:
         _load_adapter(model, state, file)
     else:
         _load_whole(model, state, file)
-    return rate
+    return _effective_rate(rate, source)
 
 
 def _check_not_on_meta(model: nn.Module) -> None:
@@ -518,17 +520,14 @@ def _rate_between(step: int, rates: dict[int, float], folder: Path) -> float | N
     return rate
 
 
-def _settled_rate(rate: float | None, path: Path) -> float:
-    """Refuse an impossible rate, and warn of a missing one or of one that has no effect."""
+def _effective_rate(rate: float | None, path: Path) -> float:
+    """Replace a missing rate by 1.0, and warn of it, or of one that has no effect."""
     if rate is None:
         _warn(
-            f"{path} holds no learning rate: 1.0 is used, so all such checkpoints count alike. "
-            "Save 'learning_rate' beside the state dict, or keep trainer_state.json beside the "
-            "weights."
+            f"{path} holds no learning rate: 1.0 is used, so all such checkpoints count alike. Save "
+            "'learning_rate' beside the state dict, or keep trainer_state.json beside the weights."
         )
         return 1.0
-    if not math.isfinite(rate) or rate < 0:
-        raise ValueError(f"The learning rate of {path} is {rate}; it must be finite and at least 0.")
     if rate == 0:
         _warn(
             f"The learning rate of {path} is 0: this checkpoint contributes nothing to any score. "
@@ -552,8 +551,8 @@ class _Differences:
     unexpected: list[str]
     shapes: list[str]
 
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.shapes)
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.shapes)
 
     def error(self, file: Path, model: nn.Module) -> ValueError:
         kinds = [
@@ -669,9 +668,11 @@ def _read_by_transformers(model: nn.Module, file: Path) -> dict[str, Tensor] | N
     inner = _unwrapped(model)
     if not isinstance(inner, PreTrainedModel) or not (file.parent / "config.json").is_file():
         return None
+    loader: Any = type(inner)  # its annotation leaves out the pair that loading info makes
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report would call "ok" what we are about to refuse
     try:
         with _kept_rng():
-            loader: Any = type(inner)  # its annotation leaves out the pair that loading info makes
             read, info = loader.from_pretrained(
                 file.parent,
                 config=copy.deepcopy(inner.config),
@@ -681,6 +682,8 @@ def _read_by_transformers(model: nn.Module, file: Path) -> dict[str, Tensor] | N
             )
     except Exception:  # whatever it stumbles over, our own list of differences says it better
         return None
+    finally:
+        logging.set_verbosity(verbosity)
     return None if any(info.values()) else read.state_dict()
 
 
@@ -731,15 +734,18 @@ def _check_adapter_settings(model: Any, name: str, file: Path) -> None:
 def _adapter_differences(model: Any, name: str, state: dict[str, Tensor]) -> _Differences:
     from peft import get_peft_model_state_dict
 
-    # Resized or retrained embeddings are saved along; peft cannot tell without asking the Hub.
-    embeddings = any(re.search(r"embed|wte|lm_head", key) and "lora" not in key for key in state)
-    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
-    shapes = [d for key in own.keys() & state.keys() for d in _difference(key, state[key], own[key])]
-    return _Differences(
-        missing=[key for key in own if key not in state],
-        unexpected=[key for key in state if key not in own],
-        shapes=sorted(shapes),
-    )
+    # Whether embeddings were saved along (they were if resized) only the checkpoint tells; peft's
+    # own guess would ask the Hub. Take the answer that fits better.
+    found: list[_Differences] = []
+    for embeddings in (False, True):
+        own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=embeddings)
+        shapes = [d for k in own if k in state for d in _difference(k, state[k], own[k])]
+        missing = [key for key in own if key not in state]
+        unexpected = [key for key in state if key not in own]
+        found.append(_Differences(missing, unexpected, shapes))
+        if not unexpected:
+            break
+    return min(found, key=len)
 
 
 # --- Giving the model back -----------------------------------------------------------------------
@@ -770,12 +776,16 @@ def preserved(model: nn.Module, weights: bool = True) -> Iterator[None]:
         >>> model.weight is weight
         True
     """
-    tensors = _tensor_states(model, weights)
+    parameters = [_TensorState.of(p, copied=weights) for p in model.parameters()]
+    gradients = [_TensorState.of(p.grad, copied=weights) for p in parameters if p.grad is not None]
+    buffers = [_TensorState.of(buffer, copied=True) for buffer in model.buffers()]
     modules = [_ModuleState.of(module) for module in model.modules()]
     # A stack runs every callback, the last one first, even when one of them fails.
     with _kept_rng(), ExitStack() as stack:
-        for restore in [*(t.restore for t in tensors), *(m.restore for m in modules)]:
-            stack.callback(restore)
+        for state in [*parameters, *gradients, *buffers]:
+            stack.callback(state.restore)
+        for module in modules:
+            stack.callback(module.restore)
         yield
 
 
@@ -835,27 +845,25 @@ def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str
 
 @dataclass(frozen=True)
 class _TensorState:
-    """One parameter or buffer: its storage, values, and gradient."""
+    """One parameter, buffer or gradient: its storage, its values, and which gradient it has."""
 
     tensor: Tensor
     alias: Tensor  # shares the storage, so it finds it again after `tensor.data = other`
+    values: Tensor | None
     is_leaf: bool
     requires_grad: bool
-    values: Tensor | None
     grad: Tensor | None
-    grad_values: Tensor | None
 
     @staticmethod
-    def of(tensor: Tensor, values: bool, grad_values: bool) -> _TensorState:
-        grad = tensor.grad if tensor.is_leaf else None
+    def of(tensor: Tensor, copied: bool) -> _TensorState:
+        alias = tensor.detach()
         return _TensorState(
             tensor,
-            tensor.detach(),
+            alias,
+            _writable(alias).clone() if copied else None,
             tensor.is_leaf,
             tensor.requires_grad,
-            _writable(tensor.detach()).clone() if values else None,
-            grad,
-            grad.detach().clone() if grad is not None and grad_values else None,
+            tensor.grad if tensor.is_leaf else None,
         )
 
     def restore(self) -> None:
@@ -871,14 +879,6 @@ class _TensorState:
             tensor.requires_grad_(self.requires_grad)
         if self.is_leaf and tensor.grad is not self.grad:
             tensor.grad = self.grad
-        if self.grad is not None and self.grad_values is not None:
-            self.grad.detach().copy_(self.grad_values)
-
-
-def _tensor_states(model: nn.Module, weights: bool) -> list[_TensorState]:
-    """Record every distinct parameter and buffer once, however many names it has."""
-    states = [_TensorState.of(p, values=weights, grad_values=weights) for p in model.parameters()]
-    return states + [_TensorState.of(b, values=True, grad_values=False) for b in model.buffers()]
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ first example is rehearsed, so that what cannot work is said before hours are sp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -57,11 +58,6 @@ class Engine:
         if loop is not None or layers != "loop":
             self._targets(loop or LoopSpec(("",)))
 
-    def exactly(self, values: Tensor) -> Tensor:
-        """Scores are summed over checkpoints in float64 for float64 models, else in float32."""
-        double = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
-        return values.to(torch.float64 if double else torch.float32)
-
     def sweep(
         self, checkpoints: Sequence[Any], first: tuple[Stream, Side], visit: Callable[[int, float], None]
     ) -> None:
@@ -79,9 +75,7 @@ class Engine:
         with preserved(self.model, weights=loads):
             featurizer = self._prepared(*first)
             for i, (checkpoint, name) in enumerate(zip(checkpoints, checkpoint_names(checkpoints), strict=True)):
-                eta = 1.0 if checkpoint is None else float(self._load(self.model, checkpoint))
-                if not torch.isfinite(torch.tensor(eta)):
-                    raise ValueError(f"checkpoints_load_func returned the learning rate {eta} for checkpoint {name!r}.")
+                eta = 1.0 if checkpoint is None else _learning_rate(self._load(self.model, checkpoint), name)
                 with featurizer.installed(name):
                     visit(i, eta)
 
@@ -117,6 +111,9 @@ class Engine:
             The positions of a batch's examples ``(n,)``, and their features.
         """
         assert self._featurizer is not None
+        # Scores and their sums over checkpoints keep float64 for a float64 model, whatever the sketch's arithmetic.
+        double = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
+        dtype = torch.float64 if double else torch.float32
         for start, raw in stream:
             self._rehearse(raw, side)
             positions = torch.arange(start, start + batch_size(raw))
@@ -125,7 +122,8 @@ class Engine:
                 if len(positions) == 0:
                     continue
                 raw = select(raw, (positions - start).tolist())
-            yield positions, self._featurizer(raw, side, by_step, positions.tolist())
+            features = self._featurizer(raw, side, by_step, positions.tolist())
+            yield positions, features.map(lambda row: row.to(dtype))
 
     def pairs(
         self,
@@ -207,3 +205,17 @@ class Engine:
                 f"model's own loss {own.item():.6g}. Pass loss_fn= with the loss you trained with: "
                 "(output, labels) to one value per example."
             )
+
+
+def _learning_rate(returned: Any, checkpoint: str) -> float:
+    """What a load function returned, as a finite number."""
+    try:
+        eta = float(returned)
+    except (TypeError, ValueError):
+        eta = math.nan
+    if not math.isfinite(eta):
+        raise ValueError(
+            f"checkpoints_load_func returned the learning rate {returned!r} for checkpoint {checkpoint!r}. It must "
+            "load the checkpoint and return a finite number."
+        )
+    return eta

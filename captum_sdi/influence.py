@@ -166,7 +166,7 @@ class SDIInfluence(TracInCPBase):
         totals = Running()
 
         def receive(i: int, _: Tensor, eta: float, scores: Scores) -> None:
-            totals.add(i, eta * self._engine.exactly(scores.values[..., 0]))
+            totals.add(i, eta * scores.values[..., 0])
 
         self._pairs(stream, receive, False, aggregate, what if show_progress else None)
         scores = totals.result()
@@ -244,7 +244,7 @@ class SDIInfluence(TracInCPBase):
             tested = self._engine.features(tests, self._test, by_step=True)
             blocks = self._engine.blocks(trains, self._train, by_step=True, only=wanted)
             for i, (positions, trained) in enumerate(blocks):
-                matrix = eta * self._engine.exactly(step_matrices(tested, trained))
+                matrix = eta * step_matrices(tested, trained)
                 matrices.add(i, matrix)
                 if position == 0:
                     found.add(i, positions.unsqueeze(0))
@@ -310,9 +310,7 @@ class SDIInfluence(TracInCPBase):
                 raise ValueError(f"A learning rate of {eta} has no square root; influence() takes it.")
             features = self._engine.features(stream, side, False, aggregate)
             rows = [F.pad(row[:, 0], (0, max(0, width - row.shape[-1]))) for row in features.rows.values()]
-            columns.append(
-                math.sqrt(eta) * self._engine.exactly(torch.cat([row.to(rows[0].device) for row in rows], 1))
-            )
+            columns.append(math.sqrt(eta) * torch.cat([row.to(rows[0].device) for row in rows], 1))
 
         self._engine.sweep(self.checkpoints, (stream, side), visit)
         return torch.cat(columns, dim=1)
@@ -344,8 +342,8 @@ class SDIInfluence(TracInCPBase):
         values, variances = Running(), Running()
 
         def receive(i: int, _: Tensor, eta: float, scores: Scores) -> None:
-            values.add(i, eta * self._engine.exactly(scores.values))
-            variances.add(i, eta**2 * self._engine.exactly(scores.variances))
+            values.add(i, eta * scores.values)
+            variances.add(i, eta**2 * scores.variances)
 
         what = "compute step influence for training batches" if show_progress else None
         n_steps = self._pairs(tests, receive, True, aggregate, what)
@@ -358,8 +356,8 @@ class SDIInfluence(TracInCPBase):
         best = TopK(k, proponents)
 
         def receive(_: int, positions: Tensor, eta: float, scores: Scores) -> None:
-            values, variances = (self._engine.exactly(tensor) for tensor in (scores.values, scores.variances))
-            best.add(positions, eta * _column(values, column), eta * values, eta**2 * variances)
+            values = eta * scores.values
+            best.add(positions, _column(values, column), values, eta**2 * scores.variances)
 
         n_steps = self._pairs(tests, receive, True, aggregate, what)
         indices, _, values, variances = best.result()
@@ -372,15 +370,15 @@ class SDIInfluence(TracInCPBase):
         ranked = Running()
 
         def rank(i: int, _: Tensor, eta: float, scores: Scores) -> None:
-            ranked.add(i, eta * self._engine.exactly(_column(scores.values, column)))
+            ranked.add(i, eta * _column(scores.values, column))
 
         self._pairs(tests, rank, column > 0, aggregate, what)
         indices, _ = top_k(ranked.result(), k, proponents)
         values, variances = Running(), Running()
 
         def collect(_: int, positions: Tensor, eta: float, scores: Scores) -> None:
-            values.add(0, eta * self._engine.exactly(pick_winners(indices, positions, scores.values)))
-            variances.add(0, eta**2 * self._engine.exactly(pick_winners(indices, positions, scores.variances)))
+            values.add(0, eta * pick_winners(indices, positions, scores.values))
+            variances.add(0, eta**2 * pick_winners(indices, positions, scores.variances))
 
         what = None if what is None else "compute the trajectories of the winners"
         n_steps = self._pairs(tests, collect, True, aggregate, what, only=indices.unique().cpu())
@@ -398,8 +396,8 @@ class SDIInfluence(TracInCPBase):
             bar = self._bar(f"{text} batch", total) if show_progress and outer_bar else whole
             for i, (_, features) in enumerate(self._engine.blocks(stream, self._train, by_step)):
                 scores = self_scores(features)
-                values.add(i, eta * self._engine.exactly(scores.values))
-                variances.add(i, eta**2 * self._engine.exactly(scores.variances))
+                values.add(i, eta * scores.values)
+                variances.add(i, eta**2 * scores.variances)
                 if position == 0:
                     depths.add(i, features.n_steps)
                 bar.update()

@@ -199,7 +199,7 @@ def plot_heatmap(
         order = np.lexsort((-np.abs(values).max(1), np.abs(values).argmax(1)))
         columns, values = columns[order], values[order]
 
-    ax = _axes(ax, max(1.9, 0.7 + 0.135 * len(columns)) if len(columns) <= 40 else 2.8)
+    ax = _axes(ax, max(2.1, 0.7 + 0.135 * len(columns)) if len(columns) <= 40 else 2.8)
     room = _label_room(ax)
     _draw_heatmap(ax, values, limit)
     if _row_height(ax, len(columns)) >= 6:
@@ -246,14 +246,16 @@ def plot_step_matrix(
     ax = _axes(ax, 2.7)
     rows, columns = values.shape
     _draw_heatmap(ax, values, limit)
+    lost = 0.0
     if rows == columns:
         ax.set_aspect("equal")
+        lost = max(0.0, _width(ax) - _height(ax))
     ax.set_ylim(-0.5, rows - 0.5)  # step 1 at the bottom, as on every other axis
     ticks = _round_ticks(rows, 10)
     ax.set_yticks(ticks - 1, [str(step) for step in ticks])
     ax.set_xlabel("loop step of the test example", fontsize=_FONT)
     ax.set_ylabel("loop step of the train example", fontsize=_FONT)
-    _title(ax, title, default, taken=20)
+    _title(ax, title, default, taken=20 + lost)
     return ax
 
 
@@ -287,7 +289,8 @@ def plot_self_influence(
     scores = _read(result, of_itself=True)
     _check_texts(texts, scores)
     count, depth = scores.trajectories.shape[1:]
-    top = np.concatenate(_strongest(scores, 0, np.arange(count), k))[:k]
+    _check_k(k)
+    top = _in_order(_strongest(scores, 0, np.arange(count), None))[:k]
 
     ax = _axes(ax, 2.05 + _legend_height([3, len(top)], texts is not None))
     steps = np.arange(1, depth + 1)
@@ -354,7 +357,7 @@ def plot_totals(
             f"tests and k ask for {len(rows)} rows, more than can be read (80). Pass fewer tests or a smaller k."
         )
 
-    ax = _axes(ax, max(1.9, 0.75 + 0.135 * len(rows)))
+    ax = _axes(ax, max(2.2, 0.85 + 0.135 * len(rows)))
     room = _label_room(ax)
     bars, heat = _split(ax)
     _draw_bars(bars, scores, rows)
@@ -414,18 +417,16 @@ def plot_step_share(
         raise ValueError("tests is an empty mapping. Pass at least one group, name: positions, or None for all.")
     chosen = {name: _positions("tests", group, len(scores.totals)) for name, group in groups.items()}
     shares = _shares(scores)
-    drawn = shares[np.concatenate(list(chosen.values()))]
-    parts = [name for name, column in (("prelude", 0), ("coda", -1)) if drawn[:, column].any()]
+    used = [shares[positions][shares[positions].any(1)] for positions in chosen.values()]
+    parts = [name for name, column in (("prelude", 0), ("coda", -1)) if any(group[:, column].any() for group in used)]
 
     ax = _axes(ax, 2.1 + _legend_height([len(chosen)] if named else [], True))
     block = _Block("", [], [])
-    for rank, (name, positions) in enumerate(chosen.items()):
-        group = shares[positions]
-        offset = rank - (len(chosen) - 1) / 2
-        block.handles.append(_draw_share(ax, group[group.any(1)], parts, rank, offset))
-        block.names.append(_clip(f"{name} ({len(positions)})", _legend_room(ax)))
+    for rank, (name, group) in enumerate(zip(chosen, used, strict=True)):
+        block.handles.append(_draw_share(ax, group, parts, rank, rank - (len(chosen) - 1) / 2))
+        block.names.append(_clip(f"{name} ({len(group)})", _legend_room(ax)))
     _finish_step_plot(ax, scores.trajectories.shape[2], "share of |influence|", parts)
-    _title(ax, title, f"{len(drawn)} test examples" if len(drawn) > 1 else "1 test example")
+    _title(ax, title, "" if named else f"{len(used[0])} test example{'s' * (len(used[0]) != 1)}")
     if named:
         _legend(ax, [block], True)
     return ax
@@ -543,19 +544,23 @@ def _array(name: str, values: ArrayLike | Tensor) -> Array:
     return array
 
 
-def _position(name: str, value: int, size: int) -> int:
-    """Checks one 0-based position."""
+def _integer(name: str, value: int) -> int:
     try:
-        position = operator.index(value)
+        return operator.index(value)
     except TypeError as error:
-        raise ValueError(f"{name} must be a position, an integer from 0 to {size - 1}, got {value!r}.") from error
+        raise ValueError(f"{name} takes integers that count from 0, got {value!r}.") from error
+
+
+def _position(name: str, value: int, size: int) -> int:
+    """Checks one position."""
+    position = _integer(name, value)
     if not 0 <= position < size:
         raise ValueError(f"{name}={position} is out of range: the result has {size}, so pass 0 to {size - 1}.")
     return position
 
 
 def _positions(name: str, values: Sequence[int] | None, size: int) -> NDArray[np.int64]:
-    """Checks a set of 0-based positions; None = all."""
+    """Checks a set of positions; None = all."""
     if values is None:
         return np.arange(size)
     if isinstance(values, (str, int)) or not len(values):
@@ -570,14 +575,15 @@ def _columns(scores: _Scores, test: int, train: Sequence[int] | None) -> NDArray
     if isinstance(train, (str, int)) or not len(train):
         raise ValueError(f"train must be a sequence of training set indices, got {train!r}.")
     column_of = {int(index): column for column, index in enumerate(scores.indices[test])}
-    absent = [index for index in train if int(index) not in column_of]
+    indices = [_integer("train", index) for index in train]
+    absent = [index for index in indices if index not in column_of]
     if absent:
         raise ValueError(
-            f"train={list(train)} names examples that the result does not hold for test example "
+            f"train={indices} names examples that the result does not hold for test example "
             f"{test}: {absent}. It holds {len(column_of)}, such as {list(column_of)[:5]}; "
             "call step_influence without k for all."
         )
-    return np.array([column_of[int(index)] for index in train])
+    return np.array([column_of[index] for index in indices])
 
 
 def _check_texts(texts: Sequence[str] | None, scores: _Scores) -> None:
@@ -590,6 +596,11 @@ def _check_texts(texts: Sequence[str] | None, scores: _Scores) -> None:
             f"the result names example {scores.indices.max()}, got "
             f"{'one string' if isinstance(texts, str) else f'{len(texts)} texts'}."
         )
+
+
+def _check_k(k: int | None) -> None:
+    if k is not None and _integer("k", k) < 1:
+        raise ValueError(f"k must be an integer of at least 1, got {k!r}.")
 
 
 def _check_limit(limit: float | None) -> None:
@@ -610,8 +621,7 @@ def _strongest(
     scores: _Scores, test: int, columns: NDArray[np.int64], k: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Columns of the k (None = all) largest totals >= 0 and smallest < 0, strongest first."""
-    if k is not None and (isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1):
-        raise ValueError(f"k must be an integer of at least 1, got {k!r}.")
+    _check_k(k)
     totals = scores.totals[test, columns]
     order = np.argsort(-totals, kind="stable")
     proponents, opponents = columns[order[totals[order] >= 0]], columns[order[totals[order] < 0]]
@@ -883,9 +893,10 @@ def _places_of_ends(steps: int) -> dict[str, float]:
 
 
 def _round_ticks(count: int, most: int) -> NDArray[np.int64]:
-    """1 and the multiples of a round stride up to ``count``; about ``most`` of them."""
-    strides = (base * 10**power for power in range(9) for base in (1, 2, 4, 5, 8))
-    stride = next((stride for stride in strides if count / stride <= most), count)
+    """1 and the multiples of a round stride up to ``count``, about ``most`` of them; with the last one if possible."""
+    strides = [base * 10**power for power in range(9) for base in (1, 2, 4, 5, 8)]
+    fitting = [stride for stride in sorted([*strides, 16, 32]) if count / stride <= most]
+    stride = next((stride for stride in fitting if count % stride == 0 and stride <= 2 * fitting[0]), fitting[0])
     return np.array([1, *range(max(stride, 2), count + 1, stride)])
 
 
@@ -897,7 +908,7 @@ def _scale(axis: XAxis | YAxis, largest: float) -> str:
     Returns:
         The factor in mathtext, for the label.
     """
-    power = 0 if largest == 0 or 1e-2 < largest < 1e4 else int(np.floor(np.log10(largest)))
+    power = 0 if largest == 0 or 1e-2 < largest < 1e4 else max(-300, int(np.floor(np.log10(largest))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10.0**power:.4g}".replace("-", "−")))
     return f"$\\times 10^{{{power}}}$" if power else ""
 
@@ -1012,16 +1023,17 @@ def _label_rows(ax: Axes, names: list[str], bold: Sequence[int] = ()) -> None:
 def _label_room(ax: Axes) -> float:
     """Points for labels left of an Axes: some of its width, or of the margin that is there."""
     if _has_layout(ax):
-        return 0.45 * _width(ax)
+        return 0.42 * _width(ax)
     return max(20.0, min(ax.bbox.x0 / ax.figure.dpi * 72 - 20, 0.2 * _width(ax)))
 
 
 def _clip(text: str, room: float, size: float = _SMALL) -> str:
     """One line of at most ``room`` points, cut with an ellipsis, safe from mathtext."""
-    # 2000 characters are more than any label holds, so that a book costs no more than a line.
-    line = "".join(_drawable(char) for char in " ".join(text[:2000].split()))
-    if _text_width(line, size) > room or len(text) > 2000:
-        ends = np.cumsum([_text_width(char, size) for char in line])
+    most = 500  # characters, more than any label holds: a book costs no more than a line
+    families = _families()
+    line = "".join(_drawable(char, families) for char in " ".join(text[:most].split()))
+    ends = size * np.cumsum([_advance(char, families) or 0.0 for char in line])
+    if len(text) > most or ends.max(initial=0) > room:
         fitting = int(np.searchsorted(ends, room - _text_width("…", size), side="right"))
         line = line[:fitting].rstrip() + "…"
     return line.replace("$", r"\$")
@@ -1033,9 +1045,9 @@ def _text_width(text: str, size: float = _SMALL) -> float:
     return size * sum(_advance(char, families) or 0.0 for char in text)
 
 
-def _drawable(char: str) -> str:
+def _drawable(char: str, families: tuple[str, ...]) -> str:
     """The character, or its escape where it is invisible or no font has it."""
-    if char.isprintable() and _advance(char, _families()) is not None:
+    if char.isprintable() and _advance(char, families) is not None:
         return char
     return char.encode("unicode_escape").decode("ascii")
 

@@ -234,14 +234,16 @@ class _Hash:
     def __init__(self, dim: int, length: int, generator: torch.Generator, device: torch.device) -> None:
         self.dim = dim
         self.n_blocks = max(1, math.ceil(length / dim))
-        blocks = [torch.randperm(dim, generator=generator) for _ in range(self.n_blocks)]
+        # Drawn on the CPU in float32, whatever torch's default device and dtype are.
+        cpu = torch.device("cpu")
+        blocks = [torch.randperm(dim, generator=generator, device=cpu) for _ in range(self.n_blocks)]
         buckets = torch.cat(blocks)[:length]
-        signs = 2.0 * torch.randint(0, 2, (length,), generator=generator) - 1.0
+        signs = 2 * torch.randint(0, 2, (length,), generator=generator, device=cpu).float() - 1
         # The same map read from the buckets' side: which entry of each block lands here, with sign 0 for none. A
         # gather of d entries is several times faster than scattering them.
-        sources, weights = torch.zeros(self.n_blocks, dim, dtype=torch.long), torch.zeros(self.n_blocks, dim)
-        block = torch.arange(length) // dim
-        sources[block, buckets], weights[block, buckets] = torch.arange(length), signs
+        entries = torch.arange(length, device=cpu)
+        sources, weights = buckets.new_zeros(self.n_blocks, dim), signs.new_zeros(self.n_blocks, dim)
+        sources[entries // dim, buckets], weights[entries // dim, buckets] = entries, signs
         self.buckets, self.signs = buckets.to(device), signs.to(device)
         self._sources, self._weights = sources.to(device), weights.to(device)
 
@@ -308,7 +310,7 @@ class _MatrixSketch:
     def _one_hot(self, ids: Tensor, cols: Tensor) -> Tensor:
         """A one-hot factor turns the convolution into a rotation by its bucket; one FFT per example at the end."""
         (n, p), d = ids.shape, self.width
-        sketched = torch.zeros(n, d, device=cols.device)
+        sketched = torch.zeros(n, d, dtype=self.dtype, device=cols.device)
         offsets = torch.arange(d, device=cols.device)
         tokens = _tokens_per_block(d, cols.device)
         for i in range(n):
@@ -322,7 +324,7 @@ class _MatrixSketch:
     def _dense(self, grads: Tensor) -> Tensor:
         """Entry (r, c) goes to bucket h(r) + h'(c) mod d with sign s(r) s'(c)."""
         n, d = grads.shape[0], self.width
-        sketched = torch.zeros(n, d, device=grads.device)
+        sketched = torch.zeros(n, d, dtype=self.dtype, device=grads.device)
         signed = grads.reshape(n, len(self._rows.signs), -1).float() * self._cols.signs
         for r, (bucket, sign) in enumerate(zip(self._rows.buckets.tolist(), self._rows.signs.tolist(), strict=True)):
             sketched.index_add_(1, (self._cols.buckets + bucket) % d, signed[:, r], alpha=sign)

@@ -107,9 +107,7 @@ def test_forward_is_prelude_loop_coda(injection: str, state_init: str, n_loops: 
     state = inputs if state_init == "prelude" else torch.zeros(2, 6, 8)
     for _ in range(n_loops):
         mixed = (
-            torch.cat([state, inputs], -1) @ model.core.adapter.weight.T
-            if (injection == "concat")
-            else state + inputs
+            torch.cat([state, inputs], -1) @ model.core.adapter.weight.T if (injection == "concat") else state + inputs
         )
         state = model.core.blocks[0](mixed, None)
     expected = model.ln_f(model.coda[0](state, None)) @ model.lm_head.weight.T
@@ -119,9 +117,7 @@ def test_forward_is_prelude_loop_coda(injection: str, state_init: str, n_loops: 
 
 def test_core_is_called_once_per_loop_with_positional_arguments():
     model, calls = tiny(), []
-    model.core.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((len(args), kwargs)), with_kwargs=True
-    )
+    model.core.register_forward_pre_hook(lambda _, args, kwargs: calls.append((len(args), kwargs)), with_kwargs=True)
     model(tokens(2, 6))
     assert calls == [(3, {})] * 3
     model(tokens(2, 6), n_loops=5)

@@ -98,9 +98,7 @@ class LoopedGPTConfig(PretrainedConfig):
         for name in kwargs:
             if name.startswith("n_"):
                 known = ", ".join(sorted(k for k in _SETTINGS if k.startswith("n_")))
-                raise ValueError(
-                    f"{name}={kwargs[name]!r} is no setting of LoopedGPTConfig; use one of {known}."
-                )
+                raise ValueError(f"{name}={kwargs[name]!r} is no setting of LoopedGPTConfig; use one of {known}.")
         self.vocab_size = vocab_size
         self.n_positions = n_positions
         self.n_embd = n_embd
@@ -262,9 +260,8 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: If settings changed since `config` was made describe no model.
         """
         super().__init__(config)
-        _check_config(
-            config
-        )  # again: from_pretrained(folder, n_loops=0) sets attributes afterwards
+        # Once more: from_pretrained(folder, n_loops=0) sets attributes after the config was made.
+        _check_config(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.prelude = _blocks(config, config.n_prelude)
@@ -329,9 +326,7 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass the whole sequence to `forward` at every step of `generate`: there is no cache.
 
         Args:
@@ -349,19 +344,13 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("generate needs is_causal=True: this model sees later tokens too.")
         for name in ("initial_state", "labels"):
             if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} cannot be used in generate, where sequences grow; leave it out."
-                )
+                raise ValueError(f"{name} cannot be used in generate, where sequences grow; leave it out.")
         passed_on = {name: kwargs.get(name) for name in ("attention_mask", "n_loops")}
         return {"input_ids": input_ids, **passed_on}
 
-    def _check_inputs(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
-    ) -> None:
+    def _check_inputs(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> None:
         if input_ids.dim() != 2:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; it must be (examples, positions)."
-            )
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be (examples, positions).")
         if input_ids.shape[1] > self.config.n_positions:
             raise ValueError(
                 f"input_ids has {input_ids.shape[1]} positions, more than n_positions="
@@ -370,13 +359,10 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in (("attention_mask", attention_mask), ("labels", labels)):
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; it must be that of input_ids, "
-                    f"{tuple(input_ids.shape)}."
+                    f"{name} has shape {tuple(value.shape)}; it must be that of input_ids, {tuple(input_ids.shape)}."
                 )
 
-    def _initial_state(
-        self, initial_state: Tensor | None, inputs: Tensor, position_ids: Tensor
-    ) -> Tensor:
+    def _initial_state(self, initial_state: Tensor | None, inputs: Tensor, position_ids: Tensor) -> Tensor:
         if initial_state is not None:
             if initial_state.shape != inputs.shape:
                 raise ValueError(
@@ -396,7 +382,7 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         noise = torch.randn(self.config.n_positions, self.config.n_embd, generator=generator)
         return noise.to(inputs)[position_ids] * self.config.initializer_range
 
-    def _loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> torch.FloatTensor:
         # transformers' causal loss shifts the labels unless it is handed shifted ones.
         shift_labels = None if self.config.is_causal else labels
         return self.loss_function(
@@ -429,9 +415,7 @@ def _blocks(config: LoopedGPTConfig, count: int) -> nn.ModuleList:
     return nn.ModuleList(Block(config) for _ in range(count))
 
 
-def _positions(
-    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-) -> Tensor:
+def _positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
     """Return positions (n, p), never (1, p): `wpe` must keep the example axis."""
     if position_ids is not None:
         return position_ids.expand_as(input_ids)
@@ -445,9 +429,7 @@ def _check_keywords(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         # Wrappers such as PEFT pass what they do not need as None or False.
         if name not in LOSS_KEYWORDS and value is not None and value is not False:
-            raise ValueError(
-                f"{name} is no argument of LoopedGPTForCausalLM.forward; leave it out."
-            )
+            raise ValueError(f"{name} is no argument of LoopedGPTForCausalLM.forward; leave it out.")
 
 
 AutoConfig.register(LoopedGPTConfig.model_type, LoopedGPTConfig, exist_ok=True)

@@ -75,9 +75,7 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
             self._check(example)
             end = len(example.text)
             self.input_ids[row, :end] = torch.tensor(self.encode(example.text))
-            self.labels[row, :end] = torch.tensor(
-                [IGNORED if c == " " else self.encode(c)[0] for c in example.targets]
-            )
+            self.labels[row, :end] = torch.tensor([IGNORED if c == " " else self.encode(c)[0] for c in example.targets])
             self.attention_mask[row, :end] = 1
 
     @property
@@ -124,9 +122,7 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
             ValueError: If a part would be empty.
         """
         if not 0 < held_out < len(self):
-            raise ValueError(
-                f"held_out={held_out!r} must leave rows on both sides; there are {len(self)}."
-            )
+            raise ValueError(f"held_out={held_out!r} must leave rows on both sides; there are {len(self)}.")
         kept = len(self) - held_out
         return (
             TaskDataset(self.examples[:kept], self.characters, self.length),
@@ -146,7 +142,7 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
 def draw_examples(
     size: int, seed: int, spaces: Mapping[int, int], make: Callable[[int, int], Example]
 ) -> list[Example]:
-    """Draw different examples, as many of each length as there are.
+    """Draw different examples, equally many of each length until one runs out.
 
     Args:
         size: How many.
@@ -196,11 +192,7 @@ def _in_random_order(rng: random.Random, space: int) -> Iterator[int]:
 
 def check_integer(name: str, value: object, minimum: int | None = None) -> None:
     """Raise ValueError naming the argument unless it is an integer, of at least `minimum`."""
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or (minimum is not None and value < minimum)
-    ):
+    if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
         bound = "" if minimum is None else f" of at least {minimum}"
         raise ValueError(f"{name}={value!r} must be an integer{bound}.")
 
@@ -210,6 +202,4 @@ def check_bits(min_bits: int, max_bits: int) -> None:
     check_integer("min_bits", min_bits, minimum=1)
     check_integer("max_bits", max_bits, minimum=1)
     if min_bits > max_bits:
-        raise ValueError(
-            f"min_bits={min_bits} is more than max_bits={max_bits}; swap or change them."
-        )
+        raise ValueError(f"min_bits={min_bits} is more than max_bits={max_bits}; swap or change them.")

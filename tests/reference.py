@@ -1,0 +1,138 @@
+"""The slow truth: per-step, per-example gradients by untying, and the formulas of the paper spelled out.
+
+Imports nothing from `captum_sdi`. The looped modules are replaced by one deep copy per iteration, so that ordinary
+autograd gives each iteration a gradient of its own; modules outside the loop are copied apart, too, so that a tensor
+shared by an embedding and a head has one gradient before and one after the loop. One example at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Untying:
+    """How a model comes apart.
+
+    `outside` says of every other module with parameters whether it works before ("prelude") or after ("coda") the
+    loop; the reference does not find out by itself.
+    """
+
+    loop: Sequence[str]
+    anchors: Sequence[str]
+    n_steps: int
+    outside: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Copies(nn.Module):
+    """Stands in a looped module's place: the copy of the current step answers."""
+
+    def __init__(self, module: nn.Module, clock: dict[str, int], n_steps: int, starts_step: bool) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(copy.deepcopy(module) for _ in range(n_steps))
+        self.clock, self.starts_step = clock, starts_step
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.starts_step:
+            self.clock["step"] += 1
+        return self.copies[self.clock["step"]](*args, **kwargs)
+
+
+def step_gradients(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], untying: Untying, names: Sequence[str]
+) -> Tensor:
+    """Gradients of one example's loss by bin: ``(2 + t, all entries of the named parameters)``.
+
+    The first row is the prelude, the second the coda, the others are the loop steps.
+    """
+    tied = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    wanted = [tied[name] for name in names]
+    model = copy.deepcopy(model).eval()
+    clock = {"step": -1}
+    bins: dict[tuple[int, int], list[nn.Parameter]] = {}  # (tied identity, bin) -> its untied parameters
+
+    def keep(prefix: str, module: nn.Module, bin: int) -> None:
+        for local, parameter in module.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(True)
+            bins.setdefault((tied[f"{prefix}.{local}"], bin), []).append(parameter)
+
+    for name in untying.loop:
+        copies = _Copies(model.get_submodule(name), clock, untying.n_steps, name in untying.anchors)
+        model.set_submodule(name, copies)
+        for step, module in enumerate(copies.copies):
+            keep(name, module, 2 + step)
+    for name, place in untying.outside.items():
+        model.set_submodule(name, copy.deepcopy(model.get_submodule(name)))
+        keep(name, model.get_submodule(name), {"prelude": 0, "coda": 1}[place])
+
+    parameters = [p for group in bins.values() for p in group]
+    grads = torch.autograd.grad(loss(model), parameters, allow_unused=True)
+    by_parameter = {id(p): g for p, g in zip(parameters, grads, strict=True) if g is not None}
+    shapes = {id(p): p for p in parameters}
+
+    def gradient(identity: int, bin: int) -> Tensor:
+        group = bins.get((identity, bin), [])
+        some = next(p for (other, _), ps in bins.items() if other == identity for p in ps)
+        total = torch.zeros_like(shapes[id(some)])
+        for parameter in group:
+            total += by_parameter.get(id(parameter), 0)
+        return total.flatten().detach()
+
+    return torch.stack(
+        [torch.cat([gradient(identity, bin) for identity in wanted]) for bin in range(2 + untying.n_steps)]
+    )
+
+
+@dataclass
+class Truth:
+    """Everything the library reports, from the definitions."""
+
+    totals: Tensor  # (q, n)
+    trajectories: Tensor  # (q, n, t)
+    prelude: Tensor  # (q, n)
+    coda: Tensor  # (q, n)
+    matrix: Tensor  # (q, n, s, t)
+    self_totals: Tensor  # (n,)
+    self_trajectories: Tensor  # (n, t)
+
+
+def truth(checkpoints: Sequence[tuple[float, Sequence[Tensor], Sequence[Tensor]]]) -> Truth:
+    """Influence from gradients: for each checkpoint (η, training examples' bins, test examples' bins)."""
+    parts = []
+    for eta, train, test in checkpoints:
+        whole = [g.sum(0) for g in train]
+        parts.append(
+            (
+                eta * torch.stack([torch.stack([phi.sum(0) @ g for g in whole]) for phi in test]),
+                eta * torch.stack([torch.stack([phi[2:] @ g for g in whole]) for phi in test]),
+                eta * torch.stack([torch.stack([phi[0] @ g for g in whole]) for phi in test]),
+                eta * torch.stack([torch.stack([phi[1] @ g for g in whole]) for phi in test]),
+                eta * torch.stack([torch.stack([g[2:] @ phi[2:].T for g in train]) for phi in test]),
+                eta * torch.stack([g @ g for g in whole]),
+                eta * torch.stack([g[2:] @ g.sum(0) for g in train]),
+            )
+        )
+    return Truth(*(torch.stack(part).sum(0) for part in zip(*parts, strict=True)))
+
+
+def next_token_loss(logits: Tensor, labels: Tensor, causal: bool = True) -> Tensor:
+    """Mean over one example's own targets, written without library losses: ``(p, v)`` and ``(p,)``."""
+    if causal:
+        logits, labels = logits[:-1], labels[1:]
+    terms = [-torch.log_softmax(logits[i], 0)[labels[i]] for i in range(len(labels)) if labels[i] != -100]
+    return torch.stack(terms).mean()
+
+
+def spread(model: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
+    """Weights far from initialisation: there all loop steps look alike and hide an off-by-one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model.eval()

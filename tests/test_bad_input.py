@@ -1,0 +1,445 @@
+"""Every wrong input gets its sentence before any work, and the user's model comes back exactly as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, looped_gpt, rows
+from reference import spread
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch, coverage_check
+from captum_sdi.batches import Collator
+
+TRAIN, TEST = rows(5, seed=1), rows(2, seed=2)
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """Everything of the user's that a call could have disturbed, comparable with ==."""
+    state: list[Any] = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+    state += [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+    for name, module in model.named_modules():
+        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
+        state.append((name, module.training, hooks, sorted(vars(module))))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad.tolist())
+        state.append((name, id(tensor), tensor.tolist(), tensor.requires_grad, tensor.is_leaf, grad))
+    config = getattr(model, "config", None)
+    return [*state, None if config is None else config.to_dict()]
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    before = snapshot(model)
+    yield
+    assert snapshot(model) == before
+
+
+def refused(
+    match: str, model: nn.Module, *args: Any, call: Callable[[SDIInfluence], object] | None = None, **kwargs: Any
+) -> None:
+    """Construction or the call raises, says `match`, and nothing has changed."""
+    call = call or (lambda sdi: sdi.step_influence(TEST))
+    with unchanged(model), pytest.raises((ValueError, TypeError), match=match):
+        call(SDIInfluence(model, *args, **kwargs))
+
+
+def a_model(train: bool = True) -> nn.Module:
+    """In training mode, partly frozen, with a gradient and a hook of the user's: all of it must survive."""
+    model = CASES[0].model(torch.float32).train(train)
+    model.wpe.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    model.ln_f.register_forward_hook(lambda *_: None)
+    return model
+
+
+class Plain(nn.Module):
+    """A loop over tensors, no language model: `up` and `down` three times."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.up, self.down, self.change = nn.Linear(4, 6), nn.Linear(6, 4), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + self.down(self.change(self.up(x)))
+        return x
+
+
+def tensors(n: int = 6) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [tuple(torch.randn(2, 4, generator=generator)) for _ in range(n)]
+
+
+# --- the model comes back, also after calls that work ---
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"activation_checkpointing": True}, {"layers": None, "sketch": Exact()}])
+@pytest.mark.parametrize("mode", [True, False])
+def test_the_model_is_as_before_after_every_call(kwargs: dict[str, Any], mode: bool) -> None:
+    model = a_model(mode)
+    other = {name: value + 0.1 for name, value in model.state_dict().items()}
+
+    def load(model: nn.Module, weights: dict[str, Tensor]) -> float:
+        model.load_state_dict(weights, assign=True)  # other Parameter objects
+        model.eval().requires_grad_(False)
+        torch.rand(1)
+        return 0.1
+
+    for checkpoints in (None, [other, other]):
+        sdi = SDIInfluence(model, TRAIN, checkpoints, load, batch_size=2, **kwargs)
+        for call in (
+            lambda sdi: sdi.influence(TEST, k=2),
+            lambda sdi: sdi.step_influence(TEST),
+            lambda sdi: sdi.step_influence(TEST, k=1),
+            lambda sdi: sdi.step_matrix(TEST),
+            lambda sdi: sdi.self_influence(),
+            lambda sdi: sdi.step_self_influence(),
+            lambda sdi: sdi.compute_intermediate_quantities(TEST),
+        ):
+            with unchanged(model):
+                call(sdi)
+    with unchanged(model):
+        coverage_check(model, Collator()(TRAIN))
+
+
+def test_it_works_where_gradients_are_off_and_leaves_them_off() -> None:
+    model = a_model()
+    expected = SDIInfluence(model, TRAIN).influence(TEST)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), unchanged(model):
+            assert torch.equal(SDIInfluence(model, TRAIN).influence(TEST), expected)
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 3, 6])
+def test_the_model_is_as_before_after_failing_half_way(fail_at: int) -> None:
+    """The loss fails at its n-th call: in the rehearsal, at the test side, at the train side."""
+    model = a_model()
+    calls = 0
+
+    def loss(output: Any, labels: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > fail_at:
+            raise RuntimeError("the user's loss failed")
+        return output.logits.sum((1, 2))
+
+    loss.reduction = "none"  # type: ignore[attr-defined]
+    weights = [{name: value + i for name, value in model.state_dict().items()} for i in range(2)]
+    load = lambda model, state: model.load_state_dict(state) and 1.0  # noqa: E731
+    sdi = SDIInfluence(model, TRAIN, weights, load, loss_fn=loss)
+    with unchanged(model), pytest.raises(RuntimeError, match="the user's loss failed"):
+        sdi.influence(TEST)
+
+
+# --- losses and labels ---
+
+
+def test_no_loss_and_no_labels() -> None:
+    unlabelled = [{"input_ids": row["input_ids"]} for row in TRAIN]
+    refused("no labels and no loss_fn", a_model(), unlabelled)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_example_without_a_target_has_no_influence_and_is_named_once(batch_size: int) -> None:
+    train = [*TRAIN[:2], {**TRAIN[2], "labels": torch.full_like(TRAIN[2]["labels"], -100)}, TRAIN[3]]
+    sdi = SDIInfluence(a_model(), train, [1, 2], lambda *_: 1.0, batch_size=batch_size)
+    with pytest.warns(UserWarning, match=r"train_dataset: example\(s\) \[2\] have no target") as caught:
+        scores = sdi.influence(TEST)
+    assert len(caught) == 1
+    assert not scores[:, 2].any()
+    assert scores[:, [0, 1, 3]].all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda output, labels: output.logits.mean(), r"of shape \(\).*a scalar is possible only where the model"),
+        (lambda output, labels: output.logits.sum((0, 2)), r"of shape \(.*Return one value per example"),
+        (lambda output, labels: 3.0, "must return a tensor, got float"),
+    ],
+)
+def test_a_loss_of_the_wrong_shape(loss: Any, match: str) -> None:
+    loss.reduction = "none"
+    refused(match, a_model(), TRAIN, loss_fn=loss, batch_size=2)
+
+
+def test_a_loss_that_is_no_function() -> None:
+    refused("loss_fn must be a function of", a_model(), TRAIN, loss_fn="mse")
+
+
+def test_labels_that_do_not_fit_the_logits() -> None:
+    train = [{"input_ids": row["input_ids"], "labels": row["labels"].float()} for row in TRAIN]
+    refused("do not fit logits of shape.*Pass loss_fn=", a_model(), train)
+
+
+def test_a_default_loss_that_is_not_the_models_own() -> None:
+    class Smoothed(looped_gpt()().__class__):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.loss = None if output.loss is None else output.loss + 0.5
+            return output
+
+    refused("The default loss.*the model's own loss.*Pass loss_fn=", spread(Smoothed(looped_gpt()().config)), TRAIN)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_names_checkpoint_and_example(where: str) -> None:
+    train = tensors()
+    train[4] = (torch.full((4,), float("nan") if where == "loss" else 0.0), torch.zeros(4))
+    root = torch.sqrt if where == "gradient" else torch.tanh  # the slope of a root is infinite at zero
+    model = Plain(lambda x: root(x.abs()))
+    nn.init.zeros_(model.up.bias)
+    refused(
+        rf"The {where} of train example\(s\) \[4\] is not finite at checkpoint 'late.pt'",
+        model,
+        train,
+        ["early.pt", "late.pt"],
+        lambda model, path: 1.0 if path == "late.pt" else 1.0,
+        loss_fn=nn.MSELoss(reduction="none"),
+        batch_size=2,
+        call=lambda sdi: (
+            sdi._engine.sweep(["late.pt"], (sdi._stream(tensors()), sdi._train), lambda *_: None)
+            or sdi.step_influence(tuple(torch.stack(c) for c in zip(*tensors(2), strict=True)))
+        ),
+    )
+
+
+# --- batches ---
+
+
+def test_a_batch_whose_leaves_disagree() -> None:
+    batch = {**Collator()(TEST), "position_ids": torch.arange(9).unsqueeze(0)}
+    refused(
+        "disagree on the number of examples.*'position_ids': 1", a_model(), TRAIN, call=lambda sdi: sdi.influence(batch)
+    )
+
+
+@pytest.mark.parametrize("batch", ["a string", torch.zeros(2, 3), (torch.zeros(2, 3),), 7])
+def test_a_batch_of_the_wrong_type(batch: Any) -> None:
+    refused("must be a", a_model(), TRAIN, call=lambda sdi: sdi.influence((batch,) if batch == 7 else batch))
+
+
+def test_ragged_tuple_rows_have_no_place_for_a_mask() -> None:
+    train = [(row["input_ids"], row["labels"]) for row in TRAIN]
+    refused("tuples have no place for an attention mask", a_model(), train, batch_size=2)
+
+
+def test_keys_that_forward_does_not_take_are_dropped_with_one_warning() -> None:
+    train = [{**row, "text": "words", "idx": torch.tensor(i)} for i, row in enumerate(TRAIN)]
+    sdi = SDIInfluence(a_model(), train, batch_size=2)
+    with pytest.warns(UserWarning, match=r"does not take \['idx', 'text'\]: dropped") as caught:
+        scores = sdi.influence(TEST)
+    assert len(caught) == 1
+    assert torch.allclose(scores, SDIInfluence(a_model(), TRAIN, batch_size=2).influence(TEST))
+
+
+@pytest.mark.parametrize("kwargs", [{"shuffle": True}, {"drop_last": True}])
+def test_a_loader_that_shuffles_or_drops(kwargs: dict[str, Any]) -> None:
+    loader = DataLoader(TRAIN, batch_size=2, collate_fn=Collator(), **kwargs)
+    refused("train_dataset (shuffles|has drop_last)", a_model(), loader)
+    refused("inputs (shuffles|has drop_last)", a_model(), TRAIN, call=lambda sdi: sdi.influence(loader))
+
+
+class Restless(IterableDataset):
+    """Yields what `passes` says, one list per pass."""
+
+    def __init__(self, *passes: list[Any]) -> None:
+        self.passes = iter(passes)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(next(self.passes))
+
+
+@pytest.mark.filterwarnings("ignore:Unable to determine the number of batches")
+@pytest.mark.parametrize(
+    ("second", "match"),
+    [
+        (TRAIN[:3], "ended after 3 batches instead of 5"),
+        (TRAIN[::-1], "batch 0 is another one"),
+        ([*TRAIN, TRAIN[0]], "batch 5 is another one"),
+        ([], "is empty"),
+    ],
+)
+def test_an_iterable_that_yields_something_else_at_the_next_checkpoint(second: list[Any], match: str) -> None:
+    refused(match, a_model(), Restless(TRAIN, second), [1, 2], lambda *_: 1.0)
+
+
+@pytest.mark.filterwarnings("ignore:Unable to determine the number of batches")
+def test_an_iterable_that_can_be_read_once_loses_no_batch() -> None:
+    """Looking for the loop on the first batch must not swallow it."""
+    model = Plain()
+    loss = nn.MSELoss(reduction="none")
+    test = tuple(torch.stack(column) for column in zip(*tensors(2), strict=True))
+    once = SDIInfluence(model, Restless(tensors()), loss_fn=loss, batch_size=2)
+    assert torch.allclose(once.influence(test), SDIInfluence(model, tensors(), loss_fn=loss).influence(test))
+
+
+def test_an_empty_training_set() -> None:
+    refused("train_dataset is empty", a_model(), [])
+
+
+# --- layers, loops, parameters ---
+
+
+def test_unknown_names_suggest_the_nearest() -> None:
+    refused("layers= names 'core.block.0'.*Nearest: .*'core.blocks.0'", a_model(), TRAIN, layers=["core.block.0"])
+    refused("loop= names 'cor'.*Nearest: .*'core'", a_model(), TRAIN, loop="cor")
+    refused("loop= names 'coda.7'", a_model(), TRAIN, loop=LoopSpec(("core",), ("coda.7",)))
+
+
+def test_a_bare_string_where_a_list_of_layers_is_meant() -> None:
+    refused(r"`layers` should be a list! .*pass layers=\['core'\]", a_model(), TRAIN, layers="core")
+
+
+def test_layers_with_no_trainable_parameter() -> None:
+    model = a_model()
+    model.core.requires_grad_(False)
+    refused("no trainable parameter in the loop", model, TRAIN)
+    refused("no trainable parameter in the loop", model, TRAIN, loop="core")
+    refused(r"no trainable parameter in LoopedGPT", model.requires_grad_(False), TRAIN, layers=None)
+
+
+class WithBareParameter(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_a_parameter_no_rule_covers_is_named_with_its_owner() -> None:
+    kwargs = {"loss_fn": nn.MSELoss(reduction="none"), "layers": None}
+    match = r"No layer rule covers .*\(WithBareParameter\), which owns 'scale'.*Leave it out"
+    refused(match, WithBareParameter(), tensors(), **kwargs)
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    refused(r"\(MultiheadAttention\), which owns 'in_proj_weight'", attention, tensors(), **kwargs)
+
+
+class Bypass(Plain):
+    """Uses the weight without calling the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + torch.tanh(self.up(x)) @ self.down.weight.T
+        return x
+
+
+def test_a_layer_that_is_never_called() -> None:
+    refused(
+        "never called the layer that owns 'down.weight', 'down.bias'",
+        Bypass(),
+        tensors(),
+        loss_fn=nn.MSELoss(reduction="none"),
+        layers=None,
+        loop="up",
+        call=lambda sdi: sdi.self_influence(),
+    )
+
+
+def test_coverage_check_sees_a_weight_used_beside_its_layer() -> None:
+    class Beside(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) @ self.up.weight.T @ self.down.weight.T
+
+    batch = tuple(torch.stack(column) for column in zip(*tensors(), strict=True))
+    loss = nn.MSELoss(reduction="none")
+    model = Beside()
+    with unchanged(model), pytest.raises(ValueError, match=r"differs from the gradient(.|\n)*up.weight"):
+        coverage_check(model, batch, layers=None, loop="up", loss_fn=loss)
+    assert max(coverage_check(Plain(), batch, layers=None, loss_fn=loss).differences) < 1e-5
+
+
+def test_a_model_in_which_nothing_repeats_is_one_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    sdi = SDIInfluence(model, tensors(), loss_fn=nn.MSELoss(reduction="none"), sketch=Exact())
+    with pytest.warns(UserWarning, match="Nothing repeats in Sequential: it is taken as one loop step"):
+        steps = sdi.step_influence(tuple(torch.stack(column) for column in zip(*tensors(2), strict=True)))
+    assert steps.trajectories.shape == (2, 6, 1)
+    assert torch.allclose(steps.trajectories[..., 0], steps.influence_scores)
+    assert not steps.coda.any()
+
+
+def test_a_model_on_meta() -> None:
+    with torch.device("meta"):
+        model = Plain()
+    with pytest.raises(ValueError, match="'up.weight' is on the meta device"):
+        SDIInfluence(model, tensors())
+
+
+def test_a_model_that_answers_differently_each_time() -> None:
+    model = Plain(lambda x: x + torch.randn_like(x))
+    refused(
+        "not deterministic", model, tensors(), loss_fn=nn.MSELoss(reduction="none"), call=lambda s: s.self_influence()
+    )
+
+
+# --- checkpoints ---
+
+
+def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
+    refused("Invalid checkpoints provided for TracIn class: ", a_model(), TRAIN, str(tmp_path))
+    refused("Invalid checkpoints provided for TracIn class: ", a_model(), TRAIN, str(tmp_path / "missing"))
+    refused("Invalid checkpoints provided for TracIn class: ", a_model(), TRAIN, [])
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
+    looped_gpt(n_embd=16)().save_pretrained(tmp_path / "checkpoint-1")
+    refused("core.adapter.weight", a_model(), TRAIN, str(tmp_path))
+
+
+@pytest.mark.parametrize("eta", [float("nan"), float("inf")])
+def test_a_learning_rate_that_is_no_number(eta: float) -> None:
+    refused("returned the learning rate .* for checkpoint", a_model(), TRAIN, ["a.pt"], lambda *_: eta)
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True, "3"])
+def test_k_below_one(k: Any) -> None:
+    refused("k must be an int of at least 1", a_model(), TRAIN, call=lambda sdi: sdi.influence(TEST, k=k))
+    refused("k must be an int of at least 1", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, k=k))
+
+
+def test_rank_by() -> None:
+    refused("pass k=", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, rank_by=0))
+    refused("pass k=", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, k=2, rank_by=-1))
+    refused("runs 3 loop steps", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, k=2, rank_by=3))
+
+
+def test_indices_outside_the_training_set() -> None:
+    refused(
+        "indices= names training examples .*5", a_model(), TRAIN, call=lambda s: s.step_matrix(TEST, indices=[0, 5])
+    )
+    refused("indices must be a list", a_model(), TRAIN, call=lambda sdi: sdi.step_matrix(TEST, indices=[-1]))
+
+
+def test_sketch_settings() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        TensorSketch(dim=0)
+    with pytest.raises(TypeError, match="must be an int, got 2.5"):
+        TensorSketch(dim=2.5)  # type: ignore[arg-type]
+    refused(r"sketch= must be TensorSketch\(...\) or Exact\(\), got 2048", a_model(), TRAIN, sketch=2048)
+
+
+def test_batch_size() -> None:
+    refused("batch_size must be at least 1, got 0", a_model(), TRAIN, batch_size=0)
+    with pytest.raises(AssertionError, match="`batch_size` must be an int"):
+        SDIInfluence(a_model(), TRAIN, batch_size=None)
+
+
+def test_loop_specs() -> None:
+    with pytest.raises(TypeError, match="must be a tuple of module names, got 'core'"):
+        LoopSpec(modules="core")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names no module"):
+        LoopSpec(modules=())
