@@ -72,7 +72,8 @@ class Engine:
             ValueError: A learning rate is no finite number.
         """
         loads = any(checkpoint is not None for checkpoint in checkpoints)
-        with preserved(self.model, weights=loads):
+        # Tensors made in the user's inference mode could not be saved for backward.
+        with torch.inference_mode(False), preserved(self.model, weights=loads):
             featurizer = self._prepared(*first)
             for i, (checkpoint, name) in enumerate(zip(checkpoints, checkpoint_names(checkpoints), strict=True)):
                 eta = 1.0 if checkpoint is None else _learning_rate(self._load(self.model, checkpoint), name)

@@ -196,7 +196,7 @@ class Featurizer:
             row = rows[POOLED if self._sketch.pool else name]
             row[examples, bin if by_step else 0] += self._projections[name](gradient)
 
-        self._tape.backward(losses.sum(), consume)
+        self._tape.backward(losses, consume)
         finite = torch.stack([row.flatten(1).sum(1).isfinite().cpu() for row in rows.values()])
         self._check_finite(finite.all(0), "gradient", side, positions)
         return StepFeatures(rows, self._noise(), torch.full((n,), n_steps))

@@ -253,6 +253,9 @@ class SDIInfluence(TracInCPBase):
         if wanted is None:
             return matrices.result()
         places = {index: place for place, index in enumerate(found.result()[0].tolist())}
+        missing = [index for index in wanted.tolist() if index not in places]
+        if missing:
+            raise ValueError(f"indices= names training examples {missing}, which train_dataset does not have.")
         return matrices.result()[:, [places[index] for index in wanted.tolist()]]
 
     @log_usage(part_of_slo=True)
@@ -493,7 +496,7 @@ def _as_indices(indices: Sequence[int]) -> Tensor:
 
 def _are_rows(inputs: list[Any]) -> bool:
     """A list of a dataset's rows, as opposed to a batch given as a list of tensors."""
-    return len(inputs) > 0 and all(isinstance(row, Mapping) for row in inputs)
+    return all(isinstance(row, Mapping | tuple) for row in inputs)
 
 
 def _length(stream: Stream) -> int | None:

@@ -209,7 +209,7 @@ class Running:
 
     def result(self) -> Tensor:
         """All blocks together."""
-        return torch.cat(self._equally_wide(self._blocks), dim=self._axis)
+        return torch.cat(self._equally_wide(self._blocks), dim=self._axis) if self._blocks else torch.empty(1, 0)
 
     def _equally_wide(self, blocks: list[Tensor]) -> list[Tensor]:
         if self._axis == blocks[0].ndim - 1:

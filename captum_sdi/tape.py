@@ -226,22 +226,22 @@ class Tape:
         finally:
             self._phase = None
 
-    def backward(self, loss: Tensor, consume: Consumer) -> None:
-        """Backpropagates the summed loss of the last forward pass; no ``.grad`` is written.
+    def backward(self, losses: Tensor, consume: Consumer) -> None:
+        """Backpropagates the sum of the last forward pass's losses; no ``.grad`` is written.
 
         Args:
-            loss: A scalar. One that depends on no targeted parameter has nothing to report.
+            losses: ``(n,)``, or their sum. What depends on no targeted parameter has nothing to report.
             consume: Receives every use's per-example gradients.
 
         Raises:
             RuntimeError: A model returned one of its own parameters in place of an activation.
         """
-        if not loss.requires_grad:
+        if not losses.requires_grad:
             return
         self._phase, self._consume = "backward", consume
         try:
             with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-                torch.autograd.grad(loss, self._dummy, allow_unused=True)
+                torch.autograd.grad(losses, self._dummy, torch.ones_like(losses), allow_unused=True)
         finally:
             self._phase, self._consume = None, None
         for name, parameter in self.model.named_parameters():

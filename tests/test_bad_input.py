@@ -183,8 +183,8 @@ def test_labels_that_do_not_fit_the_logits() -> None:
 
 def test_a_default_loss_that_is_not_the_models_own() -> None:
     class Smoothed(looped_gpt()().__class__):  # type: ignore[misc]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            output = super().forward(input_ids, labels=labels, **kwargs)
             output.loss = None if output.loss is None else output.loss + 0.5
             return output
 
@@ -199,17 +199,14 @@ def test_a_loss_or_gradient_that_is_not_finite_names_checkpoint_and_example(wher
     model = Plain(lambda x: root(x.abs()))
     nn.init.zeros_(model.up.bias)
     refused(
-        rf"The {where} of train example\(s\) \[4\] is not finite at checkpoint 'late.pt'",
+        rf"The {where} of train example\(s\) \[4\] is not finite at checkpoint 'early.pt'",
         model,
         train,
         ["early.pt", "late.pt"],
-        lambda model, path: 1.0 if path == "late.pt" else 1.0,
+        lambda *_: 1.0,
         loss_fn=nn.MSELoss(reduction="none"),
         batch_size=2,
-        call=lambda sdi: (
-            sdi._engine.sweep(["late.pt"], (sdi._stream(tensors()), sdi._train), lambda *_: None)
-            or sdi.step_influence(tuple(torch.stack(c) for c in zip(*tensors(2), strict=True)))
-        ),
+        call=lambda sdi: sdi.step_influence(tensors(2)),
     )
 
 
@@ -223,9 +220,9 @@ def test_a_batch_whose_leaves_disagree() -> None:
     )
 
 
-@pytest.mark.parametrize("batch", ["a string", torch.zeros(2, 3), (torch.zeros(2, 3),), 7])
+@pytest.mark.parametrize("batch", [torch.zeros(2, 3), (torch.zeros(2, 3),), 7])
 def test_a_batch_of_the_wrong_type(batch: Any) -> None:
-    refused("must be a", a_model(), TRAIN, call=lambda sdi: sdi.influence((batch,) if batch == 7 else batch))
+    refused("must be a", a_model(), TRAIN, call=lambda sdi: sdi.influence(batch))
 
 
 def test_ragged_tuple_rows_have_no_place_for_a_mask() -> None:
@@ -266,7 +263,7 @@ class Restless(IterableDataset):
         (TRAIN[:3], "ended after 3 batches instead of 5"),
         (TRAIN[::-1], "batch 0 is another one"),
         ([*TRAIN, TRAIN[0]], "batch 5 is another one"),
-        ([], "is empty"),
+        ([], "ended after 0 batches instead of 5"),
     ],
 )
 def test_an_iterable_that_yields_something_else_at_the_next_checkpoint(second: list[Any], match: str) -> None:
@@ -336,7 +333,7 @@ class Bypass(Plain):
 
 def test_a_layer_that_is_never_called() -> None:
     refused(
-        "never called the layer that owns 'down.weight', 'down.bias'",
+        r"never called the layer that owns 'down.weight', 'down.bias'",
         Bypass(),
         tensors(),
         loss_fn=nn.MSELoss(reduction="none"),
@@ -372,7 +369,7 @@ def test_a_model_in_which_nothing_repeats_is_one_step() -> None:
 def test_a_model_on_meta() -> None:
     with torch.device("meta"):
         model = Plain()
-    with pytest.raises(ValueError, match="'up.weight' is on the meta device"):
+    with pytest.raises(ValueError, match=r"'up.weight' is on the meta device"):
         SDIInfluence(model, tensors())
 
 
@@ -394,7 +391,7 @@ def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_architecture(tmp_path: Path) -> None:
     looped_gpt(n_embd=16)().save_pretrained(tmp_path / "checkpoint-1")
-    refused("core.adapter.weight", a_model(), TRAIN, str(tmp_path))
+    refused("does not fit the model", a_model(), TRAIN, str(tmp_path))
 
 
 @pytest.mark.parametrize("eta", [float("nan"), float("inf")])
@@ -427,7 +424,7 @@ def test_indices_outside_the_training_set() -> None:
 def test_sketch_settings() -> None:
     with pytest.raises(ValueError, match="at least 1, got 0"):
         TensorSketch(dim=0)
-    with pytest.raises(TypeError, match="must be an int, got 2.5"):
+    with pytest.raises(TypeError, match=r"must be an int, got 2\.5"):
         TensorSketch(dim=2.5)  # type: ignore[arg-type]
     refused(r"sketch= must be TensorSketch\(...\) or Exact\(\), got 2048", a_model(), TRAIN, sketch=2048)
 
