@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -343,7 +344,7 @@ class Collator:
     @staticmethod
     def _collated_tuples(rows: Sequence[Any]) -> Any:
         try:
-            return default_collate(rows)
+            return default_collate(list(rows))
         except RuntimeError as error:
             raise ValueError(
                 "The rows of a batch differ in shape and tuples have no place for an attention mask: yield mapping "
@@ -443,8 +444,8 @@ def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argumen
     if not isinstance(losses, Tensor):
         raise TypeError(f"{argument} must return a tensor, got {_described(losses)}.")
     if losses.ndim == 0 and isinstance(output, Tensor) and len(output) == size:
-        one = [loss_fn(output[i : i + 1], _map(lambda t, i=i: t[i : i + 1], labels)) for i in range(size)]
-        return torch.stack([loss.reshape(()) for loss in one])
+        parts = ((output[i : i + 1], _map(operator.itemgetter(slice(i, i + 1)), labels)) for i in range(size))
+        return torch.stack([loss_fn(*part).reshape(()) for part in parts])
     if losses.ndim == 0 or losses.shape[0] != size:
         advice = " (a scalar is possible only where the model returns a tensor)" if losses.ndim == 0 else ""
         raise ValueError(

@@ -75,7 +75,7 @@ class Engine:
         # Tensors made in the user's inference mode could not be saved for backward.
         with torch.inference_mode(False), preserved(self.model, weights=loads):
             featurizer = self._prepared(*first)
-            for i, (checkpoint, name) in enumerate(zip(checkpoints, checkpoint_names(checkpoints), strict=True)):
+            for i, (checkpoint, name) in enumerate(zip(checkpoints, checkpoint_names(list(checkpoints)), strict=True)):
                 eta = 1.0 if checkpoint is None else _learning_rate(self._load(self.model, checkpoint), name)
                 with featurizer.installed(name):
                     visit(i, eta)

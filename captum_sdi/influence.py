@@ -138,7 +138,7 @@ class SDIInfluence(TracInCPBase):
     # --- public methods ---
 
     @log_usage(part_of_slo=True)
-    def influence(  # type: ignore[override]
+    def influence(
         self,
         inputs: Any,
         k: int | None = None,
@@ -174,13 +174,13 @@ class SDIInfluence(TracInCPBase):
 
     def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
         """Captum's abstract method: `influence` without ``k``."""
-        return self.influence(inputs, show_progress=show_progress, aggregate=aggregate)  # type: ignore[return-value]
+        return self.influence(inputs, show_progress=show_progress, aggregate=aggregate)
 
     def _get_k_most_influential(
         self, inputs: Any, k: int = 5, proponents: bool = True, show_progress: bool = False, aggregate: bool = False
     ) -> KMostInfluentialResults:
         """Captum's abstract method: `influence` with ``k``."""
-        return self.influence(inputs, k, proponents, show_progress, aggregate)  # type: ignore[return-value]
+        return self.influence(inputs, k, proponents, show_progress, aggregate)
 
     @log_usage(part_of_slo=True)
     def step_influence(

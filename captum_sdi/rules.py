@@ -109,18 +109,20 @@ def _conv1d(module: nn.Module, activation: Tensor, backprop: Tensor, wanted: Seq
 
 def _embedding(module: nn.Module, activation: Tensor, backprop: Tensor, wanted: Sequence[str]) -> Iterator[PerExample]:
     ids, g = activation.reshape(activation.shape[0], -1), _positions(backprop)
+    assert isinstance(module, nn.Embedding)
     if module.padding_idx is not None:  # autograd leaves this row without gradient
-        g = g.masked_fill((ids == module.padding_idx).unsqueeze(-1), 0.0)
+        g = g * ids.ne(module.padding_idx).unsqueeze(-1)
     yield "weight", slice(None), Outer(rows=ids, cols=g)
 
 
 def _layer_norm(module: nn.Module, activation: Tensor, backprop: Tensor, wanted: Sequence[str]) -> Iterator[PerExample]:
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    shape, normalize = module.normalized_shape, F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
     if "weight" in wanted:
-        normalize = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
-        normalized = normalize(_lifted(activation), module.normalized_shape, eps=module.eps)
-        yield "weight", slice(None), _summed(_positions(normalized * backprop, len(module.normalized_shape)))
+        normalized = normalize(_lifted(activation), shape, eps=module.eps)  # type: ignore[arg-type]
+        yield "weight", slice(None), _summed(_positions(normalized * backprop, len(shape)))
     if "bias" in wanted:
-        yield "bias", slice(None), _summed(_positions(backprop, len(module.normalized_shape)))
+        yield "bias", slice(None), _summed(_positions(backprop, len(shape)))
 
 
 def _summed(per_position: Tensor) -> Dense:
@@ -226,7 +228,7 @@ def _per_example(
     activation, backprop = _lifted(activation), _lifted(backprop)
 
     def gradients(a: Tensor, g: Tensor) -> dict[str, Tensor]:
-        _, pullback = vjp(lambda p: _call(module, {**own, **p}, a.unsqueeze(0)), chosen)
+        _, pullback = vjp(lambda p: _call(module, {**own, **p}, a.unsqueeze(0)), chosen)  # type: ignore[misc]
         return pullback(g.unsqueeze(0))[0]
 
     size = max(1, _PER_EXAMPLE_BUDGET // sum(p.numel() for p in chosen.values()))

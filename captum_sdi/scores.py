@@ -16,6 +16,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,8 @@ class StepInfluence:
             moved = tensor.to(*args, **kwargs)  # type: ignore[call-overload]
             return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
 
-        return StepInfluence(**{name: value if value is None else move(value) for name, value in self._fields()})
+        fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
+        return StepInfluence(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes every field to one safetensors file, on the CPU and without pickle.
@@ -111,9 +113,10 @@ class StepInfluence:
                 f"{os.fspath(path)} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}. "
                 "Pass a file written by StepInfluence.save."
             )
-        return cls(**{"indices": None, **tensors})
+        fields: dict[str, Any] = {"indices": None, **tensors}
+        return cls(**fields)
 
-    def _fields(self) -> Iterator[tuple[str, Tensor | None]]:
+    def _fields(self) -> Iterator[tuple[str, Any]]:
         return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
 
 

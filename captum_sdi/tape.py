@@ -119,7 +119,7 @@ class _Tap(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, None, None, None, None]:
         (activation,) = ctx.saved_tensors
         ctx.report(activation, backprop)
         return backprop, None, None, None, None
@@ -390,9 +390,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model: Given back as it was.
     """
     training = {module: module.training for module in model.modules()}
-    configs = {
-        id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False)
-    }
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
     model.eval()
     for config in configs.values():
         config.use_cache = False

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint, preserved
 
@@ -327,12 +329,13 @@ def test_a_folder_of_the_bare_model_and_one_with_converted_names(tmp_path: Path)
     ]
     for i, (source, model) in enumerate(pairs):
         source.save_pretrained(tmp_path / str(i))
-        state = torch.get_rng_state()
+        state, verbosity = torch.get_rng_state(), logging.get_verbosity()
         with pytest.warns(UserWarning, match=NO_RATE):
             load_checkpoint(model, tmp_path / str(i))
         inner = model.transformer if isinstance(source, GPT2Model) else model
         assert_same(values(source), values(inner))
         assert torch.equal(torch.get_rng_state(), state)
+        assert logging.get_verbosity() == verbosity
 
 
 # --- Loading: prefixes, tied keys, declared keys -------------------------------------------------
@@ -867,7 +870,8 @@ def fingerprint(model: nn.Module) -> list[Any]:
     for name, t in tensors:
         layout = (t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad, t.is_leaf)
         grad = (id(t.grad), t.grad.numpy().tobytes()) if t.is_leaf and t.grad is not None else None
-        prints.append((name, id(t), layout, t.detach().numpy().tobytes(), grad))
+        reached = attrgetter(name)(model) is t  # no plain attribute of that name hides it
+        prints.append((name, id(t), reached, layout, t.detach().numpy().tobytes(), grad))
     prints += [list(model.state_dict()), model.lstm._flat_weights[0] is model.lstm.weight_ih_l0]
     prints += [torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())]  # noqa: NPY002
     return prints

@@ -6,7 +6,6 @@ Statements about random hashes are checked over draws (seeds of the sketch) and 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -25,7 +24,6 @@ from cases import looped_gpt, rows
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import spread
-from scipy.stats import linregress
 from torch import Tensor
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
@@ -80,6 +78,8 @@ class Case:
     dim: int
     tokens: int = 3
     pool: bool = False
+    tight: bool = False
+    """Nothing makes the variance's bound conservative here: a much smaller variance would be suspicious, too."""
 
     @property
     def parameter(self) -> Tensor:
@@ -103,18 +103,18 @@ class Case:
 CASES = [
     Case("below both", factors, 40, 50, 16),
     Case("below one", factors, 12, 50, 20),
-    Case("equal to both", factors, 24, 24, 24),
-    Case("equal to one", factors, 16, 24, 24),
+    Case("equal to both", factors, 24, 24, 24, tight=True),
+    Case("equal to one", factors, 16, 24, 24, tight=True),
     Case("above both", factors, 20, 12, 64),
     Case("odd and above", factors, 20, 12, 33),
     Case("odd and below", factors, 30, 23, 7),
     Case("one bucket", factors, 5, 4, 1),
-    Case("one token", factors, 96, 60, 24, tokens=1),
+    Case("one token", factors, 96, 60, 24, tokens=1, tight=True),
     Case("one-hot", one_hot, 30, 20, 32),
     Case("one-hot below", one_hot, 100, 20, 13, tokens=6),
     Case("dense", dense, 20, 12, 33),
     Case("dense below", dense, 40, 50, 16),
-    Case("vector", vector, 10, 15, 16),
+    Case("vector", vector, 10, 15, 16, tight=True),
     Case("pool", factors, 20, 12, 33, pool=True),
     Case("pool below", factors, 40, 50, 16, pool=True),
     Case("pool of vectors", vector, 10, 4, 64, pool=True),
@@ -132,7 +132,6 @@ def inner_products(rows: Tensor) -> Tensor:
     return torch.stack([flat[0] @ flat[1], flat[0] @ flat[0]])
 
 
-@functools.cache
 def draws(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sketched inner products ``(draws, 2)``, the exact ones ``(2,)``, and ‖g‖²‖φ‖² + ⟨g,φ⟩² ``(2,)``."""
     gradients = case.gradients()
@@ -146,32 +145,18 @@ def draws(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 # --- what the sketch promises in expectation ----------------------------------------------------------------------
 
 
-def test_inner_products_are_unbiased(case: Case, seed: int) -> None:
-    sketched, exact, _ = draws(case, seed)
+def test_inner_products_are_unbiased_and_their_variance_within_the_stated_bound(case: Case, seed: int) -> None:
+    sketched, exact, scale = draws(case, seed)
     standard_error = sketched.std(0) / DRAWS**0.5
     assert ((sketched.mean(0) - exact).abs() <= 4 * standard_error).all(), (
         f"off by {((sketched.mean(0) - exact) / standard_error).tolist()} standard errors: a ratio of "
         f"{(sketched.mean(0) / exact).tolist()}; a constant one is a normalisation, else two hashes are not independent"
     )
-
-
-def variance_ratio(case: Case, seed: int) -> tuple[Tensor, Tensor]:
-    """Measured variance in units of the stated bound, and its standard error, ``(2,)`` each."""
-    sketched, exact, scale = draws(case, seed)
     squares = (sketched - exact).square() / (case.noise() * scale)
-    return squares.mean(0), squares.std(0) / DRAWS**0.5
-
-
-def test_variance_is_within_the_stated_bound(case: Case, seed: int) -> None:
-    ratio, standard_error = variance_ratio(case, seed)
-    assert (ratio - 4 * standard_error <= 1).all(), f"{ratio.tolist()} ± {standard_error.tolist()} times the bound"
-
-
-@pytest.mark.parametrize("name", ["equal to both", "equal to one", "one token", "vector"])
-def test_the_bound_is_nearly_reached(name: str, seed: int) -> None:
-    """A bound twice too large would make every error bar 1.4 times too long."""
-    ratio, standard_error = variance_ratio(next(case for case in CASES if case.name == name), seed)
-    assert (ratio + 4 * standard_error >= 0.8).all(), f"{ratio.tolist()} ± {standard_error.tolist()} times the bound"
+    ratio, standard_error = squares.mean(0), squares.std(0) / DRAWS**0.5
+    message = f"variance is {ratio.tolist()} ± {standard_error.tolist()} times the bound"
+    assert (ratio - 4 * standard_error <= 1).all(), message
+    assert not case.tight or (ratio + 4 * standard_error >= 0.8).all(), message
 
 
 def test_gradients_in_different_blocks_stay_below_the_hard_bound(seed: int) -> None:
@@ -534,7 +519,7 @@ def test_error_falls_like_one_over_the_square_root_of_dim(seed: int) -> None:
 
     The slope is -1/2 up to two effects of the ends. At the smallest dim every factor is hashed in several blocks,
     which adds at most a factor √3 to the error, that is at most log(√3)/log(64) = 0.13 to the slope; the few seeds
-    (each averages over 60 numbers that share its hashes) scatter it by another 0.03.
+    (each averages over 60 numbers that share its hashes) scatter it by another 0.02: -0.515 to -0.535 in four runs.
     """
     model = spread(looped_gpt(n_embd=48, n_prelude=0, n_coda=0, n_core=1)(), scale=0.1)
     trains, tests, dims = rows(5, seed=1), rows(4, seed=2), (16, 64, 256, 1024)
@@ -550,8 +535,8 @@ def test_error_falls_like_one_over_the_square_root_of_dim(seed: int) -> None:
         return (torch.stack(sketched) - exact).square().mean().sqrt().item() / exact.square().mean().sqrt().item()
 
     errors = [error(dim) for dim in dims]
-    slope = linregress(np.log(dims), np.log(errors)).slope
-    assert -0.68 <= slope <= -0.45, f"slope {slope:.3f}; errors {dict(zip(dims, errors, strict=True))}"
+    slope = np.polyfit(np.log(dims), np.log(errors), 1)[0]
+    assert -0.65 <= slope <= -0.45, f"slope {slope:.3f}; errors {dict(zip(dims, errors, strict=True))}"
 
 
 MEMORY_SCRIPT = """
