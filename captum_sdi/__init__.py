@@ -18,7 +18,7 @@ Source: Kaissis et al., "Step-Decomposed Influence", arXiv 2602.10097; Pruthi et
 
 from importlib.metadata import version as _version
 
-from captum_sdi import plotting
+from captum_sdi import models, plotting, tasks
 from captum_sdi.checkpoints import load_checkpoint
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.loop import coverage_check, find_loop
@@ -35,7 +35,9 @@ __all__ = [
     "coverage_check",
     "find_loop",
     "load_checkpoint",
+    "models",
     "plotting",
+    "tasks",
 ]
 
 __version__ = _version("captum-sdi")

@@ -251,7 +251,10 @@ class Stream:
         return self._peeked[0]
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """One pass: (position of the batch's first example, batch).
+        """One pass.
+
+        Yields:
+            The position of a batch's first example, and the batch.
 
         Raises:
             ValueError: A pass differs from the first one.

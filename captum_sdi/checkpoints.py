@@ -869,7 +869,6 @@ class _TensorState:
     def restore(self) -> None:
         tensor = self.tensor
         if _layout(tensor) != _layout(self.alias):
-            tensor.grad = None  # torch swaps no storage under a gradient of another dtype
             tensor.data = self.alias
         if self.values is not None:
             _writable(self.alias).copy_(self.values)
