@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.batches import Stream, TokenCrossEntropy, batch_size, first_targeted, select
-from captum_sdi.checkpoints import checkpoint_names, preserved
+from captum_sdi.checkpoints import checkpoint_names
 from captum_sdi.features import Featurizer, Side, StepFeatures, concatenate
 from captum_sdi.loop import find_loop, target_parameters
+from captum_sdi.preserve import preserved
 from captum_sdi.scores import Scores, pair_scores, with_total
 from captum_sdi.sketch import Sketch
 from captum_sdi.tape import LoopSpec, Tape

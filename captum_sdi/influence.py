@@ -40,6 +40,10 @@ from captum_sdi.sketch import Exact, Sketch, TensorSketch
 from captum_sdi.tape import FIRST_STEP, LoopSpec
 
 
+class CaptumError(AssertionError, TypeError, ValueError):
+    """A wrong argument for which Captum raises AssertionError, with its sentence; ours are ValueError or TypeError."""
+
+
 class SDIInfluence(TracInCPBase):
     """Step-Decomposed Influence: which training examples shaped an output, and at which loop step.
 
@@ -113,7 +117,7 @@ class SDIInfluence(TracInCPBase):
         self._collate = collate_fn or Collator(_pad_token_id(model))
         train_loader = self._loader(train_dataset, batch_size, "train_dataset")
         super().__init__(model, train_loader, checkpoints, checkpoints_load_func, loss_fn, batch_size, test_loss_fn)
-        self.layers, self.sketch = layers, sketch
+        self.layers, self.sketch = _checked_layers(layers), sketch
         train_loss = _checked_loss(loss_fn, "loss_fn") or default_loss(model)
         test_loss = _checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
@@ -383,7 +387,7 @@ class SDIInfluence(TracInCPBase):
             values.add(0, eta * pick_winners(indices, positions, scores.values))
             variances.add(0, eta**2 * pick_winners(indices, positions, scores.variances))
 
-        what = None if what is None else "compute the trajectories of the winners"
+        what = None if what is None else "compute the winners' trajectories for training batches"
         n_steps = self._pairs(tests, collect, True, aggregate, what, only=indices.unique().cpu())
         return step_influence(indices, values.result(), variances.result(), n_steps)
 
@@ -396,17 +400,15 @@ class SDIInfluence(TracInCPBase):
         total = n_batches if outer_bar or n_batches is None else n_batches * n_checkpoints
 
         def visit(position: int, eta: float) -> None:
-            bar = self._bar(f"{text} batch", total) if show_progress and outer_bar else whole
-            for i, (_, features) in enumerate(self._engine.blocks(stream, self._train, by_step)):
-                scores = self_scores(features)
-                values.add(i, eta * scores.values)
-                variances.add(i, eta**2 * scores.variances)
-                if position == 0:
-                    depths.add(i, features.n_steps)
-                bar.update()
-            if outer_bar:
-                bar.close()
-                whole.update()
+            with self._bar(f"{text} batch" if show_progress and outer_bar else None, total) as inner:
+                for i, (_, features) in enumerate(self._engine.blocks(stream, self._train, by_step)):
+                    scores = self_scores(features)
+                    values.add(i, eta * scores.values)
+                    variances.add(i, eta**2 * scores.variances)
+                    if position == 0:
+                        depths.add(i, features.n_steps)
+                    (inner if outer_bar else whole).update()
+            whole.update(int(outer_bar))
 
         outer_text, outer_total = (f"{text} checkpoint", n_checkpoints) if outer_bar else (f"{text} batch", total)
         with self._bar(outer_text if show_progress else None, outer_total) as whole:
@@ -428,10 +430,8 @@ class SDIInfluence(TracInCPBase):
         if isinstance(data, DataLoader):
             Stream(data, argument)  # refuses a shuffled one
             return data
-        # Captum's own sentence
-        assert isinstance(batch_size, int), (
-            f"since the `{argument}` argument was a `Dataset`, `batch_size` must be an int."
-        )
+        if not isinstance(batch_size, int):
+            raise CaptumError(f"since the `{argument}` argument was a `Dataset`, `batch_size` must be an int.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if not hasattr(data, "__getitem__") and not isinstance(data, Iterable):
@@ -441,7 +441,7 @@ class SDIInfluence(TracInCPBase):
     def _stream(self, inputs: Any) -> Stream:
         """Test examples in any of the forms they come in."""
         if inputs is None:
-            raise AssertionError(  # Captum's type and sentence
+            raise CaptumError(
                 "`inputs` argument is required. If you wish to calculate self influence scores, please use the "
                 "`self_influence` method instead."
             )
@@ -455,11 +455,26 @@ def _pad_token_id(model: nn.Module) -> int:
     return getattr(config, "pad_token_id", None) or 0
 
 
+def _checked_layers(layers: Any) -> str | Sequence[str] | None:
+    if layers is None or layers == "loop":
+        return layers
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise CaptumError(
+            f"`layers` should be a list! It is {layers!r}; pass layers=[{layers!r}] for one layer, 'loop' for the "
+            "loop's trainable parameters, or None for every trainable parameter."
+        )
+    if len(layers) == 0:
+        raise CaptumError("`layers` cannot be empty! Pass None for every trainable parameter, or name some modules.")
+    if not all(isinstance(layer, str) for layer in layers):
+        raise CaptumError(f"`layers` should contain str layer names. It is {layers!r}.")
+    return layers
+
+
 def _checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
     if loss_fn is None:
         return None
     if not callable(loss_fn):
-        raise TypeError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
+        raise CaptumError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
     if not hasattr(loss_fn, "reduction"):
         warnings.warn(  # begins with Captum's sentence
             f'Since `{argument}` has no "reduction" attribute, the implementation assumes that `{argument}` is a '

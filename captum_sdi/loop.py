@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -84,11 +85,8 @@ def target_parameters(model: nn.Module, layers: str | Sequence[str] | None, loop
         count = {id(p) for p in chosen if p.requires_grad}
     elif layers is None:
         named, count = type(model).__name__, {id(p) for p in model.parameters() if p.requires_grad}
-    elif isinstance(layers, str) or not all(isinstance(name, str) for name in layers):
-        raise TypeError(
-            f"`layers` should be a list! It is {layers!r}; pass layers=[{layers!r}] for one layer, 'loop' for the "
-            "loop's trainable parameters, or None for every trainable parameter."
-        )
+    elif isinstance(layers, str):
+        raise TypeError(f"layers={layers!r}: pass a list of module names, 'loop' or None.")
     else:
         named, count = f"layers={list(layers)}", {id(p) for p in _inside(model, layers, "layers=")}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in count]
@@ -147,10 +145,8 @@ def _ignore(_: object) -> None:
 
 
 def _outermost_repeated(calls: list[_Call]) -> list[str]:
-    """The loop's calls in order: of modules called more than once while the biggest of them repeats.
-
-    A norm that is used once before and once after the loop is called twice, too, but not while the loop runs.
-    """
+    """The loop's calls in order: of modules called more than once while the biggest of them repeats."""
+    # A norm that is used once before and once after the loop is called twice, too, but not while the loop runs.
     counts = Counter(name for name, _ in calls)
     outer = [name for name, path in calls if counts[name] > 1 and all(counts[parent] == 1 for parent in path)]
     if not outer:
@@ -163,15 +159,13 @@ def _outermost_repeated(calls: list[_Call]) -> list[str]:
 
 
 def _anchors(calls: list[str]) -> tuple[str, ...]:
-    """Whose call starts a step: the first module's when every step calls it once among others, else every module's.
-
-    ``a b a b`` are two steps of two layers; ``l l h l l h`` are six steps of two modules on one timeline.
-    """
+    """Whose call starts a step: the first module's when every step calls it once among others, else every module's."""
+    # a b a b are two steps of two layers; l l h l l h are six steps of two modules on one timeline.
     first = calls[0]
     if len(set(calls)) == 1:
         return (first,)
     starts = [i for i, name in enumerate(calls) if name == first] + [len(calls)]
-    steps = [calls[i:j] for i, j in zip(starts, starts[1:], strict=False)]
+    steps = [calls[i:j] for i, j in itertools.pairwise(starts)]
     regular = all(1 < len(step) == len(set(step)) for step in steps)
     return (first,) if regular else tuple(dict.fromkeys(calls))
 

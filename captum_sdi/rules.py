@@ -172,11 +172,9 @@ def _affine_probe(module: nn.Module, activation: Tensor) -> tuple[Tensor, dict[s
 
 @torch.no_grad()
 def _is_affine(module: nn.Module, activation: Tensor) -> bool:
-    """Whether ``m(x; w) = m(x; 0) + Σ w ⊙ slope`` with every parameter along the last axis.
-
-    Tried at parameters that differ from entry to entry: at a weight of ones a GroupNorm, whose weight lies along
-    another axis, would pass.
-    """
+    """Whether ``m(x; w) = m(x; 0) + Σ w ⊙ slope`` with every parameter along the last axis."""
+    # Tried at parameters that differ from entry to entry: at a weight of ones a GroupNorm, whose weight lies along
+    # another axis, would pass.
     own = _own_parameters(module)
     if not activation.is_floating_point() or any(p.shape != activation.shape[-1:] for p in own.values()):
         return False

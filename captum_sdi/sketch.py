@@ -280,8 +280,9 @@ class _MatrixSketch:
         self.width, self.device = dim, parameter.device
         self._rows = _Hash(dim, len(parameter), generator, parameter.device)
         self._cols = _Hash(dim, parameter[0].numel(), generator, parameter.device)
-        # A factor hashed in m > 1 blocks collides with itself, all columns of two colliding rows at once: an upper
-        # bound on what that adds, by Cauchy-Schwarz.
+        # A factor hashed in m > 1 blocks collides with itself, all columns of two colliding rows at once. For gradients
+        # whose mass lies alike in the blocks this bounds what that adds, by Cauchy-Schwarz; in disjoint blocks it can
+        # be up to 1 per factor.
         shared = sum(1 - 1 / factor.n_blocks for factor in (self._rows, self._cols))
         self.noise = (1 + shared) / dim
 
@@ -337,10 +338,8 @@ def _flat(grads: Tensor) -> Tensor:
 
 
 def _tokens_per_block(dim: int, device: torch.device) -> int:
-    """How many tokens' (token, dim) buffers are processed at once: on a CPU few enough to stay in the cache.
-
-    32 tokens at dim 2048 was the best tried on a CPU; the whole batch at once was 1.1 times slower on a quiet machine
-    and 5 times on a busy one. A GPU wants large launches instead.
-    """
+    """How many tokens' (token, dim) buffers are processed at once: on a CPU few enough to stay in the cache."""
+    # 32 tokens at dim 2048 was the best tried on a CPU; the whole batch at once was 1.1 times slower on a quiet machine
+    # and 5 times on a busy one. A GPU wants large launches instead.
     budget = 2**16 if device.type == "cpu" else 2**24
     return max(1, budget // dim)

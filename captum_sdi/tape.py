@@ -337,10 +337,8 @@ def _resolve(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
 
 
 def _owners(model: nn.Module, targets: Mapping[str, nn.Parameter]) -> dict[int, tuple[nn.Module, dict[str, str]]]:
-    """Every module that owns targeted parameters, with its local names mapped to theirs.
-
-    A parameter may have several owners (tied embedding and head, blocks that share tensors): their uses add up.
-    """
+    """Every module that owns targeted parameters, with its local names mapped to theirs."""
+    # A parameter may have several owners (tied embedding and head, blocks that share tensors): their uses add up.
     by_id = {id(parameter): name for name, parameter in targets.items()}
     owners: dict[int, tuple[nn.Module, dict[str, str]]] = {}
     for name, module in model.named_modules():

@@ -60,10 +60,9 @@ def rows(n: int, seed: int, longest: int = 9) -> list[dict[str, Tensor]]:
 def looped_gpt(**changes: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         torch.manual_seed(0)
-        settings = dict(
-            vocab_size=VOCAB, n_positions=12, n_embd=8, n_head=2, n_prelude=1, n_core=2, n_coda=1, n_loops=N_LOOPS
-        )
-        return LoopedGPTForCausalLM(LoopedGPTConfig(**{**settings, **changes}))
+        settings = {"vocab_size": VOCAB, "n_positions": 12, "n_embd": 8, "n_head": 2, "n_loops": N_LOOPS}
+        blocks = {"n_prelude": 1, "n_core": 2, "n_coda": 1}
+        return LoopedGPTForCausalLM(LoopedGPTConfig(**{**settings, **blocks, **changes}))
 
     return make
 

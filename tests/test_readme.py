@@ -23,11 +23,12 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert len(blocks[0].strip().splitlines()) <= 24
     monkeypatch.chdir(tmp_path)
     train, test = parity(40, max_bits=6).split(held_out=3)
-    arguments = TrainingArguments("my_run", max_steps=20, save_steps=10, logging_steps=5, report_to="none", use_cpu=True)
+    often = {"max_steps": 20, "save_steps": 10, "logging_steps": 5}
+    arguments = TrainingArguments("my_run", **often, report_to="none", use_cpu=True)
     model = looped_gpt(vocab_size=train.vocab_size)()
     Trainer(model=model, args=arguments, train_dataset=train).train()
     torch.manual_seed(0)
-    exec(compile(blocks[0], str(README), "exec"), {"train": train, "test": test})  # noqa: S102
+    exec(compile(blocks[0], str(README), "exec"), {"train": train, "test": test})
     printed = capsys.readouterr().out
     assert "LoopSpec(modules=('core',)" in printed
     assert len(re.findall(r"training example \d+: [+-]\d+\.\d+ ± \d+\.\d+, strongest at step [1-3]", printed)) == 5

@@ -265,15 +265,17 @@ def test_a_parameter_with_more_axes_is_a_matrix_of_its_first_axis_and_the_others
     assert torch.equal(sketch.projection("conv", torch.empty(6, 3, 4))(Dense(grads)), flat)
 
 
-def test_long_inputs_are_processed_in_portions() -> None:
+@pytest.mark.parametrize("make", [factors, one_hot])
+@pytest.mark.parametrize(("n", "p"), [(3, 7), (2, 16), (5, 17), (1, 50)])
+def test_long_inputs_are_processed_in_portions(
+    make: Callable[[int, int, int, int, int], Gradient], n: int, p: int
+) -> None:
     """More tokens and more examples than one portion holds, on either side of its edges."""
-    dim = 4096  # 16 tokens in a portion
-    projection = TensorSketch(dim).projection("weight", torch.empty(80, 90))
-    for n, p in ((3, 7), (2, 16), (5, 17), (1, 50)):
-        gradient = factors(n, p, 80, 90, 0)
-        one_by_one = [projection(Outer(gradient.rows[i : i + 1], gradient.cols[i : i + 1])) for i in range(n)]
-        assert_same(projection(gradient), torch.cat(one_by_one))
-        assert_same(projection(gradient), projection(Dense(entries(gradient, 80).float())))
+    projection = TensorSketch(4096).projection("weight", torch.empty(80, 90))  # 16 tokens in a portion
+    gradient = make(n, p, 80, 90, 0)
+    one_by_one = [projection(Outer(gradient.rows[i : i + 1], gradient.cols[i : i + 1])) for i in range(n)]
+    assert_same(projection(gradient), torch.cat(one_by_one))
+    assert_same(projection(gradient), projection(Dense(entries(gradient, 80).float())))
 
 
 # --- hashes: collision-free, reproducible, independent ------------------------------------------------------------

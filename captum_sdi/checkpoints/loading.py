@@ -1,0 +1,93 @@
+"""Loading a checkpoint into a model, in place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from torch import nn
+
+from captum_sdi.checkpoints.adapters import adapter_name, load_adapter
+from captum_sdi.checkpoints.files import ADAPTER_FILES, weights_file
+from captum_sdi.checkpoints.rates import effective_rate, learning_rate
+from captum_sdi.checkpoints.reading import read_weights
+from captum_sdi.checkpoints.whole import load_whole, named_tensors
+
+
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
+    """Load a checkpoint into ``model``, in place, and return its learning rate.
+
+    What it reads:
+
+    * folders of the Hugging Face ``Trainer`` and of ``save_pretrained``: safetensors or ``pytorch_model.bin``, in one
+      file or sharded, and adapters for a ``peft.PeftModel``;
+    * ``.safetensors`` files, with ``learning_rate`` in their metadata if they have it;
+    * files of ``torch.save``: a state dict, alone or under ``model_state_dict``, ``state_dict`` or ``model``, with
+      ``learning_rate``, ``lr`` or an optimizer's state dict (``optimizer``, ``optimizer_state_dict``) beside it. An
+      optimizer saved *after* ``scheduler.step()`` holds the next step's rate, so prefer ``learning_rate``.
+
+    The prefixes ``module.`` and ``_orig_mod.`` may be on either side, a tied weight may be stored under one of its
+    names only, and values are cast to the model's dtype.
+
+    The learning rate of a Trainer folder is the one logged at its step. At an unlogged step it is interpolated between
+    the nearest logged ones; the later of them stands in the log of a later checkpoint of the same run.
+
+    Args:
+        model: The model to load into.
+        path: The folder or file.
+
+    Returns:
+        The learning rate; 1.0, with a warning, where the checkpoint holds none.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If the path is missing, unreadable, or sharded by FSDP or DeepSpeed; if keys or shapes differ from
+            the model's; if the learning rate is negative or not finite; or if the model is on the meta device. The
+            model is then unchanged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = nn.Linear(2, 1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "step-1.pt")
+        ...     torch.save({"model_state_dict": model.state_dict(), "learning_rate": 0.1}, path)
+        ...     load_checkpoint(model, path)
+        0.1
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"load_checkpoint takes the path of a file or folder, got {type(path).__name__}. "
+            "Pass checkpoints_load_func to load checkpoints of another kind."
+        )
+    model, source = _unwrapped(model), Path(os.fsdecode(path))
+    _check_not_on_meta(model)
+    file = weights_file(source, adapter_name(model))
+    state, beside = read_weights(file)
+    rate = learning_rate(beside, source, file)
+    load = load_adapter if file.name in ADAPTER_FILES else load_whole
+    load(model, state, file)
+    return effective_rate(rate, source)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Take off DataParallel, DistributedDataParallel and torch.compile."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _check_not_on_meta(model: nn.Module) -> None:
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"'{name}' of the model is on the meta device, so there is nothing to load weights into. Give the "
+                "model memory first, e.g. model.to_empty(device='cpu'), or build it with from_pretrained and without "
+                "offloading."
+            )
