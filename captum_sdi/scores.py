@@ -61,7 +61,11 @@ class StepInfluence:
     n_steps: Tensor
     """``(q,)`` how many loop steps each test example's batch ran."""
     score_errors: Tensor
-    """``(q, n)`` or ``(q, k)`` the sketch's standard error of each total; zero with `Exact`."""
+    """``(q, n)`` or ``(q, k)`` the sketch's standard error of each total; zero with `Exact`.
+
+    Estimated from the sketched norms: for one token per example and a small ``dim``, two of them cover less than 95%
+    (93% at dim 128, 91% at 32, where measured).
+    """
     trajectory_errors: Tensor
     """``(q, n, t)`` or ``(q, k, t)`` the sketch's standard error of each trajectory point."""
 
@@ -155,7 +159,8 @@ def pair_scores(test: StepFeatures, train: StepFeatures) -> Scores:
     Returns:
         Values and variances ``(q, n, b)``.
     """
-    return _contract("qblw,nlw->lqnb", "qb", "n", test, train)
+    with _full_precision(test):
+        return _contract("qblw,nlw->lqnb", "qb", "n", test, train)
 
 
 def self_scores(features: StepFeatures) -> Scores:
@@ -167,7 +172,8 @@ def self_scores(features: StepFeatures) -> Scores:
     Returns:
         Values and variances ``(n, 1 + b)``, or ``(n, 1)`` when there is one bin.
     """
-    return _contract("nblw,nlw->lnb", "nb", "n", with_total(features), features.summed())
+    with _full_precision(features):
+        return _contract("nblw,nlw->lnb", "nb", "n", with_total(features), features.summed())
 
 
 def step_matrices(test: StepFeatures, train: StepFeatures) -> Tensor:
@@ -180,10 +186,11 @@ def step_matrices(test: StepFeatures, train: StepFeatures) -> Tensor:
     Returns:
         ``(q, n, s, t)`` over loop steps, prelude and coda left out.
     """
-    products = [
-        torch.einsum("qtw,nsw->qnst", phi[:, FIRST_STEP:], train.rows[name][:, FIRST_STEP:])
-        for name, phi in test.rows.items()
-    ]
+    with _full_precision(test):
+        products = [
+            torch.einsum("qtw,nsw->qnst", phi[:, FIRST_STEP:], train.rows[name][:, FIRST_STEP:])
+            for name, phi in test.rows.items()
+        ]
     return _sum_on(products[0].device, products)
 
 
@@ -337,6 +344,11 @@ def _contract(equation: str, test_axes: str, train_axes: str, test: StepFeatures
         variances.append(noise * (norms + inner.square().sum(0)))
     device = values[0].device
     return Scores(_sum_on(device, values), _sum_on(device, variances))
+
+
+def _full_precision(features: StepFeatures) -> torch.autocast:
+    """Inside the user's autocast, too: it would contract features in half precision."""
+    return torch.autocast(next(iter(features.rows.values())).device.type, enabled=False)
 
 
 def _alike(features: StepFeatures) -> list[list[str]]:

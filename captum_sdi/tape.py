@@ -240,7 +240,9 @@ class Tape:
             return
         self._phase, self._consume = "backward", consume
         try:
-            with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+            # The user's autocast is for the model; rules and sketches compute in full precision.
+            full = torch.autocast(self._dummy.device.type, enabled=False)
+            with full, torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
                 torch.autograd.grad(losses, self._dummy, torch.ones_like(losses), allow_unused=True)
         finally:
             self._phase, self._consume = None, None

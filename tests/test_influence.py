@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from captum_sdi import Exact, LoopSpec, SDIInfluence, StepInfluence
+from captum_sdi import Exact, LoopSpec, SDIInfluence, StepInfluence, TensorSketch
 from captum_sdi.batches import Collator
 
 TRAIN, TEST = rows(5, seed=1), rows(3, seed=2)
@@ -289,3 +289,19 @@ def test_scores_come_back_from_disk(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a saved StepInfluence: missing fields"):
         StepInfluence.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("sketch", [Exact(), TensorSketch(64)])
+def test_inside_autocast_only_the_model_is_in_half_precision(sketch: Exact | TensorSketch) -> None:
+    """Conservation holds to float32 rounding, though activations and backprops are bfloat16."""
+    sdi = SDIInfluence(CASES[0].model(torch.float32), TRAIN, layers=None, batch_size=2, sketch=sketch)
+    whole = sdi.step_influence(TEST)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps, matrix = sdi.step_influence(TEST), sdi.step_matrix(TEST)
+    assert_close(
+        steps.trajectories.sum(-1) + steps.prelude + steps.coda, steps.influence_scores.double(), torch.float32
+    )
+    assert matrix.dtype == torch.float32
+    assert not torch.equal(steps.influence_scores, whole.influence_scores)
+    cosine = torch.cosine_similarity(steps.influence_scores.flatten(), whole.influence_scores.flatten(), 0)
+    assert cosine > 0.99
