@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to")
     demo.add_argument("--seed", type=int, default=0, help="seed of weights, data and sketch")
-    demo.add_argument("--steps", type=int, default=800, help="training steps")
+    demo.add_argument("--steps", type=int, default=500, help="training steps")
     options = parser.parse_args(arguments)
     try:
         from captum_sdi.demo import run  # imports transformers.Trainer, which needs the extra `train`
