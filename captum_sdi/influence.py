@@ -82,13 +82,13 @@ class SDIInfluence(TracInCPBase):
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-        >>> from captum_sdi.tasks import ParityDataset
-        >>> model = LoopedGPTForCausalLM(LoopedGPTConfig(vocab_size=8, n_embd=8, n_head=2, n_positions=16, n_loops=3))
-        >>> train, test = ParityDataset(6, seed=0), ParityDataset(2, seed=1)
-        >>> sdi = SDIInfluence(model, train, batch_size=4, sketch=Exact())
-        >>> result = sdi.step_influence(test[0:2], k=3)
-        >>> result.indices.shape, result.trajectories.shape
-        (torch.Size([2, 3]), torch.Size([2, 3, 3]))
+        >>> from captum_sdi.tasks import parity
+        >>> train, test = parity(12, max_bits=4).split(held_out=2)
+        >>> config = LoopedGPTConfig(vocab_size=train.vocab_size, n_embd=8, n_head=2, n_positions=8, n_loops=3)
+        >>> sdi = SDIInfluence(LoopedGPTForCausalLM(config), train, batch_size=4)
+        >>> result = sdi.step_influence(test, k=5)
+        >>> result.indices.shape, result.trajectories.shape  # (q, k) and (q, k, t)
+        (torch.Size([2, 5]), torch.Size([2, 5, 3]))
     """
 
     def __init__(
