@@ -13,7 +13,8 @@ Axis letters, in every docstring and einsum: ``n`` train examples, ``q`` test ex
 loop step of the test side (0-based), ``s`` loop step of the train side, ``i``/``o`` in/out features of a layer, ``d``
 sketch dimension, ``c`` checkpoint, ``k`` Captum's top-k. Score matrices are (test, train), as in Captum.
 
-Source: Kaissis et al., "Step-Decomposed Influence", arXiv 2602.10097; Pruthi et al. 2020 for TracIn.
+Source: Kaissis et al., "Step-resolved data attribution for looped transformers", arXiv 2602.10097; TracIn: Pruthi et
+al., arXiv 2002.08484.
 """
 
 from importlib.metadata import version as _version
