@@ -1,0 +1,39 @@
+"""Pictures of step-decomposed influence, sized for one column of a paper.
+
+A positive influence marks a proponent: a gradient step on the training example, with the learning rate that the score
+contains, lowers the test example's loss by about that much. Axes therefore say "drop in test loss". Steps are numbered
+from 1 in pictures (from 0 in tensors). Bands and error bars are two standard errors of the sketch; there are none with
+`Exact` or plain tensors. Steps beyond an example's ``n_steps`` are not drawn.
+
+Every function returns the `matplotlib.axes.Axes` it drew on and takes what it needs of these arguments:
+
+* ``result``: a `StepInfluence`, complete ``(q, n)`` or the k strongest ``(q, k)``; or plain trajectories, a tensor or
+  array ``(q, n, t)``, or ``(n, t)`` for one test example.
+* ``test`` / ``tests``: positions of test examples in ``result``, from 0.
+* ``train``: training examples to draw in place of the strongest, by index in the training set.
+* ``k``: how many proponents, and how many opponents, to draw.
+* ``texts``: the training examples as text, in the order of the training set. They are shown on one line and cut with
+  an ellipsis where room ends. Scripts that the default font lacks need another in ``rcParams["font.family"]``.
+* ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value drawn.
+* ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.
+* ``ax``: the Axes to draw on; None makes a figure. A figure of your own should have ``layout="constrained"``, which
+  finds room for labels, and for legends below the picture. Without it legends cover part of the picture, and long
+  labels may reach into its neighbours.
+
+What cannot be drawn truthfully (a wrong shape, NaN, an example that is not there) is a `ValueError`.
+"""
+
+from captum_sdi.plotting.heatmaps import plot_heatmap, plot_step_matrix
+from captum_sdi.plotting.self_influence import plot_self_influence
+from captum_sdi.plotting.step_share import plot_step_share
+from captum_sdi.plotting.totals import plot_totals
+from captum_sdi.plotting.trajectories import plot_trajectories
+
+__all__ = [
+    "plot_heatmap",
+    "plot_self_influence",
+    "plot_step_matrix",
+    "plot_step_share",
+    "plot_totals",
+    "plot_trajectories",
+]
