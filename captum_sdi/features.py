@@ -23,6 +23,10 @@ from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape
 POOLED = ""
 """The name of the one row that all parameters share with ``TensorSketch(pool=True)``."""
 
+_LOSS_SCALES = (2.0**12, 2.0**6, 1.0)
+"""What losses are multiplied by, and gradients divided by, where they pass through float16, which knows nothing below
+6e-8 and above 65504. A power of two rounds nothing; a smaller one is for gradients that overflow."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -147,12 +151,44 @@ class Featurizer:
 
         result = self._tape.forward(run, batch.size)
         silent = [name for name in self._names if name not in self._tape.called]
+        dark = [name for name in silent if name in self._tape.called_without_grad]
+        if dark:
+            raise ValueError(
+                f"The forward pass runs the layer that owns {_listed(dark)} under torch.no_grad only: no gradient "
+                f"reaches it. Leave it out{self._tape.without(dark)}, or let the model build a graph, e.g. with "
+                "another number of loop steps in forward_kwargs=."
+            )
         if silent:
             raise ValueError(
                 f"The forward pass never called the layer that owns {_listed(silent)}: their influence cannot be "
-                "seen. Leave them out with layers=[...], or call the layer itself, not its weight or its .forward."
+                f"seen. Leave them out{self._tape.without(silent)}, or call the layer itself, not its weight or its "
+                ".forward."
             )
         return result
+
+    def check_uses(self, raw: Any, side: Side) -> Tensor:
+        """A forward pass that tells whether parameters are used beside their layers' calls, inside `installed`.
+
+        Args:
+            raw: A batch as the loader yields it.
+            side: Its loss and forward keywords.
+
+        Returns:
+            ``(n,)`` losses.
+
+        Raises:
+            ValueError: A targeted parameter is.
+        """
+        with self._tape.watching() as reached:
+            _, losses = self.forward(raw, side)
+            stray = reached(losses)
+        if stray:
+            raise ValueError(
+                f"The model uses {_listed(stray)} beside the calls of the layer that owns it (its weight or its "
+                ".forward directly): that part of its influence cannot be seen. Leave it out"
+                f"{self._tape.without(stray)}, or call the layer itself."
+            )
+        return losses.detach()
 
     def own_loss(self, raw: Any, side: Side) -> Tensor | None:
         """The loss that the model itself computes from labels, inside `installed`.
@@ -167,7 +203,7 @@ class Featurizer:
         batch = self.read(raw, side.forward_kwargs)
         if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
             return None
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = self._model(*batch.args, **batch.kwargs, labels=batch.labels)
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
         return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
@@ -187,19 +223,36 @@ class Featurizer:
         Raises:
             ValueError: A loss or gradient is not finite.
         """
+        for scale in _LOSS_SCALES if self._in_float16() else (1.0,):
+            rows, n_steps = self._swept(raw, side, by_step, positions, scale)
+            finite = torch.stack([row.flatten(1).sum(1).isfinite().cpu() for row in rows.values()]).all(0)
+            if finite.all():
+                break
+        self._check_finite(finite, "gradient", side, positions)
+        return StepFeatures(rows, self._noise(), torch.full((len(finite),), n_steps))
+
+    def _swept(
+        self, raw: Any, side: Side, by_step: bool, positions: Sequence[int], scale: float
+    ) -> tuple[dict[str, Tensor], int]:
+        """Rows of a batch and the number of its loop steps, from one forward and one backward pass."""
         _, losses = self.forward(raw, side)
         self._check_finite(losses.detach().isfinite(), "loss", side, positions)
-        n, n_steps = len(losses), self._tape.n_steps
-        rows = self._zeros(n, FIRST_STEP + n_steps if by_step else 1)
+        n_steps = self._tape.n_steps
+        rows = self._zeros(len(losses), FIRST_STEP + n_steps if by_step else 1)
 
         def consume(name: str, examples: slice, bin: int, gradient: Gradient) -> None:
             row = rows[POOLED if self._sketch.pool else name]
-            row[examples, bin if by_step else 0] += self._projections[name](gradient)
+            row[examples, bin if by_step else 0].add_(self._projections[name](gradient), alpha=1 / scale)
 
-        self._tape.backward(losses, consume)
-        finite = torch.stack([row.flatten(1).sum(1).isfinite().cpu() for row in rows.values()])
-        self._check_finite(finite.all(0), "gradient", side, positions)
-        return StepFeatures(rows, self._noise(), torch.full((n,), n_steps))
+        self._tape.backward(losses if scale == 1 else losses * scale, consume)
+        return rows, n_steps
+
+    def _in_float16(self) -> bool:
+        """Whether gradients pass through float16, by the weights or the user's autocast."""
+        if any(p.dtype == torch.float16 for p in self._model.parameters()):
+            return True
+        kinds = {p.device.type for p in self._model.parameters()}
+        return any(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) == torch.float16 for k in kinds)
 
     def _zeros(self, n: int, bins: int) -> dict[str, Tensor]:
         kinds = {POOLED if self._sketch.pool else name: kind for name, kind in self._projections.items()}

@@ -78,7 +78,7 @@ class SDIInfluence(TracInCPBase):
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: An argument cannot be right: an unknown layer, no trainable parameter, no checkpoint, a loader that
-            shuffles, a model on the meta device.
+            shuffles, a model on the meta device or on several devices.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -111,9 +111,7 @@ class SDIInfluence(TracInCPBase):
     ) -> None:
         if not isinstance(sketch, TensorSketch | Exact):
             raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
-        on_meta = [name for name, p in model.named_parameters() if p.is_meta]
-        if on_meta:
-            raise ValueError(f"The model has no weights: {on_meta[0]!r} is on the meta device. Load it first.")
+        _check_placement(model)
         self._collate = collate_fn or Collator(_pad_token_id(model))
         train_loader = self._loader(train_dataset, batch_size, "train_dataset")
         super().__init__(model, train_loader, checkpoints, checkpoints_load_func, loss_fn, batch_size, test_loss_fn)
@@ -448,6 +446,23 @@ class SDIInfluence(TracInCPBase):
         if isinstance(inputs, tuple | Mapping) or (isinstance(inputs, list) and not _are_rows(inputs)):
             return Stream([inputs], "inputs")
         return Stream(self._loader(inputs, self.batch_size or 1, "inputs"), "inputs")
+
+
+def _check_placement(model: nn.Module) -> None:
+    """Refuses a model whose parameters are nowhere, or in several places."""
+    places: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(str(parameter.device), name)
+    if "meta" in places:
+        raise ValueError(
+            f"The model has no weights: {places['meta']!r} is on the meta device. Load it first; if a device_map "
+            "offloaded it to the CPU or to disk, load the model on one device instead."
+        )
+    if len(places) > 1:
+        raise ValueError(
+            f"The model is spread over several devices: {places}. Put it on one, with model.to(device), or load it "
+            "without device_map."
+        )
 
 
 def _pad_token_id(model: nn.Module) -> int:

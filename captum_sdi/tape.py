@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import difflib
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from captum_sdi.rules import Rule, choose_rule, may_cover
+from captum_sdi.rules import Rule, choose_rule, why_uncovered
 from captum_sdi.sketch import Gradient, canonical_name
 
 PRELUDE, CODA, FIRST_STEP = 0, 1, 2
@@ -151,7 +153,7 @@ class Tape:
 
     Raises:
         ValueError: The loop names a module the model does not have, or a targeted parameter is owned by a module that
-            no rule covers.
+            no rule covers or has a gradient hook.
     """
 
     def __init__(
@@ -174,10 +176,11 @@ class Tape:
         """Back to the state before a forward pass."""
         self._phase: str | None = None
         self._batch_size = 0
-        self._step, self._loop_calls = -1, 0
+        self._step, self._loop_calls, self._pass = -1, 0, -1
         self._first_called: nn.Module | None = None
         self._consume: Consumer | None = None
         self.called: set[str] = set()
+        self.called_without_grad: set[str] = set()
 
     @property
     def n_steps(self) -> int:
@@ -235,20 +238,71 @@ class Tape:
 
         Raises:
             RuntimeError: A model returned one of its own parameters in place of an activation.
+            ValueError: The model checkpoints its activations the reentrant way.
         """
         if not losses.requires_grad:
             return
         self._phase, self._consume = "backward", consume
+        losses.register_hook(self._on_backward)
         try:
             # The user's autocast is for the model; rules and sketches compute in full precision.
             full = torch.autocast(self._dummy.device.type, enabled=False)
             with full, torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
                 torch.autograd.grad(losses, self._dummy, torch.ones_like(losses), allow_unused=True)
+        except RuntimeError as error:
+            if "use_reentrant" in str(error):
+                raise ValueError(_REENTRANT.format("a part of the model")) from error
+            raise
         finally:
             self._phase, self._consume = None, None
         for name, parameter in self.model.named_parameters():
             if not parameter.is_leaf:
                 raise RuntimeError(f"parameter {name!r} became part of the graph; please report this model.")
+
+    @contextmanager
+    def watching(self) -> Iterator[Callable[[Tensor], list[str]]]:
+        """Forward passes meanwhile tell uses of the targets beside their layers' calls; for no backward pass.
+
+        Yields:
+            From losses to the names of the targets that reach them past every hook.
+        """
+
+        # Within their layers' calls the targets are constants: those that the graph still reaches are used elsewhere.
+        def hide(module: nn.Module, args: object) -> None:
+            for local, parameter in originals[module].items():
+                module._parameters[local] = parameter.detach()  # type: ignore[assignment]
+
+        def restore(module: nn.Module, *_: object) -> None:
+            module._parameters.update(originals[module])
+
+        originals = {m: {local: m.get_parameter(local) for local in mine} for m, mine in self._owners.values()}
+        frozen = [parameter for parameter in self.targets.values() if not parameter.requires_grad]
+        with ExitStack() as stack:
+            for module in originals:
+                stack.callback(restore, module)
+                stack.callback(module.register_forward_pre_hook(hide, prepend=True).remove)
+                stack.callback(module.register_forward_hook(restore, prepend=True, always_call=True).remove)
+            for parameter in frozen:
+                stack.callback(parameter.requires_grad_, False)
+                parameter.requires_grad_(True)
+            yield self._reached
+
+    def _reached(self, losses: Tensor) -> list[str]:
+        """Names of the targets among the leaves of the losses' graph."""
+        leaves: set[int] = set()
+        seen, pending = set(), [losses.grad_fn]
+        while pending:
+            node = pending.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaves.add(id(getattr(node, "variable", None)))
+            pending += [parent for parent, _ in node.next_functions]
+        return [name for name, parameter in self.targets.items() if id(parameter) in leaves]
+
+    def _on_backward(self, grad: Tensor) -> None:
+        """First in the backward pass: which one it is, to tell others that run within it."""
+        self._pass = torch._C._current_graph_task_id()
 
     # --- forward hooks ---
 
@@ -257,7 +311,7 @@ class Tape:
             return
         self._loop_calls += 1
         if not self._anchors:
-            self._first_called = self._first_called or module
+            self._first_called = module if self._first_called is None else self._first_called
             self._step += module is self._first_called
 
     def _on_anchor(self, module: nn.Module, args: object) -> None:
@@ -282,20 +336,27 @@ class Tape:
         if self._phase is None:
             return None
         _, parameters = self._owners[id(module)]
+        if not torch.is_grad_enabled():
+            # The step counts, and contributes nothing: influence is that of the graph that trained.
+            if _inside_autograd_function():
+                raise ValueError(_REENTRANT.format(self._describe(module)))
+            self.called_without_grad.update(parameters.values())
+            return None
         if self._phase == "forward":
             self.called.update(parameters.values())
-        if not torch.is_grad_enabled():
-            return None  # the step counts, and contributes nothing: influence is that of the graph that trained
         activation = _only_tensor(args, kwargs)
         rule = self._rule(module, activation, output)
         assert activation is not None
         use = _Use(self._step, id(module) in self._in_loop, self._loop_calls)
         shape = output.shape  # closing over the output itself would keep it, and through it the graph, alive
+        device = self.targets[next(iter(parameters.values()))].device
 
         def report(activation: Tensor, backprop: Tensor) -> None:
-            assert self._consume is not None
+            if self._consume is None or torch._C._current_graph_task_id() != self._pass:
+                raise ValueError(_NESTED.format(self._describe(module)))
             bin = use.bin(self._loop_calls)
-            backprop = backprop.reshape(shape)
+            # A model spread over devices may hand its activations on to the next one.
+            activation, backprop = activation.to(device), backprop.reshape(shape).to(device)
             for local, examples, gradient in rule.gradients(module, activation, backprop, tuple(parameters)):
                 self._consume(parameters[local], examples, bin, gradient)
 
@@ -311,10 +372,12 @@ class Tape:
     def _rule(self, module: nn.Module, activation: Tensor | None, output: Any) -> Rule:
         key = (id(module), self._batch_size > 1)  # a single example cannot tell whether examples mix
         rule = self._rules.get(key)
-        if rule is None:
-            chosen = None if activation is None else choose_rule(module, activation, output)
-            if chosen is None:
-                raise ValueError(_uncovered(self._describe(module), "no rule covers this call of it"))
+        if rule is None or activation is None:
+            several = "it was called with something else than one tensor"
+            chosen = several if activation is None else choose_rule(module, activation, output)
+            if isinstance(chosen, str):
+                out = set(self._owners[id(module)][1].values())
+                raise ValueError(_uncovered([(self._describe(module), chosen)], self.without(out)))
             rule = self._rules[key] = chosen
         assert activation is not None
         for what, tensor in (("was given", activation), ("returned", output)):
@@ -322,14 +385,24 @@ class Tape:
                 raise ValueError(
                     f"{self._describe(module)} {what} a tensor of shape {tuple(tensor.shape)} in a batch of "
                     f"{self._batch_size}: without the example axis first, per-example gradients cannot be told apart. "
-                    "Leave it out with layers=[...], or let the model pass it one row per example."
+                    f"Leave it out{self.without(set(self._owners[id(module)][1].values()))}, or let the model pass it "
+                    "one row per example."
                 )
         return rule
 
+    def without(self, names: Iterable[str]) -> str:
+        """How to ask for all targets but some.
+
+        Args:
+            names: Targets to leave out.
+
+        Returns:
+            Such as " with layers=['core.fc', 'core.norm']"; empty when nothing is left.
+        """
+        return _without(self.model, self.targets, set(names))
+
     def _describe(self, module: nn.Module) -> str:
-        _, parameters = self._owners[id(module)]
-        owned = ", ".join(repr(name) for name in parameters.values())
-        return f"{self._names.get(id(module), '?')!r} ({type(module).__name__}), which owns {owned},"
+        return _described(self._names.get(id(module), "?"), module, self._owners[id(module)][1].values())
 
 
 def _resolve(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -343,30 +416,90 @@ def _owners(model: nn.Module, targets: Mapping[str, nn.Parameter]) -> dict[int, 
     # A parameter may have several owners (tied embedding and head, blocks that share tensors): their uses add up.
     by_id = {id(parameter): name for name, parameter in targets.items()}
     owners: dict[int, tuple[nn.Module, dict[str, str]]] = {}
+    uncovered: list[tuple[str, str, set[str]]] = []
+    covered: set[str] = set()
     for name, module in model.named_modules():
         own = module.named_parameters(recurse=False, remove_duplicate=False)
         mine = {local: by_id[id(parameter)] for local, parameter in own if id(parameter) in by_id}
         if not mine:
             continue
-        if not may_cover(module):
-            owned = ", ".join(repr(target) for target in mine.values())
-            what = f"{canonical_name(name)!r} ({type(module).__name__}), which owns {owned},"
-            raise ValueError(_uncovered(what, "it uses them outside any layer of its own"))
-        owners[id(module)] = (module, mine)
+        why = why_uncovered(module)
+        if why is None and any(targets[target]._backward_hooks for target in mine.values()):
+            why = "a hook of its own changes its gradient (Tensor.register_hook)"
+        if why is None:
+            owners[id(module)] = (module, mine)
+            covered.update(mine.values())
+        else:
+            uncovered.append((_described(canonical_name(name), module, mine.values()), why, set(mine.values())))
+    # A head that only holds the bias of a layer inside it does not use it; if it does, `watching` tells.
+    refused = [(what, why) for what, why, names in uncovered if not names <= covered]
+    if refused:
+        out = set().union(*(names for _, _, names in uncovered)) - covered
+        raise ValueError(_uncovered(refused, _without(model, targets, out)))
     return owners
 
 
-def _uncovered(what: str, why: str) -> str:
+def _described(name: str, module: nn.Module, owned: Iterable[str]) -> str:
+    listed = ", ".join(repr(canonical_name(parameter)) for parameter in owned)
+    return f"{name!r} ({type(module).__name__}), which owns {listed},"
+
+
+def _uncovered(refused: list[tuple[str, str]], without: str) -> str:
+    reasons = "; nor ".join(f"{what} because {why}" for what, why in refused)
     return (
-        f"No layer rule covers {what} because {why}. Leave it out by naming the layers you want in layers=[...], or "
-        "move the parameter into a leaf module that takes one tensor and returns one."
+        f"No layer rule covers {reasons}. Leave it out{without}, or move the parameter into a leaf module that takes "
+        "one tensor and returns one."
     )
 
 
+def _without(model: nn.Module, targets: Mapping[str, nn.Parameter], out: set[str]) -> str:
+    """`Tape.without`: the outermost modules that hold targets only, none of them in ``out``."""
+    wanted = {id(parameter) for name, parameter in targets.items() if name not in out}
+    chosen: dict[frozenset[int], str] = {}
+
+    def choose(name: str, module: nn.Module) -> None:
+        inside = frozenset(id(parameter) for parameter in module.parameters())
+        if name and inside and inside <= wanted:
+            chosen.setdefault(inside, canonical_name(name))
+        elif inside & wanted:
+            for child, part in module.named_children():
+                choose(f"{name}.{child}" if name else child, part)
+
+    choose("", model)
+    return f" with layers={list(chosen.values())}" if chosen else ""
+
+
+_REENTRANT = (
+    "{} runs inside reentrant activation checkpointing or another autograd.Function, where no graph is built that can "
+    "be observed. Checkpoint with use_reentrant=False, or switch it off: activation_checkpointing=True saves the same "
+    "memory."
+)
+
+
+_NESTED = (
+    "A backward pass within the forward or backward pass (an implicit layer's, a gradient penalty's, a checkpoint's of "
+    "the model's own) runs through {} so that gradients of its uses cannot be told apart. Leave it out with "
+    "layers=[...]."
+)
+
+
+def _inside_autograd_function() -> bool:
+    """Whether the caller runs in the forward of a `torch.autograd.Function`, as reentrant checkpointing does."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(first, torch.autograd.function.FunctionCtx):
+                return True
+        frame = frame.f_back
+    return False
+
+
 def _only_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """What a layer was given, if that is exactly one tensor."""
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    return tensors[0] if len(tensors) == 1 else None
+    """What a layer was given, if that is one tensor and nothing else."""
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
 
 
 @contextmanager

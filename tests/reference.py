@@ -136,3 +136,61 @@ def spread(model: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model.eval()
+
+
+def aliased_gradients(
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    names: Sequence[str],
+    loop: Sequence[str],
+    anchors: Sequence[str],
+) -> dict[str, Tensor]:
+    """Gradients of one example's loss by bin, for models that deep copies would not untie: ``(2 + t, entries)`` each.
+
+    Before each call of a module that owns parameters, every one of them is replaced by a fresh alias, and the gradient
+    of that alias is that use's. Needs no list of what lies outside the loop, and follows tied parameters, whoever
+    owns them. The first row is the prelude, the second the coda, the others are the steps that calls of the anchors
+    start.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tracked = {id(parameters[name]): name for name in names}
+    inside = {id(part) for name in loop for part in model.get_submodule(name).modules()}
+    owned = {
+        module: {k: p for k, p in module._parameters.items() if p is not None and id(p) in tracked}
+        for module in model.modules()
+    }
+    log: list[tuple[str, Any]] = []  # ("step", None), ("loop", None) or ("use", (name, alias, inside))
+
+    def note(kind: str) -> Callable[..., None]:
+        return lambda *_: log.append((kind, None))
+
+    def alias(module: nn.Module, args: object) -> None:
+        for local, parameter in owned[module].items():
+            fresh = parameter.detach().requires_grad_(True)
+            module._parameters[local] = fresh  # type: ignore[assignment]
+            log.append(("use", (tracked[id(parameter)], fresh, id(module) in inside)))
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note("step"), prepend=True) for name in anchors]
+    hooks += [model.get_submodule(name).register_forward_pre_hook(note("loop")) for name in loop]
+    hooks += [module.register_forward_pre_hook(alias) for module, own in owned.items() if own]
+    try:
+        value = loss(model.eval())
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, own in owned.items():
+            module._parameters.update(own)
+
+    last = max(i for i, (kind, _) in enumerate(log) if kind == "loop")
+    uses, step = [], -1
+    for i, (kind, use) in enumerate(log):
+        step += kind == "step"
+        if kind == "use":
+            name, fresh, is_inside = use
+            uses.append((name, fresh, 0 if step < 0 else 2 + step if is_inside or i < last else 1))
+    grads = torch.autograd.grad(value, [fresh for _, fresh, _ in uses], allow_unused=True)
+    result = {name: torch.zeros(3 + step, parameters[name].numel(), dtype=value.dtype) for name in names}
+    for (name, _, bin), grad in zip(uses, grads, strict=True):
+        if grad is not None:
+            result[name][bin] += grad.flatten()
+    return result

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch, coverage_check
 from captum_sdi.batches import Collator
+from captum_sdi.models import LoopedGPTForCausalLM
 
 TRAIN, TEST = rows(5, seed=1), rows(2, seed=2)
 
@@ -378,6 +379,26 @@ def test_a_model_that_answers_differently_each_time() -> None:
     refused(
         "not deterministic", model, tensors(), loss_fn=nn.MSELoss(reduction="none"), call=lambda s: s.self_influence()
     )
+
+
+class RandomState(LoopedGPTForCausalLM):
+    """Starts its loop from noise, as Huginn does, unless it is given a state."""
+
+    noise = 1.0
+
+    def _initial_state(self, initial_state: Tensor | None, inputs: Tensor, position_ids: Tensor) -> Tensor:
+        state = self.noise * torch.randn_like(inputs) if initial_state is None else initial_state
+        return super()._initial_state(state, inputs, position_ids)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-3])  # little noise moves a loss by 1e-4 of it, and is noise all the same
+def test_a_random_initial_state(noise: float) -> None:
+    model = spread(RandomState(looped_gpt()().config))
+    model.noise = noise
+    refused("not deterministic: the first test example.*a seeded state in forward_kwargs=", model, TRAIN)
+    fixed = {"forward_kwargs": lambda batch: {"initial_state": torch.zeros(*batch["input_ids"].shape, 8)}}
+    sdi = SDIInfluence(model, TRAIN, **fixed)
+    assert torch.equal(sdi.influence(TEST), sdi.influence(TEST))
 
 
 # --- checkpoints ---
