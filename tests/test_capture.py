@@ -309,7 +309,7 @@ class FusedHead(nn.Module):
         return h @ self.wte.weight.T
 
 
-def test_a_fused_head_on_a_called_embedding_is_named() -> None:
+def test_fused_head_on_a_called_embedding_is_named() -> None:
     """The embedding's layer is called all the same: only the graph shows the other use."""
     model = spread(FusedHead().double())
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -350,7 +350,7 @@ def test_a_bare_parameter_is_named_with_the_layers_to_pass_instead(layers: str |
     assert_exact(model, names, layers=named)
 
 
-def test_a_block_with_multihead_attention() -> None:
+def test_multihead_attention_in_a_block() -> None:
     """Its weights are bare and the fast path of an encoder layer calls none: all but the attention is exact."""
     encoder = nn.TransformerEncoderLayer(D, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
     model = looped(encoder)
@@ -385,7 +385,7 @@ class LeafExperts(nn.Module):
         return torch.einsum("btd,edf->btef", x, self.weight)
 
 
-def test_experts_as_one_parameter_of_three_axes() -> None:
+def test_moe_experts_as_one_parameter_of_three_axes() -> None:
     """Bare beside a router they are refused; as a leaf of one tensor they are exact."""
     model = looped(Experts())
     refused(r"'core' \(Experts\), which owns 'core.weight'.*Leave it out with layers=\['core.router'\]", model, "loop")
@@ -728,7 +728,7 @@ OURO = LoopSpec(("layers", "norm", "gate"), ("layers.0",))
 
 
 @pytest.mark.parametrize("layers", ["loop", None])
-def test_an_exit_gate_inside_the_loop(layers: str | None) -> None:
+def test_ouro_exit_gate_inside_the_loop(layers: str | None) -> None:
     """The gate of the last step decides nothing: its gradient is zero there, and not moved to another step."""
     model = spread(OuroStyle().double())
     names = [n for n, _ in model.named_parameters() if layers is None or n.startswith(("layers", "norm", "gate"))]
@@ -739,7 +739,7 @@ def test_an_exit_gate_inside_the_loop(layers: str | None) -> None:
 
 
 @pytest.mark.parametrize("exit_at", [0, 1, 3])
-def test_an_early_exit_leaves_later_steps_at_zero(exit_at: int) -> None:
+def test_ouro_early_exit_leaves_later_steps_at_zero(exit_at: int) -> None:
     model = spread(OuroStyle().double())
     names = [n for n, _ in model.named_parameters() if n.startswith(("layers", "norm", "gate"))]
     truth = assert_rows_exact(model, OURO, "loop", names, lambda batch: {"exit_at_step": exit_at})
@@ -817,7 +817,7 @@ def suggested(error: pytest.ExceptionInfo[ValueError]) -> list[str]:
 
 @pytest.mark.parametrize(("num_steps", "dark"), [((0, 3), 0), ((2, 3), 2), ((1, 1), 1)])
 @pytest.mark.parametrize("layers", ["loop", None])
-def test_a_random_state_first_steps_without_gradient_and_a_bare_parameter(
+def test_huginn_random_state_first_steps_without_gradient_and_a_bare_parameter(
     layers: str | None, num_steps: tuple[int, int], dark: int
 ) -> None:
     model, batch = spread(HuginnStyle().double()), Collator()(rows(4, seed=1))
@@ -834,7 +834,7 @@ def test_a_random_state_first_steps_without_gradient_and_a_bare_parameter(
     assert steps[:, dark:].abs().amax(-1).all()
 
 
-def test_a_random_state_that_nobody_seeds_is_refused() -> None:
+def test_huginn_random_state_that_nobody_seeds_is_refused() -> None:
     model, batch = spread(HuginnStyle().double()), Collator()(rows(4, seed=1))
     named = ["adapter", "core_block.1"]
     with pytest.raises(ValueError, match=r"not deterministic.*seeded state in forward_kwargs="):
