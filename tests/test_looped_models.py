@@ -45,12 +45,14 @@ def test_every_use_of_every_parameter_is_exact(looped: Looped, dtype: torch.dtyp
         assert (ours[name] - theirs).abs().max() <= 1e-5 * scale, name
 
 
-def test_the_scores_are_exact_with_nothing_said_about_the_loop(looped: Looped) -> None:
-    """End to end: `SDIInfluence` finds the loop, pads, batches and multiplies."""
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_the_scores_are_exact_with_nothing_said_about_the_loop(looped: Looped, recompute: bool) -> None:
+    """End to end: `SDIInfluence` finds the loop, pads, batches and multiplies, also with activation checkpointing."""
     model = looped.model()
     rows, names = looped.rows(), looped.in_loop(model)
     grads = torch.stack([torch.cat([*looped.truth(model, row, names).values()], 1) for row in rows])  # (n, 2 + t, d)
-    sdi = SDIInfluence(model, rows, loss_fn=looped.loss_fn, batch_size=2, sketch=Exact())
+    settings = {"sketch": Exact(), "activation_checkpointing": recompute}
+    sdi = SDIInfluence(model, rows, loss_fn=looped.loss_fn, batch_size=2, **settings)
     steps = sdi.step_influence(rows)
     assert sdi.loop == looped.loop_of(model)
     expected = torch.einsum("qtd,nd->qnt", grads[:, 2:], grads.sum(1))
