@@ -109,6 +109,8 @@ class SDIInfluence(TracInCPBase):
         test_forward_kwargs: Settings | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if not isinstance(sketch, TensorSketch | Exact):
             raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
         _check_placement(model)
@@ -443,6 +445,9 @@ class SDIInfluence(TracInCPBase):
                 "`inputs` argument is required. If you wish to calculate self influence scores, please use the "
                 "`self_influence` method instead."
             )
+        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+        if isinstance(ids, Tensor) and ids.ndim == 1:
+            raise ValueError("inputs is one row of a dataset, not a batch of rows: pass it in a list, [row].")
         if isinstance(inputs, tuple | Mapping) or (isinstance(inputs, list) and not _are_rows(inputs)):
             return Stream([inputs], "inputs")
         return Stream(self._loader(inputs, self.batch_size or 1, "inputs"), "inputs")

@@ -226,6 +226,15 @@ def test_a_batch_of_the_wrong_type(batch: Any) -> None:
     refused("must be a", a_model(), TRAIN, call=lambda sdi: sdi.influence(batch))
 
 
+def test_a_row_where_a_batch_is_meant() -> None:
+    refused(r"one row of a dataset.*pass it in a list, \[row\]", a_model(), TRAIN, call=lambda s: s.influence(TRAIN[0]))
+
+
+def test_something_that_is_no_model() -> None:
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
+        SDIInfluence("gpt2", TRAIN)  # type: ignore[arg-type]
+
+
 def test_ragged_tuple_rows_have_no_place_for_a_mask() -> None:
     train = [(row["input_ids"], row["labels"]) for row in TRAIN]
     refused("tuples have no place for an attention mask", a_model(), train, batch_size=2)
