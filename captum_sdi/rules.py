@@ -73,8 +73,10 @@ def choose_rule(module: nn.Module, activation: Tensor, output: object) -> Rule |
         A rule, or the reason why none covers the module.
     """
     reason, closed = why_uncovered(module), _closed_form(module)
-    if reason is not None or closed is not None:
-        return reason or closed  # type: ignore[return-value]
+    if reason is not None:
+        return reason
+    if closed is not None:
+        return closed
     if not isinstance(output, Tensor):
         return f"it returned a {type(output).__name__}, not one tensor"
     reason = _unlike_alone(module, activation, output)
