@@ -9,12 +9,27 @@ function here:
 
 * `Example.question(prompt, answer)` predicts the answer; `Example(text, targets)` anything else,
   for instance the solution of a puzzle at its blanks, for a model with `is_causal=False`;
-* where examples can be numbered, `draw_examples` draws different ones; `parity.py` is the pattern;
+* `difficulty` says how hard an example is, to group results by;
+* where examples can be numbered, `draw_examples` draws different ones; `parity.py` is the pattern,
+  `sudoku.py` where a number is the seed of an example;
 * `TaskDataset(examples, characters, length)` does the encoding, the labels and the padding.
 """
 
 from captum_sdi.tasks.addition import addition
 from captum_sdi.tasks.dataset import Example, TaskDataset, draw_examples
+from captum_sdi.tasks.p_hop import p_hop
 from captum_sdi.tasks.parity import parity
+from captum_sdi.tasks.sorting import sorting
+from captum_sdi.tasks.sudoku import permute_digits, sudoku
 
-__all__ = ["Example", "TaskDataset", "addition", "draw_examples", "parity"]
+__all__ = [
+    "Example",
+    "TaskDataset",
+    "addition",
+    "draw_examples",
+    "p_hop",
+    "parity",
+    "permute_digits",
+    "sorting",
+    "sudoku",
+]

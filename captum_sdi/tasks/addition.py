@@ -1,6 +1,6 @@
 """Addition of two binary numbers."""
 
-from captum_sdi.tasks.dataset import Example, TaskDataset, check_bits, draw_examples
+from captum_sdi.tasks.dataset import Example, TaskDataset, check_range, draw_examples
 
 
 def addition(size: int, min_bits: int = 1, max_bits: int = 4, seed: int = 0) -> TaskDataset:
@@ -28,7 +28,7 @@ def addition(size: int, min_bits: int = 1, max_bits: int = 4, seed: int = 0) -> 
         >>> data.text(0)
         '0000+0111=11100'
     """
-    check_bits(min_bits, max_bits)
+    check_range("bits", min_bits, max_bits)
     spaces = {bits: 4**bits for bits in range(min_bits, max_bits + 1)}
     examples = draw_examples(size, seed, spaces, _example)
     return TaskDataset(examples, characters="01+=", length=3 * max_bits + 3)

@@ -3,8 +3,10 @@
 Shapes: `n` examples, `p` token positions.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.data import Dataset
 
 IGNORED = -100  # the label transformers and torch leave out of the loss
 PAD_TOKEN_ID = 0
+MISSES = 1000  # numbers in a row without an example after which no more are looked for
 
 
 class Example(NamedTuple):
@@ -22,11 +25,13 @@ class Example(NamedTuple):
     """What the model reads."""
     targets: str
     """What it should predict at the same places, with a space where nothing is predicted."""
+    difficulty: int = 0
+    """How hard it is, in the task's own measure; 0 where the task has none."""
 
     @classmethod
-    def question(cls, prompt: str, answer: str) -> "Example":
+    def question(cls, prompt: str, answer: str, difficulty: int = 0) -> "Example":
         """Return an example that predicts every character of `answer` and none of `prompt`."""
-        return cls(prompt + answer, " " * len(prompt) + answer)
+        return cls(prompt + answer, " " * len(prompt) + answer, difficulty)
 
 
 class TaskDataset(Dataset[dict[str, Tensor]]):
@@ -40,6 +45,7 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
         examples: The examples as text.
         characters: Every character that can occur.
         input_ids: All rows, (n, p); `labels` and `attention_mask` likewise.
+        difficulty: How hard each example is, (n,), in the task's own measure; not part of the rows.
 
     Example:
         >>> examples = [Example.question("10=", "1"), Example.question("1=", "1")]
@@ -71,6 +77,7 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
         self.input_ids = torch.full(shape, PAD_TOKEN_ID)
         self.labels = torch.full(shape, IGNORED)
         self.attention_mask = torch.zeros(shape, dtype=torch.long)
+        self.difficulty = torch.tensor([example.difficulty for example in self.examples])
         for row, example in enumerate(self.examples):
             self._check(example)
             end = len(example.text)
@@ -140,42 +147,70 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
 
 
 def draw_examples(
-    size: int, seed: int, spaces: Mapping[int, int], make: Callable[[int, int], Example]
+    size: int,
+    seed: int,
+    spaces: Mapping[int, int],
+    make: Callable[[int, int], Example | None],
+    kind: str = "length",
 ) -> list[Example]:
-    """Draw different examples, equally many of each length until one runs out.
+    """Draw different examples, equally many of each length (or other kind) until one runs out.
+
+    One has run out when all its numbers were drawn, or `MISSES` in a row were of no example.
 
     Args:
         size: How many.
         seed: The same seed gives the same examples, on every machine and in every process.
-        spaces: For each length, how many examples of it exist.
-        make: `make(length, number)` is the example with that number, 0 <= number < spaces[length].
+        spaces: For each length, how many examples of it exist, or how many numbers to try.
+        make: `make(length, number)` is the example with that number, 0 <= number < spaces[length]; None
+            if there is none, or it is too much like another one.
+        kind: What `spaces` calls a length, for error messages.
 
     Returns:
         The examples, in random order.
 
     Raises:
-        ValueError: If `size` or `seed` is no proper number, or fewer examples exist.
+        ValueError: If `size` or `seed` is no proper number, or fewer examples exist or are found, or
+            none of some length.
     """
     check_integer("size", size, minimum=1)
     check_integer("seed", seed)
-    if size > (available := sum(spaces.values())):
-        raise ValueError(
-            f"size={size}: only {available} different examples of these lengths exist; "
-            "ask for fewer or allow more lengths."
-        )
     rng = random.Random(str(seed))  # of a number it would take the absolute value: -1 and 1 alike
-    numbers = {length: _in_random_order(rng, space) for length, space in spaces.items()}
-    examples: list[Example] = []
-    while len(examples) < size:
-        for length, remaining in list(numbers.items()):
-            if len(examples) < size:
-                number = next(remaining, None)
-                if number is None:
-                    del numbers[length]
-                else:
-                    examples.append(make(length, number))
+    lengths = [_examples_of(kind, length, _in_random_order(rng, space), make) for length, space in spaces.items()]
+    examples = list(islice(_in_turn(lengths), size))
+    if len(examples) < size:
+        raise ValueError(
+            f"size={size}: only {len(examples)} different examples of these {kind}s exist or can be found; "
+            f"ask for fewer or allow more {kind}s."
+        )
     rng.shuffle(examples)
     return examples
+
+
+def _examples_of(
+    kind: str, length: int, numbers: Iterator[int], make: Callable[[int, int], Example | None]
+) -> Iterator[Example]:
+    """Yield the examples of one length until none, or hardly any, are left."""
+    found = misses = 0
+    for number in numbers:
+        example = make(length, number)
+        if example is not None:
+            found, misses = found + 1, 0
+            yield example
+        elif (misses := misses + 1) == MISSES:
+            break
+    if not found:
+        raise ValueError(f"No example with {kind} {length} was found in {misses} attempts; leave that {kind} out.")
+
+
+def _in_turn(iterators: list[Iterator[Example]]) -> Iterator[Example]:
+    """Yield one of each, again and again, until all have run out."""
+    while iterators:
+        for iterator in list(iterators):
+            example = next(iterator, None)
+            if example is None:
+                iterators.remove(iterator)
+            else:
+                yield example
 
 
 def _in_random_order(rng: random.Random, space: int) -> Iterator[int]:
@@ -190,16 +225,18 @@ def _in_random_order(rng: random.Random, space: int) -> Iterator[int]:
         moved[chosen] = moved.get(position, position)
 
 
-def check_integer(name: str, value: object, minimum: int | None = None) -> None:
-    """Raise ValueError naming the argument unless it is an integer, of at least `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool) or (minimum is not None and value < minimum):
-        bound = "" if minimum is None else f" of at least {minimum}"
-        raise ValueError(f"{name}={value!r} must be an integer{bound}.")
+def check_integer(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> None:
+    """Raise ValueError naming the argument unless it is an integer, of at least `minimum`, at most `maximum`."""
+    low = -math.inf if minimum is None else minimum
+    high = math.inf if maximum is None else maximum
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        bounds = [f"at {end} {bound}" for end, bound in (("least", minimum), ("most", maximum)) if bound is not None]
+        raise ValueError(f"{name}={value!r} must be an integer{' of ' * bool(bounds)}{' and '.join(bounds)}.")
 
 
-def check_bits(min_bits: int, max_bits: int) -> None:
-    """Raise ValueError unless `min_bits` to `max_bits` is a range of lengths."""
-    check_integer("min_bits", min_bits, minimum=1)
-    check_integer("max_bits", max_bits, minimum=1)
-    if min_bits > max_bits:
-        raise ValueError(f"min_bits={min_bits} is more than max_bits={max_bits}; swap or change them.")
+def check_range(name: str, fewest: int, most: int, minimum: int = 1, maximum: int | None = None) -> None:
+    """Raise ValueError unless `min_NAME` to `max_NAME` is a range of integers within the bounds."""
+    check_integer(f"min_{name}", fewest, minimum, maximum)
+    check_integer(f"max_{name}", most, minimum, maximum)
+    if fewest > most:
+        raise ValueError(f"min_{name}={fewest} is more than max_{name}={most}; swap or change them.")

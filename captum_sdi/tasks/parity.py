@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from captum_sdi.tasks.dataset import Example, TaskDataset, check_bits, draw_examples
+from captum_sdi.tasks.dataset import Example, TaskDataset, check_range, draw_examples
 
 
 def parity(size: int, min_bits: int = 1, max_bits: int = 8, running: bool = False, seed: int = 0) -> TaskDataset:
@@ -36,7 +36,7 @@ def parity(size: int, min_bits: int = 1, max_bits: int = 8, running: bool = Fals
         >>> data.examples[0].targets, parity(100, running=True).examples[0].targets
         ('         1', ' 001000111')
     """
-    check_bits(min_bits, max_bits)
+    check_range("bits", min_bits, max_bits)
     spaces = {bits: 2**bits for bits in range(min_bits, max_bits + 1)}
     examples = draw_examples(size, seed, spaces, partial(_example, running))
     return TaskDataset(examples, characters="01=", length=max_bits + 2)
