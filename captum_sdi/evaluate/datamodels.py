@@ -1,0 +1,83 @@
+"""The linear datamodeling score: do summed influences predict models trained on random subsets?"""
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from captum_sdi.evaluate.agreement import SCORES, row_correlations
+from captum_sdi.evaluate.estimate import LEVEL, Estimate, as_numbers, mean_estimate
+
+
+def draw_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
+    """Draw random subsets of the training set, all equally large.
+
+    Args:
+        n: Number of training examples.
+        m: Number of subsets. Park et al. take 100.
+        fraction: Share of the examples in a subset.
+        seed: The same seed gives the same subsets.
+
+    Returns:
+        ``(m, n)`` booleans: which examples a subset keeps.
+
+    Raises:
+        ValueError: A subset would be empty or complete.
+
+    Example:
+        >>> draw_subsets(n=10, m=3, fraction=0.3).sum(1)
+        tensor([3, 3, 3])
+    """
+    size = round(fraction * n)
+    if not 0 < size < n:
+        raise ValueError(f"fraction={fraction!r} of n={n} examples keeps {size}; keep some and leave some out.")
+    if m < 1:
+        raise ValueError(f"m={m!r} must be an integer of at least 1.")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(m, n, generator=generator).argsort(dim=1) < size
+
+
+def linear_datamodeling_score(
+    scores: ArrayLike | Tensor,
+    subsets: ArrayLike | Tensor,
+    losses: ArrayLike | Tensor,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> Estimate:
+    """The linear datamodeling score (Park et al., "TRAK", arXiv 2303.14186).
+
+    A subset's predicted output is the sum of the influences of its examples; the score is the mean over test examples
+    of Spearman's correlation, over subsets, between predicted and measured outputs. The measured output is minus the
+    loss: proponents lower it, so good influences score towards +1, and random ones 0.
+
+    Args:
+        scores: ``(q, n)``, or ``(q, n, t)`` to judge every step.
+        subsets: ``(m, n)`` booleans: which training examples each subset keeps, from `draw_subsets`.
+        losses: ``(q, m)`` the test losses of a model trained on each subset, from `retrained_losses`.
+        level: Share of cases that the interval covers.
+        seed: Of the bootstrap over test examples.
+
+    Returns:
+        The mean over test examples.
+
+    Raises:
+        ValueError: Shapes do not fit, a value is NaN, or a test example's predictions or losses are all equal.
+
+    Example:
+        >>> subsets = [[True, False], [False, True]]
+        >>> print(linear_datamodeling_score([[2.0, -1.0], [1.0, 0.0]], subsets, losses=[[0.1, 0.9], [0.2, 0.3]]))
+        1.000 [1.000, 1.000], n = 2
+    """
+    influence = as_numbers("scores", scores, SCORES, (2, 3))
+    kept = as_numbers("subsets", subsets, "booleans (m, n)", (2,))
+    measured = as_numbers("losses", losses, "(q, m)", (2,))
+    (q, n), m = influence.shape[:2], len(kept)
+    if kept.shape[1] != n or not ((kept == 0) | (kept == 1)).all():
+        raise ValueError(
+            f"subsets has shape {tuple(kept.shape)}; it must be booleans (m, n) with n = {n}, as in scores."
+        )
+    if measured.shape != (q, m):
+        raise ValueError(f"losses has shape {tuple(measured.shape)}; it must be (q, m) = {(q, m)}.")
+    predicted = torch.einsum("mn,qn...->qm...", kept, influence)
+    outputs = -measured.reshape(q, m, *(1,) * (influence.ndim - 2)).expand_as(predicted)
+    named = (("predictions from scores", predicted), ("losses", outputs))
+    return mean_estimate(row_correlations(*named, ranks=True), level, seed)
