@@ -151,7 +151,7 @@ def draw_examples(
     seed: int,
     spaces: Mapping[int, int],
     make: Callable[[int, int], Example | None],
-    kind: str = "length",
+    kinds: str = "lengths",
 ) -> list[Example]:
     """Draw different examples, equally many of each length (or other kind) until one runs out.
 
@@ -163,7 +163,7 @@ def draw_examples(
         spaces: For each length, how many examples of it exist, or how many numbers to try.
         make: `make(length, number)` is the example with that number, 0 <= number < spaces[length]; None
             if there is none, or it is too much like another one.
-        kind: What `spaces` calls a length, for error messages.
+        kinds: What the lengths are called in error messages.
 
     Returns:
         The examples, in random order.
@@ -175,19 +175,19 @@ def draw_examples(
     check_integer("size", size, minimum=1)
     check_integer("seed", seed)
     rng = random.Random(str(seed))  # of a number it would take the absolute value: -1 and 1 alike
-    lengths = [_examples_of(kind, length, _in_random_order(rng, space), make) for length, space in spaces.items()]
+    lengths = [_examples_of(kinds, length, _in_random_order(rng, space), make) for length, space in spaces.items()]
     examples = list(islice(_in_turn(lengths), size))
     if len(examples) < size:
         raise ValueError(
-            f"size={size}: only {len(examples)} different examples of these {kind}s exist or can be found; "
-            f"ask for fewer or allow more {kind}s."
+            f"size={size}: only {len(examples)} different examples of these {kinds} exist or can be found; "
+            f"ask for fewer or allow more {kinds}."
         )
     rng.shuffle(examples)
     return examples
 
 
 def _examples_of(
-    kind: str, length: int, numbers: Iterator[int], make: Callable[[int, int], Example | None]
+    kinds: str, length: int, numbers: Iterator[int], make: Callable[[int, int], Example | None]
 ) -> Iterator[Example]:
     """Yield the examples of one length until none, or hardly any, are left."""
     found = misses = 0
@@ -199,7 +199,7 @@ def _examples_of(
         elif (misses := misses + 1) == MISSES:
             break
     if not found:
-        raise ValueError(f"No example with {kind} {length} was found in {misses} attempts; leave that {kind} out.")
+        raise ValueError(f"{misses} attempts gave no example for {length}, one of the {kinds}; leave it out.")
 
 
 def _in_turn(iterators: list[Iterator[Example]]) -> Iterator[Example]:

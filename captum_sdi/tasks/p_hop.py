@@ -52,7 +52,7 @@ def p_hop(
     check_integer("length", length, minimum=max_hops + 2)
     strings = letters * (letters - 1) ** (length - 1)
     spaces = dict.fromkeys(range(min_hops, max_hops + 1), strings)
-    examples = draw_examples(size, seed, spaces, partial(_example, length, letters, running), "number of hops")
+    examples = draw_examples(size, seed, spaces, partial(_example, length, letters, running), "numbers of hops")
     used = "".join(sorted({digit for hops in spaces for digit in str(hops)}))
     return TaskDataset(examples, f"{ascii_lowercase[:letters]}{used}:=", length + len(f"{max_hops}:=?"))
 

@@ -16,6 +16,7 @@ DIGITS = "123456789"
 
 # The fewest givens with one solution; of 9x9: McGuire, Tugemann & Civario, arXiv 1201.0749.
 FEWEST_GIVENS = {2: 4, 3: 17}
+USUAL_GIVENS = {2: (4, 8), 3: (26, 36)}
 
 # A puzzle is made from the number that seeds its generator: more numbers than anybody draws.
 _NUMBERS = 2**62
@@ -40,7 +41,7 @@ def sudoku(
         size: Number of puzzles.
         box: Width of a box: 2 for grids of 4x4, 3 for 9x9.
         min_givens: Fewest digits given; None is 4 of 4x4 and 26 of 9x9, where fewer than 24 take long.
-        max_givens: Most digits given; None is 4 (4x4) or 10 (9x9) more than `min_givens`.
+        max_givens: Most digits given; None is 8 of 4x4 and 36 of 9x9.
         seed: The same seed gives the same puzzles.
 
     Returns:
@@ -55,12 +56,12 @@ def sudoku(
         Example(text='....2......4.31.', targets='3421 143123 4  2', difficulty=3)
     """
     check_integer("box", box, minimum=2, maximum=3)
-    min_givens = {2: 4, 3: 26}[box] if min_givens is None else min_givens
-    check_integer("min_givens", min_givens, minimum=FEWEST_GIVENS[box])
-    max_givens = min(min_givens + {2: 4, 3: 10}[box], box**4 - 1) if max_givens is None else max_givens
+    fewest, most = USUAL_GIVENS[box]
+    min_givens = fewest if min_givens is None else min_givens
+    max_givens = most if max_givens is None else max_givens
     check_range("givens", min_givens, max_givens, minimum=FEWEST_GIVENS[box], maximum=box**4 - 1)
     spaces = dict.fromkeys(range(min_givens, max_givens + 1), _NUMBERS)
-    examples = draw_examples(size, seed, spaces, partial(_example, box, set()), "number of givens")
+    examples = draw_examples(size, seed, spaces, partial(_example, box, set()), "numbers of givens")
     return TaskDataset(examples, characters=DIGITS[: box * box] + BLANK, length=box**4)
 
 
