@@ -19,7 +19,7 @@ al., arXiv 2002.08484.
 
 from importlib.metadata import version as _version
 
-from captum_sdi import models, plotting, tasks
+from captum_sdi import evaluate, models, plotting, tasks
 from captum_sdi.checkpoints import load_checkpoint
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.loop import coverage_check, find_loop
@@ -34,6 +34,7 @@ __all__ = [
     "StepInfluence",
     "TensorSketch",
     "coverage_check",
+    "evaluate",
     "find_loop",
     "load_checkpoint",
     "models",
