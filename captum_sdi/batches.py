@@ -234,25 +234,19 @@ def _real_positions(raw: Any) -> Tensor | None:
 
 
 def _digest_rows(digests: Sequence[Any], name: str, tensor: Tensor, real: Tensor | None) -> None:
-    """Adds one tensor's rows to their examples' digests."""
-    if tensor.ndim == 0:
-        tensor = tensor.expand(len(digests), 1)
-    elif tensor.ndim == 1:
-        tensor = tensor.unsqueeze(1)
-    elif real is None or tensor.shape[:2] != real.shape:
-        real = (tensor != (IGNORED if name.startswith("labels.") else 0)).flatten(2).any(2)
-        real[:, 0] = True  # only a tail is padding
-    if real is None or tensor.shape[:2] != real.shape:
-        real = torch.ones(tensor.shape[:2], dtype=torch.bool)
+    """Adds one tensor's rows, without their padding, to their examples' digests."""
     if name.startswith("attention_mask."):  # made by the collator where rows are ragged: all ones says nothing
         tensor = tensor.bool()
+    rows = tensor.expand(len(digests)) if tensor.ndim == 0 else tensor
+    rows = rows.reshape(len(rows), rows.shape[1] if rows.ndim > 1 else 1, -1).contiguous()
+    if real is None or rows.shape[:2] != real.shape:
+        real = (rows != (IGNORED if name.startswith("labels.") else 0)).any(2)
+        real[:, 0] = True  # only a tail is padding
     first, after = real.int().argmax(1).tolist(), (real.shape[1] - real.flip(1).int().argmax(1)).tolist()
-    data = tensor.contiguous().view(len(tensor), tensor.shape[1], -1).view(torch.uint8).numpy()
     kind = f"{name}{tensor.dtype}{tuple(tensor.shape[2:])}".encode()
-    for digest, row, start, stop in zip(digests, data, first, after, strict=True):
-        if name.startswith("attention_mask.") and row[start:stop].all():
-            continue
-        digest.update(kind + row[start:stop].tobytes())
+    for digest, row, start, stop in zip(digests, rows.view(torch.uint8).numpy(), first, after, strict=True):
+        if not (name.startswith("attention_mask.") and row[start:stop].all()):
+            digest.update(kind + row[start:stop].tobytes())
 
 
 def check_order(loader: DataLoader[Any], argument: str) -> None:

@@ -58,9 +58,10 @@ class Stream(IterableDataset):
 # --- the same numbers ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(
-    "sketch", [TensorSketch(64), TensorSketch(64, pool=True), Exact()], ids=["sketch", "pooled", "exact"]
+    ("sketch", "dtype"),
+    [(TensorSketch(64), torch.float32), (TensorSketch(64, pool=True), torch.float32), (Exact(), torch.float64)],
+    ids=["sketch", "pooled", "exact"],
 )
 def test_every_call_gives_what_it_gives_without_an_index(tmp_path: Path, sketch: Any, dtype: torch.dtype) -> None:
     settings = {"sketch": sketch, "model": model(dtype), "layers": None}
@@ -200,7 +201,7 @@ def test_a_large_set_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.Monk
     assert set(data.asked) == {0, 1, 2, 3, 4, 8, 13, 17, 22}  # the first batch to find the loop, 0 for its row, 6 of 23
     data.asked.clear()
     asked.step_matrix(TEST, indices=[20])
-    assert set(data.asked) == {0, 1, 2, 3, 20}
+    assert set(data.asked) == {20}
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 50])
@@ -249,7 +250,7 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path, monkeypatch: pyte
     refused(tmp_path, "sketch kind: TensorSketch in the index, Exact here", sketch=Exact())
     refused(tmp_path, "index_dtype: float32 in the index, float16 here", index_dtype=torch.float16)
     refused(tmp_path, "parameters wte.weight: none in the index", layers=None)
-    refused(tmp_path, "loop modules:", loop="core.0")
+    refused(tmp_path, "loop modules: ", loop="core.blocks.0")
     refused(tmp_path, "forward_kwargs: None in the index, {'n_loops': 2} here", forward_kwargs={"n_loops": 2})
     refused(tmp_path, "loss: next-token cross.* here", loss_fn=TokenCrossEntropy(shift=False))
     others = [(eta, {**weights, "ln_f.weight": weights["ln_f.weight"] + 1}) for eta, weights in checkpoints()]
@@ -412,7 +413,7 @@ def test_a_read_only_index_is_read_but_not_repaired(tmp_path: Path, monkeypatch:
     assert torch.equal(sdi(tmp_path).influence(TEST), expected)
     shard = max(tmp_path.rglob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(PermissionError, match=f"read-only: damaged {shard}; .*15 of 23 examples at '#1'"):
+    with pytest.raises(PermissionError, match=f"read-only: damaged {shard}; .*20 of 23 examples at '#1'"):
         sdi(tmp_path).influence(TEST)
     assert shard.exists()
 
@@ -464,14 +465,14 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     hungry = Hungry(most=3)
     asked = SDIInfluence(hungry, vectors(20), loss_fn=squared, batch_size=16, loop="core", sketch=Exact())
     with pytest.warns(UserWarning, match=r"not suffice for (16|8|4) examples: going on with \d at a time"):
-        ours = asked.step_influence(vectors(4))
+        ours = asked.step_influence(vectors(1))
     assert max(hungry.sizes[hungry.sizes.index(16) + 3 :]) <= 3  # 16, 8, 4, and never more than fits again
     hungry.most = 100
     theirs = SDIInfluence(hungry, vectors(20), loss_fn=squared, batch_size=1, loop="core", sketch=Exact())
-    assert_close(ours.trajectories, theirs.step_influence(vectors(4)).trajectories, 1e-6)
+    assert_close(ours.trajectories, theirs.step_influence(vectors(1)).trajectories, 1e-6)
     hungry.most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        asked.influence(vectors(4))
+        asked.influence(vectors(1))
 
 
 def test_auto_finds_the_largest_batch_that_fits() -> None:
@@ -482,7 +483,7 @@ def test_auto_finds_the_largest_batch_that_fits() -> None:
     assert asked.batch_size == 5
     hungry.sizes.clear()
     asked.influence(vectors(4))
-    assert set(hungry.sizes) == {1, 4, 5}
+    assert set(hungry.sizes) == {4, 5}
     roomy = SDIInfluence(Hungry(100), vectors(20), loss_fn=squared, batch_size="auto", loop="core", sketch=Exact())
     assert roomy.batch_size == 16
     loader = DataLoader(vectors(20), 7)

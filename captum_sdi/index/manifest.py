@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,10 +180,15 @@ def weights_hash(model: nn.Module) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    digest = hashlib.sha256()
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, tensor in sorted((canonical_name(name), tensor) for name, tensor in state.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()[:32]
+    named = sorted((canonical_name(name), tensor.detach()) for name, tensor in state.items())
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
+        digests = list(threads.map(_tensor_hash, *zip(*named, strict=True)))
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
+
+
+def _tensor_hash(name: str, tensor: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]
+    return digest.digest()
