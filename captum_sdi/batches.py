@@ -361,9 +361,11 @@ class Stream:
         if not self._is_indexed():
             for start, raw in self:
                 positions = torch.arange(start, start + batch_size(raw))
-                positions = positions[torch.isin(positions, only)]
-                if len(positions):
-                    yield positions, select(raw, (positions - start).tolist())
+                found = positions[torch.isin(positions, only)]
+                if len(found):
+                    yield found, select(raw, (found - start).tolist())
+                if only.max() <= positions[-1]:
+                    return
             return
         loader: Any = self._loader
         wanted = only.unique()

@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm pr
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(folder, "_PIECE", 5000)
+    monkeypatch.setattr(folder, "_PIECE", 0)
+    monkeypatch.setattr(folder, "_LEAST", 3)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[St
     path = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "SHARD_BYTES", 3000)
-        patch.setattr(folder, "_PIECE", 5000)
+        patch.setattr(folder, "_PIECE", 0)
+        patch.setattr(folder, "_LEAST", 3)
         influence(path / "warm").build_index()
         began = time.perf_counter()
         influence(path / "index").build_index()

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm pr
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(folder, "_PIECE", 5000)
+    monkeypatch.setattr(folder, "_PIECE", 0)
+    monkeypatch.setattr(folder, "_LEAST", 3)
 
 
 def ranks(work: Callable[[int], object]) -> list[int]:

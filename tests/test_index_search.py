@@ -86,6 +86,17 @@ def test_a_running_top_k_is_that_of_everything_at_once() -> None:
             assert torch.equal(best.result()[0], top_k(scores, 9, proponents)[0])
 
 
+def test_mapped_and_copied_rows_score_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, or a killed builder's scores would differ from an uninterrupted one's."""
+    index = random_index(tmp_path, 3000)
+    mapped = searching(index, q=64)[0].top(0, 3000, True)
+    monkeypatch.setattr(folder.Reader, "_as_stored", lambda *_: None)
+    copied = searching(index, q=64)[0].top(0, 3000, True)
+    assert torch.equal(mapped[0], copied[0])
+    assert torch.equal(mapped[1], copied[1])
+    assert all(shard.rows.data_ptr() % 64 == 0 for shards in index.shards.values() for shard in shards)
+
+
 def test_rows_come_out_the_same_wherever_shards_end(tmp_path: Path) -> None:
     index = random_index(tmp_path, 1000, names=("a",))
     reader, whole = folder.Reader(index, "a", torch.float32), rows_of(index)[0]

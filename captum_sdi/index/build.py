@@ -16,11 +16,11 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from captum_sdi.batches import Stream, batch_size, example_fingerprints, select
+from captum_sdi.batches import Stream, batch_size, example_fingerprints
 from captum_sdi.engine import Engine
 from captum_sdi.features import Side, StepFeatures
 from captum_sdi.index.folder import Reader, SketchIndex
-from captum_sdi.index.manifest import Manifest, described, differences, settings, weights_hash
+from captum_sdi.index.manifest import RATE, Manifest, described, differences, settings, weights_hash
 from captum_sdi.index.nearest import Faiss
 from captum_sdi.index.search import Search
 from captum_sdi.index.shards import DTYPES, UNFINISHED, Shard
@@ -124,13 +124,13 @@ class TrainIndex:
             ValueError: The index is of something else.
             OSError: It is incomplete, and another process is building it, the folder is read-only or the disk full.
         """
-        manifest = self._matching(name, eta)
-        index = self._index = self._opened(manifest)
-        index.verify()
+        live = self._live(eta)
+        index = self._open(name, *live)
         self._check_row(stream, name)
         missing = bool(index.damaged) or not index.is_complete(name)
         if any(self.processes.gather(missing)):
             with self._writing(), bar() as shown:
+                self._prepare_folder(stream, name, *live)
                 self._build(stream, name, shown)
         elif thorough or not self._data_checked:
             self._check_data(stream, thorough)
@@ -139,29 +139,20 @@ class TrainIndex:
     def _build(self, stream: Stream, name: str, bar: Any) -> None:
         """One pass over the train set: what is there is compared, what is not is computed."""
         index = self.opened
-        if stream.n_examples is not None:
-            self._check_length(stream.n_examples)
-        if self.processes.rank == 0:
-            self._prepare_folder(name)
-        self.processes.wait()
-        index.scan()
-        index.verify()
         there, _ = index.fingerprints([name])
-        self.processes.wait()  # nobody writes before all have seen the same
-        turns = _Turns(self.processes, self._batches_per_turn(stream))
-        writer = _Writer(index, name)
+        turns = _Turns(self.processes, self._batches_per_turn(stream, int(there.sum())))
         seen, n = hashlib.sha256(), 0
-        for positions, raw, fingerprints in self._compared(stream):
-            seen.update(fingerprints.numpy().tobytes())
-            n = int(positions[-1]) + 1
-            absent = ~_at(there, positions)
-            if absent.any() and turns.is_mine():
-                some = raw if absent.all() else select(raw, absent.nonzero().flatten().tolist())
-                features = self._engine.batch(some, self._side, False, positions[absent].tolist())
-                writer.add(positions[absent], index.flat(features)[:, 0].cpu(), fingerprints[absent])
-            if bar is not None:
-                bar.update()
-        writer.flush()
+        with _Writer(index, name) as writer:
+            for positions, raw, fingerprints in self._compared(stream):
+                seen.update(fingerprints.numpy().tobytes())
+                n = int(positions[-1]) + 1
+                absent = ~_at(there, positions)
+                if absent.any() and turns.is_mine():
+                    # All of it, even where only some is absent: in another company rows would round differently.
+                    features = self._engine.batch(raw, self._side, False, positions.tolist())
+                    writer.add(positions[absent], index.flat(features)[:, 0].cpu()[absent], fingerprints[absent])
+                if bar is not None:
+                    bar.update()
         self.processes.wait()
         self._finish(n, seen.hexdigest()[:32])
 
@@ -175,60 +166,66 @@ class TrainIndex:
         index.scan()
         self.processes.wait()
 
-    def _prepare_folder(self, name: str) -> None:
+    def _prepare_folder(self, stream: Stream, name: str, live: dict[str, Any], entry: dict[str, Any]) -> None:
         """Removes what a killed process left unfinished and what is damaged; writes the manifest."""
-        index = self.opened
-        folder = index.folder(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in [*folder.glob(f"*{UNFINISHED}"), *self.path.glob(f"*{UNFINISHED}")]:
-            file.unlink()
-        for file in index.damaged:
-            file.unlink(missing_ok=True)
-        index.manifest.save(self.path)
+        if stream.n_examples is not None:
+            self._check_length(stream.n_examples)
+        if self.processes.rank == 0:
+            index = self._open(name, live, entry)  # anew: another builder may just have finished
+            folder = index.folder(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in [*folder.glob(f"*{UNFINISHED}"), *self.path.glob(f"*{UNFINISHED}"), *index.damaged]:
+                file.unlink(missing_ok=True)
+            index.manifest.save(self.path)
+        self.processes.wait()
+        self._open(name, live, entry)
+        self.processes.wait()  # nobody writes before all have seen the same
 
-    def _batches_per_turn(self, stream: Stream) -> int:
-        """How many batches one process takes in a row, so that a shard is full and nobody waits long at the end."""
-        try:
-            return max(1, min(16, len(stream) // (4 * self.processes.count)))
-        except TypeError:
-            return 16
+    def _batches_per_turn(self, stream: Stream, there: int) -> int:
+        """How many batches one process takes in a row: shards are full, and nobody waits long at the end."""
+        n = stream.n_examples
+        absent = 64 * self.processes.count if n is None else len(stream) * (1 - there / max(n, 1))
+        return max(1, int(absent / (4 * self.processes.count)))
 
     # --- is it the same? ---
 
-    def _matching(self, name: str, eta: float) -> Manifest:
-        """The manifest on disk, or a new one, with this checkpoint in it."""
-        featurizer = self._engine.featurizer
-        assert self._engine.loop is not None
-        live = settings(version("captum-sdi"), self._engine.sketch, featurizer.targets(), self._engine.loop, self._side)
-        entry = {"weights": weights_hash(self._engine.model), "hash tables": featurizer.checksum()}
+    def _live(self, eta: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a manifest would say of everything, and of this checkpoint."""
+        engine = self._engine
+        assert engine.loop is not None
+        targets = engine.featurizer.targets()
+        said = settings(version("captum-sdi"), engine.sketch, targets, engine.loop, self._side)
+        hashes = {"weights": weights_hash(engine.model), "hash tables": engine.featurizer.checksum()}
+        return said, {**hashes, RATE: eta}
+
+    def _open(self, name: str, live: dict[str, Any], entry: dict[str, Any]) -> SketchIndex:
+        """The index as it is on disk now, which agrees with the model; a new one where there is none."""
         manifest = Manifest.load(self.path) or self._new_manifest(live)
         found = differences(manifest.settings, live)
         if self._dtype is not None:
             found += differences(manifest.dtype, _name_of(self._dtype), "index_dtype")
-        if name in manifest.checkpoints:
-            stored = {key: manifest.checkpoints[name][key] for key in entry}
-            found += differences(stored, entry, f"checkpoint {name!r}")
+        # The rate is no part of a row: scores use the present one, and a run that goes on may change it.
+        stored = {**manifest.checkpoints.get(name, entry), RATE: entry[RATE]}
+        found += differences(stored, entry, f"checkpoint {name!r}")
         if found:
             raise ValueError(
                 f"The index at {self.path} is of something else: {'; '.join(found)}. Pass what it was built with, or "
                 "another folder as index=."
             )
-        # The rate is no part of a row: scores use the present one, and a run that goes on may change it.
-        manifest.checkpoints[name] = {**entry, "learning rate": eta}
-        return manifest
+        manifest.checkpoints[name] = entry
+        if self._index is None:
+            self._index = SketchIndex(self.path, manifest)
+        else:
+            self._index.manifest = manifest
+            self._index.scan()
+        self._index.verify()
+        return self._index
 
     def _new_manifest(self, live: dict[str, Any]) -> Manifest:
         blank = self._engine.featurizer.blank()
         widest = max((row.dtype for row in blank.rows.values()), key=lambda dtype: dtype.itemsize)
         rows = [(key, row.shape[-1], blank.noise[key]) for key, row in blank.rows.items()]
         return Manifest(live, _name_of(self._dtype or widest), rows)
-
-    def _opened(self, manifest: Manifest) -> SketchIndex:
-        if self._index is None:
-            return SketchIndex(self.path, manifest)
-        self._index.manifest = manifest
-        self._index.scan()
-        return self._index
 
     def _check_row(self, stream: Stream, name: str) -> None:
         """Recomputes one stored row: what no setting tells, such as another loss of the same name, shows here."""
@@ -360,7 +357,14 @@ class _Writer:
     def __init__(self, index: SketchIndex, checkpoint: str) -> None:
         self._index, self._folder = index, index.folder(checkpoint)
         self._owner = index.manifest.owner(checkpoint)
+        self._row_bytes = index.width * index.dtype.itemsize
         self._clear()
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.flush()  # after an error, too: what was computed is worth keeping
 
     def _clear(self) -> None:
         self._rows: list[Tensor] = []
@@ -379,16 +383,25 @@ class _Writer:
             self._next = at[-1] + 1
             self._rows.append(rows[part])
             self._fingerprints.append(fingerprints[part])
-            self._bytes += len(at) * rows.shape[1] * self._index.dtype.itemsize
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
+            self._bytes += len(at) * self._row_bytes
+        if self._bytes >= SHARD_BYTES:
+            even = self._next - self._next % self._index.piece  # a piece inside one shard is scored without copying it
+            self.flush(even if even > self._start else self._next)
+        elif time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 
-    def flush(self) -> None:
-        """Writes what was collected."""
-        if self._rows:
-            rows, fingerprints = torch.cat(self._rows), torch.cat(self._fingerprints)
-            Shard.write(self._folder, self._start, rows, fingerprints, self._index.dtype, self._owner)
+    def flush(self, stop: int | None = None) -> None:
+        """Writes what was collected, up to a position; None: all."""
+        if not self._rows:
+            return
+        rows, fingerprints, after = torch.cat(self._rows), torch.cat(self._fingerprints), self._next
+        n = (after if stop is None else stop) - self._start
+        Shard.write(self._folder, self._start, rows[:n], fingerprints[:n], self._index.dtype, self._owner)
+        start = self._start + n
         self._clear()
+        if start < after:
+            self._start, self._next, self._bytes = start, after, (after - start) * self._row_bytes
+            self._rows, self._fingerprints = [rows[n:].clone()], [fingerprints[n:]]
 
 
 class _Turns:

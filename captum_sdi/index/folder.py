@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import re
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from captum_sdi.features import StepFeatures
-from captum_sdi.index.manifest import NAME, Manifest
-from captum_sdi.index.shards import DTYPES, SUFFIX, DamagedError, Shard
+from captum_sdi.index.manifest import NAME, RATE, Manifest
+from captum_sdi.index.shards import ALIGNED, DTYPES, SUFFIX, DamagedError, Shard
 
-_PIECE = 2**20
-"""Bytes of rows that are converted and multiplied at once: few enough to stay in a processor's cache."""
+_PIECE, _LEAST = 2**22, 64
+"""Bytes of rows that are multiplied at once, and how many rows at least: with fewer a matrix product is slow."""
 
 
 class SketchIndex:
@@ -43,7 +44,8 @@ class SketchIndex:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
-        self._intact: dict[Path, tuple[int, int]] = {}
+        self._known: dict[Path, tuple[tuple[int, int], Shard]] = {}
+        self._intact: dict[int, Shard] = {}
         self.shards: dict[str, list[Shard]] = {}
         """By checkpoint, in the order of their examples."""
         self.damaged: list[Path] = []
@@ -148,7 +150,7 @@ class SketchIndex:
             "checkpoints",
         ]
         for name, entry in self.manifest.checkpoints.items():
-            lines.append(f"  {name:<20} learning rate {entry['learning rate']:g}, {self.rows_at(name):,} examples")
+            lines.append(f"  {name:<20} learning rate {entry[RATE]:g}, {self.rows_at(name):,} examples")
         lines += [f"damaged       {file}" for file in self.damaged]
         return "\n".join(lines)
 
@@ -180,7 +182,7 @@ class SketchIndex:
         found: list[Shard] = []
         for path in sorted(folder.glob(f"*{SUFFIX}")):
             try:
-                shard = Shard.read(path)
+                shard = self._read(path)
             except FileNotFoundError:  # removed by another process meanwhile
                 continue
             except DamagedError:
@@ -198,23 +200,26 @@ class SketchIndex:
                 found.append(shard)
         return found
 
+    def _read(self, path: Path) -> Shard:
+        """A shard's header, and with it its map: kept while the file stays what it is."""
+        stamp = _stamp(path)
+        known = self._known.get(path)
+        if known is None or known[0] != stamp:
+            self._known[path] = known = (stamp, Shard.read(path))
+        return known[1]
+
     def verify(self) -> list[Path]:
         """Compares every shard with its checksum, once as long as the file does not change.
 
         Returns:
             The damaged ones, which are no longer among `shards`.
         """
-        unknown = [
-            shard
-            for shards in self.shards.values()
-            for shard in shards
-            if self._intact.get(shard.path) != _stamp(shard)
-        ]
+        unknown = [shard for shards in self.shards.values() for shard in shards if id(shard) not in self._intact]
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
             intact = list(threads.map(Shard.intact, unknown))
         for shard, sound in zip(unknown, intact, strict=True):
             if sound:
-                self._intact[shard.path] = _stamp(shard)
+                self._intact[id(shard)] = shard
             else:
                 self.damaged.append(shard.path)
         bad = set(self.damaged)
@@ -243,7 +248,7 @@ class SketchIndex:
     @property
     def piece(self) -> int:
         """How many examples `Reader.read` is best asked for at once; the same whatever the shards are."""
-        return max(1, _PIECE // (4 * self.width))
+        return max(_LEAST, _PIECE // (4 * self.width))
 
     def features(self, rows: Tensor) -> StepFeatures:
         """Rows as features of one bin.
@@ -273,7 +278,7 @@ class SketchIndex:
 
 
 class Reader:
-    """Rows of one checkpoint, through memory maps of one shard at a time.
+    """Rows of one checkpoint, through memory maps of its shards.
 
     Args:
         index: The index.
@@ -284,8 +289,7 @@ class Reader:
     def __init__(self, index: SketchIndex, checkpoint: str, dtype: torch.dtype) -> None:
         self._shards, self._dtype = index.shards[checkpoint], dtype
         self._buffer = torch.empty(0, index.width, dtype=dtype)
-        self._starts = torch.tensor([shard.start for shard in self._shards])
-        self._open: tuple[int, Tensor, Tensor | None] | None = None
+        self._starts = [shard.start for shard in self._shards]
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows of consecutive examples.
@@ -295,17 +299,17 @@ class Reader:
             stop: Position after the last.
 
         Returns:
-            ``(stop - start, D)``, overwritten by the next call.
+            ``(stop - start, D)``, not to be written to, and overwritten by the next call.
         """
+        pieces = list(self._pieces(start, stop))
+        if len(pieces) == 1 and (whole := self._as_stored(*pieces[0][:2])) is not None:
+            return whole
         if len(self._buffer) < stop - start:
             self._buffer = self._buffer.new_empty(stop - start, self._buffer.shape[1])
-        for shard, inside, place in self._pieces(start, stop):
-            rows, scales = self._mapped(shard)
-            # Copied even where it is float32 already: from an aligned buffer sums come out the same to the last bit,
-            # wherever the shards happen to end.
-            target = self._buffer[place].copy_(rows[inside])
-            if scales is not None:
-                target.mul_(scales[inside].unsqueeze(1))
+        for shard, inside, place in pieces:
+            target = self._buffer[place].copy_(shard.rows[inside])
+            if "scales" in shard.tensors:
+                target.mul_(shard.mapped("scales")[inside].unsqueeze(1))
         return self._buffer[: stop - start]
 
     def gather(self, positions: Sequence[int]) -> Tensor:
@@ -317,31 +321,28 @@ class Reader:
         Returns:
             ``(n, D)``.
         """
-        order = sorted(range(len(positions)), key=positions.__getitem__)
         rows = torch.empty(len(positions), self._buffer.shape[1], dtype=self._dtype)
-        for i in order:  # shard after shard
+        for i in sorted(range(len(positions)), key=positions.__getitem__):  # in the order they lie on disk
             rows[i] = self.read(positions[i], positions[i] + 1)[0]
         return rows
 
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, slice, slice]]:
-        """Shards that hold parts of a range: which one, where inside it, and where in the range."""
-        number = int(torch.searchsorted(self._starts, start, right=True)) - 1
-        at = start
+    def _as_stored(self, shard: Shard, inside: slice) -> Tensor | None:
+        """The map itself, where it has the right dtype and is aligned like a tensor of torch's own; else None."""
+        # Everything else is copied, so that sums are the same to the last bit wherever shards happen to end.
+        rows = shard.rows[inside]
+        return rows if shard.dtype == self._dtype and rows.data_ptr() % ALIGNED == 0 else None
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Shard, slice, slice]]:
+        """Shards that hold parts of a range: where inside each, and where in the range."""
+        number, at = bisect.bisect_right(self._starts, start) - 1, start
         while at < stop:
             shard = self._shards[number]
             end = min(stop, shard.stop)
             assert shard.start <= at < end, f"position {at} is not in the index"
-            yield number, slice(at - shard.start, end - shard.start), slice(at - start, end - start)
+            yield shard, slice(at - shard.start, end - shard.start), slice(at - start, end - start)
             at, number = end, number + 1
 
-    def _mapped(self, number: int) -> tuple[Tensor, Tensor | None]:
-        if self._open is None or self._open[0] != number:
-            shard = self._shards[number]
-            scales = shard.mapped("scales").to(self._dtype) if "scales" in shard.tensors else None
-            self._open = (number, shard.mapped("rows"), scales)
-        return self._open[1:]
 
-
-def _stamp(shard: Shard) -> tuple[int, int]:
-    status = shard.path.stat()
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
     return status.st_size, status.st_mtime_ns

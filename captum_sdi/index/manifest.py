@@ -19,7 +19,7 @@ from captum_sdi.index.shards import written_whole
 from captum_sdi.sketch import Sketch, canonical_name
 from captum_sdi.tape import LoopSpec
 
-NAME = "manifest.json"
+NAME, RATE = "manifest.json", "learning rate"
 _FORMAT = {"format": "captum_sdi.SketchIndex", "format_version": 1}
 
 
@@ -54,7 +54,7 @@ class Manifest:
         Returns:
             The digest.
         """
-        identity = {key: value for key, value in self.checkpoints[checkpoint].items() if key != "learning rate"}
+        identity = {key: value for key, value in self.checkpoints[checkpoint].items() if key != RATE}
         said = json.dumps([self.settings, self.dtype, checkpoint, identity], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
 

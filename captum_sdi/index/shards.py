@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 SUFFIX, UNFINISHED = ".safetensors", ".unfinished"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ALIGNED = 64  # bytes
 _HALF = (torch.float16, torch.bfloat16)
 _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -97,6 +99,10 @@ class Shard:
         stop = start + len(rows)
         metadata = {"start": str(start), "stop": str(stop), "owner": owner}
         metadata["digest"] = _digest(metadata, tensors)
+        # Where a map of the file begins is the start of a page: rows that begin at 64 bytes of it are aligned as torch
+        # aligns its own tensors, so that sums over either come out the same.
+        metadata["pad"] = ""
+        metadata["pad"] = " " * (-_header(tensors, metadata) % ALIGNED)
         path = folder / f"{start:012d}-{stop:012d}{SUFFIX}"
         # By our own write, not `save_file`, whose error for a full disk is no OSError.
         written_whole(path, lambda unfinished: unfinished.write_bytes(save(tensors, metadata)))
@@ -136,6 +142,11 @@ class Shard:
             raise DamagedError(f"{path}: {size} bytes instead of {said}")
         return found
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """``(n, D)`` as stored, memory-mapped; not to be written to."""
+        return self.mapped("rows")
+
     @property
     def dtype(self) -> torch.dtype:
         """In which rows are stored."""
@@ -162,6 +173,11 @@ class Shard:
             return self.digest == _digest(metadata, {name: self.mapped(name) for name in self.tensors})
         except (OSError, RuntimeError):
             return False
+
+
+def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    """How long the part before the data is; rows come first in the data, being of the widest dtype."""
+    return len(save(tensors, metadata)) - sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
