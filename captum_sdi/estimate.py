@@ -61,10 +61,10 @@ class Estimate:
         return "\n".join(
             (
                 f"{_count(self.n_examples, 'example')} at {_count(self.n_checkpoints, 'checkpoint')} on {self.device}",
-                f"time    {readable_time(self.seconds):>9}  {batch} a batch, {_count(self.n_batches, 'batch', 'es')}, "
+                f"time    {readable_time(self.seconds):>11}  {batch} a batch, {_count(self.n_batches, 'batch', 'es')}, "
                 f"and {checkpoint} a checkpoint",
-                f"memory  {readable_size(self.peak_bytes):>9}  {whose} at the peak of a batch; the model is {model}",
-                f"disk    {readable_size(self.disk_bytes):>9}  {row} an example and checkpoint",
+                f"memory  {readable_size(self.peak_bytes):>11}  {whose} at the peak of a batch; the model is {model}",
+                f"disk    {readable_size(self.disk_bytes):>11}  {row} an example and checkpoint",
             )
         )
 
@@ -74,12 +74,11 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
 
     After a warm-up, a batch of examples from all over the training set is timed at the first checkpoint. Nothing is
     written, and the model comes back as it was. Memory is that of the batches which ran: pass ``longest`` for the most
-    that any will need. The time to write the index, and to score test examples with it, is small beside that.
+    that any will need. Writing rows to the disk, and scoring test examples with them, are not counted.
 
     Args:
         sdi: The object that will do the work.
-        n_examples: How many training examples to count on; None: as many as there are. Required where
-            ``train_dataset`` has no length.
+        n_examples: How many training examples to count on; None: as many as there are, where ``train_dataset`` tells.
         longest: Position of the longest training example. A batch full of it is run as well, since padding makes all
             the examples of a batch as long as its longest.
 
@@ -101,8 +100,8 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
         1,000,000 examples at 1 checkpoint on cpu
         ...
     """
-    n = _checked_size(sdi, n_examples)
-    typical, largest = _batches(sdi, longest)
+    trains = Stream(sdi.train_dataloader, "train_dataset")
+    n, (typical, largest) = _checked_size(trains, n_examples), _batches(sdi, trains, longest)
     device = next(sdi.model.parameters()).device
     with _peak_memory(device) as peak:
         _run(sdi, [typical])  # finds the loop, rehearses the first example, warms up
@@ -151,13 +150,12 @@ def readable_time(seconds: float) -> str:
         Two digits, or the two largest units.
 
     Example:
-        >>> readable_time(0.0123), readable_time(7.6), readable_time(7_260), readable_time(200_000)
+        >>> readable_time(0.0123), readable_time(7.63), readable_time(7_260), readable_time(200_000)
         ('12 ms', '7.6 s', '2 h 1 min', '2 d 8 h')
     """
-    if seconds < 0.9995:
-        return f"{1000 * seconds:.2g} ms"
-    if seconds < 60:
-        return f"{seconds:.2g} s"
+    for scale, unit, most in ((1000, "ms", 0.995), (1, "s", 59.5)):
+        if seconds < most:
+            return f"{float(f'{scale * seconds:.2g}'):g} {unit}"
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if minutes < 60:
         return f"{minutes} min"
@@ -196,36 +194,32 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _checked_size(sdi: SDIInfluence, n_examples: int | None) -> int:
+def _checked_size(stream: Stream, n_examples: int | None) -> int:
     """How many examples to count on."""
     if n_examples is None:
-        try:
-            return len(_dataset(sdi))
-        except TypeError:
-            raise ValueError("train_dataset has no length: pass n_examples=, how many to count on.") from None
+        n_examples = stream.n_examples
+        if n_examples is None:
+            raise ValueError("train_dataset does not tell its length: pass n_examples=, how many to count on.")
     if not isinstance(n_examples, int) or n_examples < 1:
         raise ValueError(f"n_examples must be an int of at least 1, or None for all; got {n_examples!r}.")
     return n_examples
 
 
-def _batches(sdi: SDIInfluence, longest: int | None) -> tuple[Any, list[Any]]:
+def _batches(sdi: SDIInfluence, stream: Stream, longest: int | None) -> tuple[Any, list[Any]]:
     """A batch of examples from all over the training set, and, when asked for, one of the longest."""
-    loader, data = sdi.train_dataloader, _dataset(sdi)
-    if loader.batch_size is None or not hasattr(data, "__getitem__"):
-        if longest is not None:
-            raise ValueError("longest= needs a train_dataset whose examples can be picked by position.")
-        return Stream(loader, "train_dataset").peek(), []
-    n, size = len(data), min(loader.batch_size, len(data))
-    typical = loader.collate_fn([data[i * n // size] for i in range(size)])
+    loader: Any = sdi.train_dataloader
+    n = stream.n_examples
+    if n is None and longest is not None:
+        raise ValueError("longest= needs a train_dataset whose examples can be picked by position.")
+    if n is None:
+        return stream.peek(), []
+    size = min(loader.batch_size, n)
+    typical = loader.collate_fn([loader.dataset[i * n // size] for i in range(size)])
     if longest is None:
         return typical, []
     if not 0 <= longest < n:
         raise ValueError(f"longest={longest!r} must be a position in train_dataset, 0 to {n - 1}.")
-    return typical, [loader.collate_fn([data[longest]] * size)]
-
-
-def _dataset(sdi: SDIInfluence) -> Any:
-    return sdi.train_dataloader.dataset
+    return typical, [loader.collate_fn([loader.dataset[longest]] * size)]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import shutil
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from captum_sdi.cli.results import ARRAYS, LINES, TENSORS, Results
 from captum_sdi.cli.rows import Encoder, JsonLines
 from captum_sdi.estimate import estimate, readable_size
 from captum_sdi.index import SketchIndex
+from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.scores import StepInfluence
 
@@ -46,17 +46,13 @@ def index(options: argparse.Namespace) -> None:
     train = JsonLines(options.train, encode, show_progress=_shows(options))
     _note(train, options)
     recipe = dataclasses.replace(recipe, train_digest=train.digest)
-    if not options.dry_run and _is_first_process():
-        Recipe.forget_unused(folder)
     sdi = attribution(recipe, model, train, folder)
     if options.dry_run:
         _print(f"{estimate(sdi, longest=train.longest)}; {readable_size(_free(folder))} are free")
         return
     recipe = dataclasses.replace(recipe, batch_size=sdi.batch_size)
-    with recipe.recorded(folder) if _is_first_process() else nullcontext():
-        sdi.build_index(show_progress=_shows(options))
-    if _is_first_process():
-        _say(SketchIndex.open(folder), options)
+    _build(sdi, recipe, folder, _shows(options))
+    _say(SketchIndex.open(folder), options)
 
 
 def score(options: argparse.Namespace) -> None:
@@ -134,6 +130,21 @@ def demo(options: argparse.Namespace) -> None:
 
 
 # --- what they share ---
+
+
+def _build(sdi: SDIInfluence, recipe: Recipe, folder: Path, show_progress: bool) -> None:
+    try:
+        sdi.build_index(show_progress)
+    except KeyboardInterrupt:
+        _record(recipe, folder)  # captum-sdi score may complete it, too
+        raise
+    _record(recipe, folder)
+
+
+def _record(recipe: Recipe, folder: Path) -> None:
+    """Only where an index is: beside other files there would never be one."""
+    if _is_first_process() and (folder / MANIFEST).is_file():
+        recipe.write(folder)
 
 
 def _recipe(folder: Path, **changes: Any) -> Recipe:

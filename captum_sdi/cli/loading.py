@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from captum_sdi.checkpoints import find_checkpoints
 from captum_sdi.cli.recipe import Recipe
@@ -16,8 +16,12 @@ from captum_sdi.influence import SDIInfluence
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
 from captum_sdi.sketch import TensorSketch
 
+ADAPTER = "adapter_config.json"
+CONFIGS = ("config.json", ADAPTER)
+"""One of them is in every model's folder."""
 
-def load_model(recipe: Recipe, device: str) -> PreTrainedModel:
+
+def load_model(recipe: Recipe, device: str) -> Any:
     """The model, looped where the recipe says so.
 
     Args:
@@ -33,19 +37,14 @@ def load_model(recipe: Recipe, device: str) -> PreTrainedModel:
     place, dtype = _device(device), recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     _check_place(recipe.model, "--model")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            recipe.model, dtype=dtype, trust_remote_code=recipe.trust_remote_code
-        )
+        model = _model_or_adapter(recipe, dtype)
     except OSError as error:
         unless = "" if os.path.exists(recipe.model) else " is no folder, and the Hub does not give it"
         raise ValueError(f"--model {recipe.model}{unless}: {error}") from error
-    model = model.to(place)
-    if recipe.loop_layers is not None:
-        model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
-    return model.eval()
+    return model.to(place).eval()
 
 
-def load_encoder(recipe: Recipe, model: PreTrainedModel) -> Encoder:
+def load_encoder(recipe: Recipe, model: Any) -> Encoder:
     """What makes the model's inputs of the lines of a file.
 
     Args:
@@ -64,9 +63,7 @@ def load_encoder(recipe: Recipe, model: PreTrainedModel) -> Encoder:
     )
 
 
-def attribution(
-    recipe: Recipe, model: PreTrainedModel, train: Any, index: Path | None, n_loops: int | None = None
-) -> SDIInfluence:
+def attribution(recipe: Recipe, model: Any, train: Any, index: Path | None, n_loops: int | None = None) -> SDIInfluence:
     """The object that does the work.
 
     Args:
@@ -80,7 +77,7 @@ def attribution(
         It, before anything is computed.
     """
     depth, test_depth = ({"n_loops": n} if n is not None else None for n in (recipe.n_loops, n_loops))
-    layers: Any = {("loop",): "loop", ("all",): None}.get(recipe.layers, list(recipe.layers))
+    layers: Any = {"loop": "loop", "all": None}.get(" ".join(recipe.layers), list(recipe.layers))
     return SDIInfluence(
         model,
         train,
@@ -93,7 +90,7 @@ def attribution(
         test_forward_kwargs=test_depth,
         activation_checkpointing=recipe.activation_checkpointing,
         index=index,
-        index_dtype=recipe.index_dtype and getattr(torch, recipe.index_dtype),
+        index_dtype=None if recipe.index_dtype is None else getattr(torch, recipe.index_dtype),
     )
 
 
@@ -118,6 +115,17 @@ def resolved_checkpoints(recipe: Recipe) -> tuple[str, ...] | None:
     return tuple(map(os.path.abspath, found))
 
 
+def _model_or_adapter(recipe: Recipe, dtype: Any) -> Any:
+    adapter = (Path(recipe.model) / ADAPTER).is_file()
+    if adapter:
+        from peft import PeftConfig, PeftModel  # optional: only adapters need it
+    place = PeftConfig.from_pretrained(recipe.model).base_model_name_or_path if adapter else recipe.model
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
+    if recipe.loop_layers is not None:
+        model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
+    return PeftModel.from_pretrained(model, recipe.model, is_trainable=True) if adapter else model
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":  # one GPU for each process of a launch
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
@@ -136,11 +144,14 @@ def _check_place(model: str, option: str) -> None:
         if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
             raise ValueError(f"There is no folder {model}; say with {option} where the model is.")
         return
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in CONFIGS):
         return
-    steps = sorted(folder.glob("checkpoint-*/config.json"), key=lambda file: len(file.parent.name))
+    steps = sorted(
+        (file for name in CONFIGS for file in folder.glob(f"checkpoint-*/{name}")),
+        key=lambda file: len(file.parent.name),
+    )
     advice = f" It holds checkpoints: --model {steps[-1].parent} --checkpoints {model}." if steps else ""
-    raise ValueError(f"{model} is no model's folder: there is no config.json in it.{advice}")
+    raise ValueError(f"{model} is no model's folder: there is no {CONFIGS[0]} in it.{advice}")
 
 
 def _tokenizer(recipe: Recipe) -> Any:

@@ -46,7 +46,7 @@ def parser(version: str) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="captum-sdi",
         description="Which training examples shaped this answer, and at which loop step?",
-        epilog=_EXAMPLE + "\n\nExit codes: 0 done, 1 an error (one line says which), 2 wrong usage, 130 interrupted.",
+        epilog=_EXAMPLE + "\n\nexit codes: 0 done, 1 an error (in one line), 2 wrong usage, 130 interrupted",
         formatter_class=Formatter,
     )
     top.add_argument("--version", action="version", version=f"captum-sdi {version}")

@@ -52,4 +52,5 @@ def _pictures(results: Results, queries: Sequence[int], k: int) -> Iterator[tupl
         yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=_MOST, texts=texts, title=f"query {q}: {asked[q]}")
     together = queries[: _ROWS // 5]  # a heading and twice two examples each
     yield "totals", plotting.plot_totals(scores, together, k=2, texts=texts, test_texts=asked)
-    yield "step-share", plotting.plot_step_share(scores)
+    among = f"{len(asked)} {'query' if len(asked) == 1 else 'queries'}, top {scores.influence_scores.shape[1]} of each"
+    yield "step-share", plotting.plot_step_share(scores, title=among)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 NAME = "command.json"
 _FORMAT = {"format": "captum_sdi.command", "format_version": 1}
@@ -42,7 +41,7 @@ class Recipe:
     seed: int
     pool: bool
     index_dtype: str | None
-    batch_size: int | str
+    batch_size: int | Literal["auto"] | None
     activation_checkpointing: bool
     train_digest: str | None = None
 
@@ -81,15 +80,17 @@ class Recipe:
         try:
             said = json.loads(file.read_text(encoding="utf-8"))
             found = {key: said.pop(key, None) for key in _FORMAT}
+            if found != _FORMAT:
+                raise ValueError(f"{found} instead of {_FORMAT}")
             places = {name: said.pop(name) for name in _PLACES}
             here = {name: _each(place, lambda one: _found(one, folder)) for name, place in places.items()}
             here |= {name: _each(place, _absolute) for name, place in moved.items() if place is not None}
-            recipe = Recipe(**{name: _frozen(value) for name, value in {**said, **here}.items()})
+            return Recipe(**{name: _frozen(value) for name, value in {**said, **here}.items()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} is damaged ({error}). Run captum-sdi index again: it writes it anew.") from error
-        if found != _FORMAT:
-            raise ValueError(f"{file} says {found}, this version of captum_sdi reads {_FORMAT}.")
-        return recipe
+            raise ValueError(
+                f"{file} is damaged, or of another version of captum_sdi: {error}. Remove it and run captum-sdi index "
+                "again, as it was run, which writes it anew and keeps the index."
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Writes the recipe into an index's folder, whole or not at all.
@@ -103,16 +104,6 @@ class Recipe:
         unfinished.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(unfinished, folder / NAME)
 
-    @staticmethod
-    def forget_unused(folder: Path) -> None:
-        """Removes a recipe beside which nothing was written, since the process was killed just then.
-
-        Args:
-            folder: Where an index is to be.
-        """
-        if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [NAME]:
-            (folder / NAME).unlink()
-
     def differences(self, other: Recipe) -> list[str]:
         """What another recipe says otherwise, in the words of the command line.
 
@@ -125,32 +116,7 @@ class Recipe:
         free = {*_PLACES, *_COSTS, "train_digest"}
         names = [field.name for field in dataclasses.fields(self) if field.name not in free]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [
-            f"{_option(name)} {_typed(theirs)}, not {_typed(ours)}" for name, ours, theirs in pairs if ours != theirs
-        ]
-
-    @contextlib.contextmanager
-    def recorded(self, folder: Path) -> Iterator[None]:
-        """Keeps the recipe in an index's folder, unless what happens inside fails before anything else is there.
-
-        Args:
-            folder: The index's; made where there is none.
-        """
-        file, made = folder / NAME, not folder.exists()
-        before = file.read_bytes() if file.exists() else None
-        folder.mkdir(parents=True, exist_ok=True)
-        self.write(folder)
-        try:
-            yield
-        except Exception:
-            if before is not None:
-                file.write_bytes(before)
-            raise
-        finally:
-            if before is None:
-                self.forget_unused(folder)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+        return [f"{_typed(name, ours)}, not {_typed(name, theirs)}" for name, ours, theirs in pairs if ours != theirs]
 
 
 def _frozen(value: Any) -> Any:
@@ -182,9 +148,11 @@ def _found(place: Any, folder: Path) -> str:
     return beside if os.path.exists(beside) else place["absolute"]
 
 
-def _option(name: str) -> str:
-    return "--no-special-tokens" if name == "special_tokens" else f"--{name.replace('_', '-')}"
-
-
-def _typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _typed(name: str, value: Any) -> str:
+    """An option as it is typed."""
+    if name == "special_tokens":
+        return "special tokens" if value else "--no-special-tokens"
+    option = f"--{name.replace('_', '-')}"
+    if value is None or isinstance(value, bool):
+        return option if value else f"no {option}"
+    return f"{option} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

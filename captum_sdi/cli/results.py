@@ -70,8 +70,9 @@ class Results:
         for name in (LINES, TENSORS):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no results of captum-sdi score: there is no {name} in it.")
-        text = (folder / LINES).read_text(encoding="utf-8")
-        results = Results(StepInfluence.load(folder / TENSORS), [json.loads(line) for line in text.splitlines()])
+        with (folder / LINES).open(encoding="utf-8") as file:  # a text may hold what str.splitlines would split at
+            lines = [json.loads(line) for line in file]
+        results = Results(StepInfluence.load(folder / TENSORS), lines)
         indices = [[pair["index"] for pair in results.pairs(q)] for q in range(len(results.lines))]
         if results.scores.indices is None or results.scores.indices.tolist() != indices:
             raise ValueError(f"{LINES} and {TENSORS} in {folder} are of different runs: run captum-sdi score again.")
@@ -155,5 +156,5 @@ def _numbers(values: Tensor) -> list[float]:
 
 
 def _clipped(text: str, width: int) -> str:
-    line = " ".join(text.split("\n"))
+    line = "".join(char if char.isprintable() else " " for char in text)
     return line if len(line) <= width else line[: width - 1] + "…"

@@ -235,7 +235,7 @@ class JsonLines(Dataset[dict[str, Tensor]]):
 
     def _check(self, number: int, line: bytes) -> None:
         try:
-            row, length = self._encode(json.loads(line))
+            row, length = self._encode(json.loads(line.strip()))
             self._keys = self._keys or set(row)
             if set(row) != self._keys:
                 raise ValueError('some lines have an "attention_mask" and others do not: give it on all or on none')
