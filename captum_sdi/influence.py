@@ -1,7 +1,7 @@
 """`SDIInfluence`: the only file that knows Captum.
 
 Checkpoints are the outermost loop, each loaded once per call. At a checkpoint the test side's features are computed
-and kept; the training side's are never held: a batch is sketched, scored and forgotten.
+and kept; the training side's are never held: a batch is sketched, scored and forgotten, or read from an index.
 """
 
 from __future__ import annotations

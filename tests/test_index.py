@@ -65,7 +65,8 @@ class Stream(IterableDataset):
     ids=["sketch", "pooled", "exact"],
 )
 def test_every_call_gives_what_it_gives_without_an_index(tmp_path: Path, sketch: Any, dtype: torch.dtype) -> None:
-    settings = {"sketch": sketch, "model": model(dtype), "layers": None}
+    layers = None if isinstance(sketch, Exact) else "loop"
+    settings = {"sketch": sketch, "model": model(dtype), "layers": layers}
     plain, indexed = sdi(None, **settings), sdi(tmp_path / "index", **settings)
     # Rows are stored as sketched; a float64 model's scores are still sums of float64.
     tolerance = 1e-10 if dtype == torch.float64 else 2e-6
@@ -128,12 +129,6 @@ def test_the_test_sides_depth_may_change_between_questions(tmp_path: Path) -> No
         theirs = sdi(None, test_forward_kwargs={"n_loops": n_loops}).step_influence(TEST, k=4)
         assert torch.equal(ours.indices, theirs.indices)
         assert_close(ours.trajectories, theirs.trajectories, 2e-6)
-
-
-def test_equal_scores_keep_the_lowest_positions(tmp_path: Path) -> None:
-    found = sdi(tmp_path, train_dataset=[TRAIN[0], TRAIN[1]] * 12).influence([TRAIN[0]], k=14)
-    first = int(found.indices[0, 0]) % 2
-    assert found.indices.tolist() == [[*range(first, 24, 2), 1 - first, 3 - first]]
 
 
 @pytest.mark.parametrize("proponents", [True, False])
@@ -414,7 +409,7 @@ def test_a_read_only_index_is_read_but_not_repaired(tmp_path: Path, monkeypatch:
     assert torch.equal(sdi(tmp_path).influence(TEST), expected)
     shard = max(tmp_path.rglob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(PermissionError, match=f"read-only: damaged {shard}; .*20 of 23 examples at '#1'"):
+    with pytest.raises(PermissionError, match=f"read-only: damaged {shard}; .*21 of 23 examples at '#1'"):
         sdi(tmp_path).influence(TEST)
     assert shard.exists()
 

@@ -75,6 +75,18 @@ def test_the_top_k_is_that_of_the_whole_matrix(
     torch.testing.assert_close(scores, whole.gather(1, order))
 
 
+def test_equal_scores_keep_the_lowest_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of ones and zeros: their sums are exact in any order, and many of them equal."""
+    monkeypatch.setattr(search, "_BLOCK", 256)
+    monkeypatch.setattr(torch, "randn", lambda *size, generator: torch.randint(0, 2, size, generator=generator).float())
+    index = random_index(tmp_path, 2000)
+    searched, tests = searching(index)
+    whole = sum(eta * t @ r.T for eta, t, r in zip((0.5, 2.0), tests, rows_of(index), strict=True))
+    indices, scores = searched.top(0, 50, True)
+    assert scores.unique().numel() < 25
+    assert torch.equal(indices, whole.argsort(dim=1, descending=True, stable=True)[:, :50])
+
+
 def test_a_running_top_k_is_that_of_everything_at_once() -> None:
     """With many equal scores, in blocks of every size."""
     scores = torch.randint(0, 4, (3, 60)).float()

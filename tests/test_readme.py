@@ -35,5 +35,5 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert len(re.findall(r"training example \d+: [+-]\d+\.\d+ ± \d+\.\d+, strongest at step [1-3]", printed)) == 5
     assert StepInfluence.load("influence.safetensors").trajectories.shape == (3, 5, 3)
     assert (tmp_path / "trajectories.png").stat().st_size > 10_000
-    assert re.search(r"state +complete\nexamples +40\n", printed)
+    assert re.search(r"state +complete\nexamples +37\n", printed)
     assert SketchIndex.open("my_index").complete

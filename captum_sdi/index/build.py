@@ -303,7 +303,7 @@ class TrainIndex:
             strange = [
                 p.name
                 for p in self.path.iterdir()
-                if p.suffix not in (UNFINISHED, ".lock", ".json") and not _is_ours(p)
+                if p.suffix not in (UNFINISHED, ".lock", ".json", ".faiss") and not _is_ours(p)
             ]
             if strange:
                 raise ValueError(

@@ -103,7 +103,7 @@ class Shard:
         # aligns its own tensors, so that sums over either come out the same.
         metadata["pad"] = ""
         metadata["pad"] = " " * (-_header(tensors, metadata) % ALIGNED)
-        path = folder / f"{start:012d}-{stop:012d}{SUFFIX}"
+        path = folder / _name(start, stop)
         # By our own write, not `save_file`, whose error for a full disk is no OSError.
         written_whole(path, lambda unfinished: unfinished.write_bytes(save(tensors, metadata)))
         return Shard.read(path)
@@ -138,6 +138,8 @@ class Shard:
             counts = {shape[0] for _, shape, _ in tensors.values()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DamagedError(f"{path}: {error!r}") from error
+        if path.name != _name(found.start, found.stop):  # a sound shard in another's place
+            raise DamagedError(f"{path}: holds examples {found.start} to {found.stop}")
         if said != size or counts != {found.stop - found.start}:
             raise DamagedError(f"{path}: {size} bytes instead of {said}")
         return found
@@ -173,6 +175,10 @@ class Shard:
             return self.digest == _digest(metadata, {name: self.mapped(name) for name in self.tensors})
         except (OSError, RuntimeError):
             return False
+
+
+def _name(start: int, stop: int) -> str:
+    return f"{start:012d}-{stop:012d}{SUFFIX}"
 
 
 def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
