@@ -18,9 +18,9 @@ import torch
 from cases import CASES, VOCAB
 from reference import spread, truth
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from captum_sdi import SDIInfluence, SketchIndex, StepInfluence, TensorSketch
+from captum_sdi import Exact, SDIInfluence, SketchIndex, StepInfluence, TensorSketch
 from captum_sdi.__main__ import main
 from captum_sdi.cli.rows import Encoder
 from captum_sdi.engine import Engine
@@ -163,6 +163,16 @@ def test_opponents_another_rank_and_another_depth(here: Path) -> None:
     _same_scores(lines, expected, "opponents")
 
 
+def test_exact_gradients_decide_among_candidates(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(INDEX) == 0
+    assert run(f"{SCORE} --rerank 3") == 1
+    assert capsys.readouterr().err == "captum-sdi: error: --rerank 3 must be at least -k 4: it chooses among so many.\n"
+    assert run(f"{SCORE} --rerank 12") == 0
+    model = LoopedGPTForCausalLM.from_pretrained("run/checkpoint-10")
+    exact = SDIInfluence(model, _rows(TRAIN), sketch=Exact()).step_influence(_rows(QUERIES), k=4)
+    _same_scores(_lines("out/scores.jsonl"), exact)
+
+
 def test_token_ids_are_as_good_as_text(here: Path) -> None:
     assert run(INDEX) == 0
     assert run(SCORE) == 0
@@ -292,8 +302,8 @@ def test_a_project_may_move(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(SCORE, index="moved/idx", out="out2") == 0  # together
     assert Path("out2/scores.jsonl").read_text() == Path("out/scores.jsonl").read_text()
     shutil.move("moved/idx", "elsewhere")
-    where: dict[str, str] = {}
-    for option, place in (("checkpoints", "run"), ("train", "train.jsonl"), ("model", "run/checkpoint-10")):
+    where = {}
+    for option, place in (("train", "train.jsonl"), ("checkpoints", "run"), ("model", "run/checkpoint-10")):
         capsys.readouterr()
         assert run(SCORE, index="elsewhere", out="out4", **where) == 1
         assert f"say with --{option} where" in capsys.readouterr().err
@@ -309,6 +319,23 @@ def test_a_train_file_that_changed_is_refused(here: Path, capsys: pytest.Capture
     assert run(SCORE) == 1
     assert "train.jsonl is not the file that was indexed, or it has changed since" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_an_index_cannot_grant_trust(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*arguments: Any, trust_remote_code: bool, **keywords: Any) -> Any:
+        given.append(trust_remote_code)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    assert run(f"{INDEX} --trust-remote-code") == 0
+    assert run(INDEX) == 0
+    assert run(f"{INDEX} --trust-remote-code") == 0
+    assert run(SCORE) == 0
+    assert run(f"{SCORE} --overwrite --trust-remote-code") == 0
+    assert given == [True, False, True, False, True]
 
 
 def test_an_index_of_other_settings_is_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
@@ -402,6 +429,8 @@ def test_special_tokens_are_the_tokenizers_business() -> None:
     assert Encoder(VOCAB, fast)({"text": "a b c"})[0] == {"input_ids": [0, 1, 2, 8], "labels": [0, 1, 2, 8]}
     assert Encoder(VOCAB, fast, max_length=3)({"text": "a b c"}) == ({"input_ids": [0, 1, 8], "labels": [0, 1, 8]}, 4)
     assert Encoder(VOCAB, fast, special_tokens=False)({"text": "a b"})[0]["input_ids"] == [0, 1]
+    given = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
+    assert Encoder(VOCAB, fast, max_length=2)(given) == ({"input_ids": [1, 2], "labels": [-100, 2]}, 3)
 
 
 # --- results ---

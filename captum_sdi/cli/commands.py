@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -62,20 +61,20 @@ def score(options: argparse.Namespace) -> None:
         options: What was typed.
 
     Raises:
-        ValueError: There is no index, or results are in the way.
+        ValueError: There is no index, results are in the way, or ``--rerank`` chooses among too few.
     """
     _check_free(options.out, options.overwrite)
-    moved = {name: getattr(options, name) for name in ("model", "checkpoints", "train", "tokenizer")}
-    recipe = _recipe(options.index, batch_size=options.batch_size, **moved)
-    recipe = dataclasses.replace(recipe, checkpoints=resolved_checkpoints(recipe))
-    if not Path(recipe.train).is_file():
-        raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
+    if options.rerank is not None and options.rerank < options.k:
+        raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
+    recipe = _recipe(options)
     model, encode = _loaded(recipe, options)
     queries = JsonLines(options.query, encode, show_progress=_shows(options))
     _note(queries, options)
     train = JsonLines(recipe.train, encode, recipe.train_digest, show_progress=_shows(options))
     sdi = attribution(recipe, model, train, options.index, options.n_loops)
     scores = _scored(sdi, queries, options)
+    if not _is_first_process():
+        return
     results = Results.of(scores, queries, train, not options.opponents)
     _clear(options.out)
     results.write(options.out)
@@ -147,17 +146,25 @@ def _record(recipe: Recipe, folder: Path) -> None:
         recipe.write(folder)
 
 
-def _recipe(folder: Path, **changes: Any) -> Recipe:
-    """The recipe of an index that is to be scored."""
-    _opened(folder)
-    batch_size = changes.pop("batch_size")
-    recipe = Recipe.read(folder, **changes)
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The recipe of the index that is to be scored, and where its things are now."""
+    _opened(options.index)
+    moved = {name: getattr(options, name) for name in ("model", "checkpoints", "train", "tokenizer")}
+    recipe = Recipe.read(options.index, **moved)
     if recipe is None:
         raise ValueError(
-            f"{folder} does not say how it was built: there is no {NAME} in it. Run captum-sdi index again as it was "
-            "run, which completes it; an index made in Python is scored in Python, with SDIInfluence(..., index=...)."
+            f"{options.index} does not say how it was built: there is no {NAME} in it. Run captum-sdi index again as "
+            "it was run, which completes it; an index made in Python is scored in Python, with "
+            "SDIInfluence(..., index=...)."
         )
-    return recipe if batch_size is None else dataclasses.replace(recipe, batch_size=batch_size)
+    if not Path(recipe.train).is_file():
+        raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
+    return dataclasses.replace(
+        recipe,
+        checkpoints=resolved_checkpoints(recipe),
+        batch_size=options.batch_size or recipe.batch_size,
+        trust_remote_code=options.trust_remote_code,  # a folder, which may come from a stranger, cannot grant it
+    )
 
 
 def _loaded(recipe: Recipe, options: argparse.Namespace) -> tuple[PreTrainedModel, Encoder]:
@@ -169,8 +176,9 @@ def _loaded(recipe: Recipe, options: argparse.Namespace) -> tuple[PreTrainedMode
 
 def _scored(sdi: SDIInfluence, queries: JsonLines, options: argparse.Namespace) -> StepInfluence:
     rank_by = None if options.rank_by is None else options.rank_by - 1
+    ranking = {"rank_by": rank_by, "rerank": options.rerank}
     try:
-        return sdi.step_influence(queries, options.k, not options.opponents, _shows(options), rank_by=rank_by)
+        return sdi.step_influence(queries, options.k, not options.opponents, _shows(options), **ranking)
     except ValueError as error:
         if str(error).startswith("rank_by="):  # which counts from 0
             raise ValueError(f"--rank-by {options.rank_by}: no query runs that many loop steps.") from error

@@ -141,11 +141,7 @@ def _index(command: argparse.ArgumentParser) -> None:
         default="auto",
         help="numbers the model computes with; auto: those it was saved with",
     )
-    model.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code that comes with the model; only where you trust its author",
-    )
+    _add_trust(model)
 
     influence = command.add_argument_group("influence")
     influence.add_argument(
@@ -214,6 +210,13 @@ def _score(command: argparse.ArgumentParser) -> None:
         help="rank by what acts at this loop step, from 1; without it, by the total",
     )
     what.add_argument(
+        "--rerank",
+        type=_positive,
+        metavar="N",
+        help="let the index choose N candidates, at least K, and exact gradients decide among them; their scores are "
+        "exact",
+    )
+    what.add_argument(
         "--n-loops",
         type=_positive,
         metavar="N",
@@ -228,11 +231,12 @@ def _score(command: argparse.ArgumentParser) -> None:
     )
     results.add_argument("--format", choices=FORMATS, default="png", help="of the pictures")
 
-    moved = command.add_argument_group("what has moved since the index was built")
+    moved = command.add_argument_group("where things are now, if they have moved")
     moved.add_argument("--model", metavar="MODEL", help="where the model is now")
     moved.add_argument("--checkpoints", nargs="+", metavar="PATH", help="where the checkpoints are now")
     moved.add_argument("--train", type=Path, metavar="FILE", help="where the training examples are now")
     moved.add_argument("--tokenizer", metavar="PATH", help="where the tokenizer is now")
+    _add_trust(command.add_argument_group("model"))
 
     cost = command.add_argument_group("time and memory; these change no number")
     cost.add_argument(
@@ -240,6 +244,14 @@ def _score(command: argparse.ArgumentParser) -> None:
     )
     cost.add_argument(
         "--batch-size", type=_positive, metavar="N", help="queries at a time; without it, that of the index"
+    )
+
+
+def _add_trust(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that comes with the model; only where you trust its author",
     )
 
 

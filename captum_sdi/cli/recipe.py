@@ -113,7 +113,7 @@ class Recipe:
         Returns:
             One entry per option that changes a number.
         """
-        free = {*_PLACES, *_COSTS, "train_digest"}
+        free = {*_PLACES, *_COSTS, "trust_remote_code", "train_digest"}
         names = [field.name for field in dataclasses.fields(self) if field.name not in free]
         pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
         return [f"{_typed(name, ours)}, not {_typed(name, theirs)}" for name, ours, theirs in pairs if ours != theirs]
