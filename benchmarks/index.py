@@ -133,7 +133,7 @@ def simulated(folder: Path, n: int, width: int, dtype: str, clusters: int = 0) -
     index.folder("simulated").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(max(clusters, 1), width, generator=generator) * (clusters > 0)
-    size = 2**26 // (width * index.dtype.itemsize)
+    size = max(1, 2**26 // (width * index.dtype.itemsize) // index.piece) * index.piece  # as a builder's are
     for start in range(0, n, size):
         rows = torch.randn(min(size, n - start), width, generator=generator)
         rows += centres[torch.randint(0, len(centres), (len(rows),), generator=generator)]
