@@ -95,14 +95,14 @@ def sizes() -> dict[str, Any]:
     return found
 
 
-def questions(n: int = 1000, length: int = 16) -> dict[str, Any]:
+def questions() -> dict[str, Any]:
     """A model of the paper's shape: the first question without an index, and the second one with it."""
-    model = looped_gpt(768, 50257, length)
-    train, tests = token_rows(n, length, 50257, 1), token_rows(2, length, 50257, 2)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), "tokens per example": length}
-    for some in (n // 10, n):
+    found: dict[str, Any] = {}
+    for n, length in ((100, 64), (1000, 8)):
+        model = looped_gpt(768, 50257, length)
+        train, tests = token_rows(n, length, 50257, 1), token_rows(2, length, 50257, 2)
         with scratch() as folder:
-            found[f"{some} examples"] = asked(model, train[:some], tests, folder)
+            found[f"{n} examples of {length} tokens"] = asked(model, train, tests, folder)
     return found
 
 
@@ -131,6 +131,7 @@ def simulated(folder: Path, n: int, width: int, dtype: str, clusters: int = 0) -
     manifest = Manifest({"sketch": sketch}, dtype, [("", width, 1 / width)], {"simulated": {}}, examples=n)
     index = SketchIndex(folder, manifest)
     index.folder("simulated").mkdir(parents=True)
+    manifest.save(folder)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(max(clusters, 1), width, generator=generator) * (clusters > 0)
     size = max(1, 2**26 // (width * index.dtype.itemsize) // index.piece) * index.piece  # as a builder's are
@@ -198,13 +199,6 @@ def million() -> dict[str, Any]:
     for n in (100_000, 1_000_000):
         with scratch() as folder:
             index = simulated(folder, n, 2048, "float16")
-            index.manifest.settings |= {
-                "parameters": {},
-                "loop": {"modules": []},
-                "loss": "",
-                "captum_sdi": __version__,
-            }
-            index.manifest.save(folder)
             settings = {"here": str(Path(__file__).parent), "folder": str(folder), "threads": torch.get_num_threads()}
             command = [sys.executable, "-c", _MILLION.format(**settings)]
             told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
