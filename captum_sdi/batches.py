@@ -350,7 +350,7 @@ class Stream:
         return len(self._loader.dataset) if self._is_indexed() else None  # type: ignore[attr-defined]
 
     def picked(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
-        """Some of the examples; a dataset in its own order is asked for their rows alone.
+        """Some of the examples; a dataset in its own order is asked for their batches alone.
 
         Args:
             only: Their positions.
@@ -369,9 +369,16 @@ class Stream:
             return
         loader: Any = self._loader
         wanted = only.unique()
-        for positions in wanted[wanted < len(loader.dataset)].split(loader.batch_size):
-            if len(positions):
-                yield positions, loader.collate_fn([loader.dataset[i] for i in positions.tolist()])
+        wanted = wanted[wanted < len(loader.dataset)]
+        numbers = wanted // loader.batch_size
+        for number in numbers.unique().tolist():
+            rows = range(len(loader.dataset))[number * loader.batch_size : (number + 1) * loader.batch_size]
+            positions = wanted[numbers == number]
+            # Padded like their batch in a whole pass: rounding is the same.
+            yield (
+                positions,
+                select(loader.collate_fn([loader.dataset[i] for i in rows]), (positions - rows[0]).tolist()),
+            )
 
     def _is_indexed(self) -> bool:
         """Whether the example at a position is the dataset's at that index."""

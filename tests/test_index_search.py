@@ -83,7 +83,7 @@ def test_equal_scores_keep_the_lowest_positions(tmp_path: Path, monkeypatch: pyt
     searched, tests = searching(index)
     whole = sum(eta * t @ r.T for eta, t, r in zip((0.5, 2.0), tests, rows_of(index), strict=True))
     indices, scores = searched.top(0, 50, True)
-    assert scores.unique().numel() < 25
+    assert scores.unique().numel() < scores.numel() / 5
     assert torch.equal(indices, whole.argsort(dim=1, descending=True, stable=True)[:, :50])
 
 
