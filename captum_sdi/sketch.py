@@ -67,6 +67,10 @@ class Projection(Protocol):
         """Maps gradients of n examples to ``(n, width)``."""
         ...
 
+    def checksum(self) -> bytes:
+        """A digest of the map's hash tables: another version of torch may draw other numbers."""
+        ...
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -227,6 +231,9 @@ class _Identity:
         offsets = n_rows * torch.arange(n, device=rows.device).unsqueeze(1)  # one block of rows per example
         return flat.index_add_(0, (rows + offsets).flatten(), cols.flatten(0, 1)).view(n, -1)
 
+    def checksum(self) -> bytes:
+        return b""
+
 
 class _Hash:
     """Buckets and signs of one factor: permutations of blocks of ``dim`` entries, so that no block collides."""
@@ -246,6 +253,13 @@ class _Hash:
         sources[entries // dim, buckets], weights[entries // dim, buckets] = entries, signs
         self.buckets, self.signs = buckets.to(device), signs.to(device)
         self._sources, self._weights = sources.to(device), weights.to(device)
+
+    def checksum(self) -> bytes:
+        """A digest of the buckets and signs."""
+        digest = hashlib.sha256()
+        for table in (self.buckets.int(), self.signs.to(torch.int8)):
+            digest.update(table.cpu().numpy().tobytes())
+        return digest.digest()
 
     def count_sketch(self, values: Tensor) -> Tensor:
         """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
@@ -270,6 +284,9 @@ class _CountSketch:
             raise TypeError("A vector's gradient comes entry by entry, not as an outer product.")
         return self._hash.count_sketch(_flat(gradient.grads))
 
+    def checksum(self) -> bytes:
+        return self._hash.checksum()
+
 
 class _MatrixSketch:
     """TensorSketch of a matrix, from its factors where they are known."""
@@ -292,6 +309,9 @@ class _MatrixSketch:
         if gradient.rows.is_floating_point():
             return pack_spectrum(self._outer(gradient.rows, gradient.cols), self.width)
         return self._one_hot(gradient.rows, gradient.cols)
+
+    def checksum(self) -> bytes:
+        return self._rows.checksum() + self._cols.checksum()
 
     def _outer(self, rows: Tensor, cols: Tensor) -> Tensor:
         """``Σ_p FFT(rows_p) ⊙ FFT(cols_p)``, ``(n, d // 2 + 1)``, in blocks of tokens that stay in the cache."""
