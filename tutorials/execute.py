@@ -1,6 +1,7 @@
 """Execute a notebook in full, write the outputs into it, and say what that took: `make tutorials-full`."""
 
 import base64
+import os
 import resource
 import sys
 import time
@@ -21,6 +22,7 @@ GALLERY = {
 
 path = Path(sys.argv[1])
 notebook = nbformat.read(path, as_version=4)
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, with its own path, where ipywidgets is missing
 start = time.perf_counter()
 # Without times in its metadata, a notebook that still says the same is still the same file. When a cell fails,
 # execute() raises and the file stays as it was.
