@@ -17,10 +17,10 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults lint format tutorials test-captum test-oldest clean
+.PHONY: help venv demo test test-faults lint format tutorials tutorials-full test-captum test-oldest clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.stamp  ## make .venv from constraints.txt (the others do this themselves)
 
@@ -42,12 +42,11 @@ format: $(VENV)/.stamp  ## lay the code out and repair what ruff can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-tutorials: $(VENV)/.stamp  ## execute the notebooks in tutorials/
-ifeq ($(NOTEBOOKS),)
-	@echo "tutorials/ holds no notebooks yet: nothing to run"
-else
-	MPLBACKEND=Agg $(BIN)/python -m pytest --nbmake --nbmake-timeout=900 $(NOTEBOOKS) $(ARGS)
-endif
+tutorials: $(VENV)/.stamp  ## execute the notebooks in small; their files stay as they are
+	SMOKE_TEST=1 $(call PYTEST,$(VENV)) --nbmake --nbmake-timeout=300 $(NOTEBOOKS)
+
+tutorials-full: $(VENV)/.stamp  ## execute them in full and write fresh outputs into them (NOTEBOOKS=...)
+	@for notebook in $(NOTEBOOKS); do $(BIN)/python tutorials/execute.py $$notebook || exit 1; done
 
 test-captum: $(VENV)/.stamp  ## run Captum's own influence tests on SDIInfluence (CAPTUM_TESTS=path)
 	@test -n "$(wildcard $(CAPTUM_TESTS)/test_tracin_*.py)" || { \

@@ -23,6 +23,9 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
 What cannot be drawn truthfully (a wrong shape, NaN, an example that is not there) is a `ValueError`.
 """
 
+from captum_sdi.plotting.agreement import plot_agreement
+from captum_sdi.plotting.comparison import plot_comparison
+from captum_sdi.plotting.groups import plot_groups
 from captum_sdi.plotting.heatmaps import plot_heatmap, plot_step_matrix
 from captum_sdi.plotting.self_influence import plot_self_influence
 from captum_sdi.plotting.step_share import plot_step_share
@@ -30,6 +33,9 @@ from captum_sdi.plotting.totals import plot_totals
 from captum_sdi.plotting.trajectories import plot_trajectories
 
 __all__ = [
+    "plot_agreement",
+    "plot_comparison",
+    "plot_groups",
     "plot_heatmap",
     "plot_self_influence",
     "plot_step_matrix",
