@@ -1,0 +1,73 @@
+"""Everything side by side: `make bench`, or `python benchmarks/run.py [section ...]`.
+
+Writes results.json, results.png and the tables of README.md. A section that is not asked for keeps its last result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import accuracy
+import memory
+import scaling
+import speed
+import stages
+from draw import draw
+from environment import environment
+from tables import tables
+
+SECTIONS = {
+    "paper_shape": speed.paper_shape,
+    "with_biases": speed.with_biases,
+    "hugging_face_gpt2": speed.hugging_face_gpt2,
+    "deep_and_checkpointed": speed.deep_and_checkpointed,
+    "scaling": scaling.scaling,
+    "memory": memory.peaks,
+    "held": memory.held,
+    "accuracy": accuracy.accuracy,
+    "stages": stages.stages,
+}
+MARKS = "<!-- tables: written by run.py -->", "<!-- end of tables -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="section", help=f"default: all of {', '.join(SECTIONS)}")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the results")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
+    options = parser.parse_args()
+    unknown = set(options.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"no sections {sorted(unknown)}; choose from {', '.join(SECTIONS)}")
+    if options.small and options.out == Path(__file__).parent:
+        parser.error("--small needs --out=FOLDER: its numbers mean nothing and must not replace real ones")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.sections or SECTIONS:
+        start = time.perf_counter()
+        found = SECTIONS[name](options.small)
+        results[name] = {"environment": environment(), **found}
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    text = tables(results)
+    print(text)
+    _insert(options.out / "README.md", text)
+    if results.keys() >= {"scaling", "memory", "accuracy"}:
+        draw(results, options.out / "results.png")
+
+
+def _insert(readme: Path, text: str) -> None:
+    """Between the marks of the README, where there is one."""
+    if not readme.exists():
+        return
+    before, _, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    readme.write_text(f"{before}{MARKS[0]}\n\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

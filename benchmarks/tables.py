@@ -1,0 +1,236 @@
+"""results.json as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Results = dict[str, Any]
+
+
+def tables(results: Results) -> str:
+    """Every section that has been measured."""
+    parts = [
+        table(results)
+        for needed, table in (
+            (("paper_shape", "deep_and_checkpointed", "memory", "held", "accuracy"), _targets),
+            (("paper_shape",), _times),
+            (("deep_and_checkpointed",), _deep),
+            (("accuracy",), _errors),
+            (("memory",), _peaks),
+            (("held",), _held),
+            (("scaling",), _slopes),
+            (("stages",), _stages),
+            ((), _environments),
+        )
+        if results.keys() >= set(needed)
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _targets(results: Results) -> str:
+    """What was to be reached, and whether it was."""
+    times = results["paper_shape"]["ratios"]
+    deep = results["deep_and_checkpointed"]["ratios"]["checkpointed / reference"]
+    taus = results["memory"]["tau"]
+    at = {tau: i for i, tau in enumerate(taus["values"])}
+    ours, reference = taus["ours, checkpointed"], taus["reference"]
+    rows = [
+        ("time of a `step_influence` call / the reference's", "1.0", 0.60, _range(times["ours / reference"])),
+        (
+            "... / two training steps on the same batches",
+            _number(times["reference / training steps"][1]),
+            0.75,
+            _range(times["ours / training steps"]),
+        ),
+        (
+            "... / the limit: frozen weights, no sketch",
+            _number(times["reference / limit"][1]),
+            1.12,
+            _range(times["ours / limit"]),
+        ),
+    ]
+    accuracy = results["accuracy"]
+    if 2048 in accuracy["dims"]:
+        place = accuracy["dims"].index(2048)
+        for what in ("SDI", "TracIn"):
+            mine, theirs = (accuracy[who][place][f"self {what}"][0] for who in ("ours", "reference"))
+            rows.append(
+                (f"{what} error, examples against themselves / the reference's", "1.0", 0.85, _range([mine / theirs]))
+            )
+        mine, theirs = (accuracy[who][place]["different SDI"][0] for who in ("ours", "reference"))
+        rows.append(("SDI error on pairs of different examples / the reference's", "1.0", 1.0, _range([mine / theirs])))
+    if {4, 16, 32} <= at.keys():
+        low, middle, high = at[4], at[16], at[32]
+        rows += [
+            (
+                "peak memory, τ = 16, checkpointed / the reference's",
+                "1.0",
+                0.25,
+                _range([ours[middle] / reference[middle]]),
+            ),
+            ("... and its time / the reference's", "1.0", 1.15, _range(deep)),
+            (
+                "peak memory at τ = 32 / at τ = 4, checkpointed",
+                _number(reference[high] / reference[low]),
+                2.0,
+                _range([ours[high] / ours[low]]),
+            ),
+        ]
+    body = [
+        (what, theirs, f"<= {goal:.2f}", text, "yes" if value <= goal else "**no**")
+        for what, theirs, goal, (value, text) in rows
+    ]
+    return "### What was to be reached\n\n" + _table(("what", "reference", "to reach", "measured", "reached"), body)
+
+
+def _times(results: Results) -> str:
+    """Seconds and ratios of each model, side by side."""
+    titles = {
+        "paper_shape": "the paper's model",
+        "with_biases": "with biases",
+        "hugging_face_gpt2": "Hugging Face GPT-2",
+    }
+    names = ("ours", "reference", "training steps", "limit", "TracInCP")
+    rows = []
+    for key, title in titles.items():
+        if key not in results:
+            continue
+        seconds, ratios = results[key]["seconds"], results[key]["ratios"]
+        rows.append((f"{title}: seconds", *(_quartiles(seconds.get(name)) for name in names)))
+        rows.append((f"{title}: ours / it", "", *(_quartiles(ratios.get(f"ours / {name}")) for name in names[1:])))
+    text = "### Time, τ = 6, four examples on each side\n\n"
+    text += _table(("", "ours", "reference", "two training steps", "limit", "TracInCP (totals only)"), rows)
+    refusal = results.get("hugging_face_gpt2", {}).get("reference_raises")
+    if refusal:
+        text += f"\n\nThe reference on Hugging Face's GPT-2: `NotImplementedError: {refusal}`"
+    checks = [
+        f"{title}: "
+        + ", ".join(
+            f"{name} {value:.1e}" if "exact" in name else f"{name} {value:.1f}"
+            for name, value in results[key]["agreement"].items()
+        )
+        for key, title in titles.items()
+        if key in results
+    ]
+    return (
+        text
+        + "\n\nAgreement before timing (exact: largest difference as a share of the largest score; sketched: "
+        + ("in standard errors): " + "; ".join(checks) + ".")
+    )
+
+
+def _deep(results: Results) -> str:
+    found = results["deep_and_checkpointed"]
+    rows = [(name, _quartiles(value)) for name, value in (found["seconds"] | found["ratios"]).items()]
+    return "### τ = 16, with and without activation checkpointing\n\n" + _table(("", "seconds, or ratio"), rows)
+
+
+def _errors(results: Results) -> str:
+    found = results["accuracy"]
+    columns = ("self SDI", "self TracIn", "different SDI", "different TracIn", "spearman", "top-10")
+    rows = [
+        (who, str(dim), *(_spread(found[who][i][column]) for column in columns))
+        for who in ("ours", "reference", "two-sided")
+        for i, dim in enumerate(found["dims"])
+    ]
+    return f"### Error of sketched scores, {found['seeds']} draws\n\n" + _table(
+        ("", "dim", *columns[:4], "Spearman of totals", "top-10 overlap"), rows
+    )
+
+
+def _peaks(results: Results) -> str:
+    text = "### Peak memory above the baseline, MB\n"
+    for axis, rest in (("tau", "batch 4"), ("batch", "τ = 4")):
+        found = results["memory"][axis]
+        rows = [(who, *map(_megabytes, found[who])) for who in ("ours", "ours, checkpointed", "reference")]
+        text += f"\n{axis} ({rest}):\n\n" + _table(("", *map(str, found["values"])), rows) + "\n"
+    return text.rstrip()
+
+
+def _held(results: Results) -> str:
+    text = "### Memory while scoring, MB\n"
+    for axis, title in (("examples", "train examples"), ("tau", "loop steps")):
+        found = results["held"][axis]
+        rows = [(who, *map(_megabytes, found[who])) for who in ("ours, checkpointed", "reference")]
+        text += f"\n{title}:\n\n" + _table(("", *map(str, found["values"])), rows) + "\n"
+    return text.rstrip()
+
+
+def _slopes(results: Results) -> str:
+    found = results["scaling"]
+    names = {"seq": "tokens per example", "tau": "loop steps", "dim": "sketch size", "batch": "examples a side"}
+    rows = []
+    for axis, title in names.items():
+        for who in ("ours", "reference"):
+            line = found["axes"][axis][who]
+            unit = 1000 if axis == "dim" else 1
+            rows.append(
+                (
+                    title,
+                    who,
+                    f"{1000 * line['slope'] * unit:.2f} ms per {'thousand' if unit > 1 else 'unit'}",
+                    f"{1000 * line['intercept']:.0f} ms",
+                    f"{line['r_squared']:.3f}",
+                )
+            )
+    text = f"### Time is linear in tokens, steps, sketch size and batch (width {found['width']})\n\n"
+    return text + _table(("against", "", "slope", "at zero", "R² of the line"), rows)
+
+
+def _stages(results: Results) -> str:
+    found = results["stages"]
+    names = sorted({name for each in found["dims"].values() for name, share in each["shares"].items() if share >= 0.01})
+    rows = [
+        (dim, f"{each['ms']:.1f}", *(f"{100 * each['shares'].get(name, 0):.0f}%" for name in names))
+        for dim, each in found["dims"].items()
+    ]
+    shape = found["shape"]
+    title = f"{shape['n']} examples of {shape['p']} tokens, a {shape['rows']} × {shape['columns']} matrix"
+    return f"### Where the sketch's time goes: {title}\n\n" + _table(("dim", "ms", *names), rows)
+
+
+def _environments(results: Results) -> str:
+    """One line for each environment that a section was measured in."""
+    sections: dict[str, list[str]] = {}
+    for name, found in results.items():
+        each = found["environment"]
+        packages = ", ".join(f"{package} {version}" for package, version in each["packages"].items())
+        text = (
+            f"{each['date']}: {each['cpu']}, {each['cores']} cores, {each['threads']} threads, {each['memory_gb']} GB, "
+            f"{each['vector_instructions']}, {each['gpu'] or 'no GPU'}, {each['system']}, Python {each['python']}, {packages}"
+        )
+        sections.setdefault(text, []).append(name)
+    return "### Environment\n\n" + "\n".join(f"- {', '.join(names)}: {text}" for text, names in sections.items())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _range(values: Sequence[float]) -> tuple[float, str]:
+    """The value to judge and its text: the median with its quartiles, or a single value."""
+    if len(values) == 1:
+        return values[0], _number(values[0])
+    return values[1], _quartiles(values)
+
+
+def _quartiles(values: Sequence[float] | None) -> str:
+    if values is None:
+        return "raises"
+    low, median, high = values
+    return f"{median:.2f} ({low:.2f}-{high:.2f})"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean, deviation = values
+    return f"{mean:.3f} ± {deviation:.3f}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value:.0f}"
