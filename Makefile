@@ -17,7 +17,7 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format tutorials test-captum test-oldest clean
+.PHONY: help venv demo test test-faults lint format tutorials test-captum test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write pictur
 
 test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS="-k sketch")
 	$(call PYTEST,$(VENV))
+
+test-faults: $(VENV)/.stamp  ## kill the builder of an index at 20 random moments, twice; `make test` does it at 3
+	OMP_NUM_THREADS=1 CAPTUM_SDI_KILLS=20 $(BIN)/python -m pytest -n $(WORKERS) tests/test_index_faults.py $(ARGS)
 
 lint: $(VENV)/.stamp  ## check layout, style, docstrings and types; changes nothing
 	$(BIN)/ruff format --check .

@@ -21,6 +21,7 @@ from importlib.metadata import version as _version
 
 from captum_sdi import evaluate, models, plotting, tasks
 from captum_sdi.checkpoints import load_checkpoint
+from captum_sdi.index import Faiss, SketchIndex
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.loop import coverage_check, find_loop
 from captum_sdi.scores import StepInfluence
@@ -29,8 +30,10 @@ from captum_sdi.tape import LoopSpec
 
 __all__ = [
     "Exact",
+    "Faiss",
     "LoopSpec",
     "SDIInfluence",
+    "SketchIndex",
     "StepInfluence",
     "TensorSketch",
     "coverage_check",

@@ -28,7 +28,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 IGNORED = -100
 """The label of a position where nothing is predicted, as in Hugging Face."""
@@ -186,6 +194,61 @@ def fingerprint(raw: Any) -> bytes:
     return digest.digest()
 
 
+def example_fingerprints(raw: Any) -> Tensor:
+    """A hash of every example's content, the same however its batch was padded.
+
+    Positions that are neither attended to nor predicted do not count; nor, in tensors that have no attention mask,
+    does a tail of zeros (labels: of -100).
+
+    Args:
+        raw: A batch.
+
+    Returns:
+        ``(n, 8)`` bytes.
+
+    Example:
+        >>> rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7], "labels": [7]}]
+        >>> alone, padded = example_fingerprints(Collator()(rows[1:])), example_fingerprints(Collator()(rows))
+        >>> torch.equal(alone[0], padded[1])
+        True
+    """
+    digests = [hashlib.blake2b(digest_size=8) for _ in range(batch_size(raw))]
+    real = _real_positions(raw)
+    items = sorted(raw.items()) if isinstance(raw, Mapping) else enumerate(raw)
+    for key, value in items:
+        for i, tensor in enumerate(_tensors(value)):
+            _digest_rows(digests, f"{key}.{i}", tensor.detach().cpu(), real)
+    return torch.tensor([list(digest.digest()) for digest in digests], dtype=torch.uint8)
+
+
+def _real_positions(raw: Any) -> Tensor | None:
+    """``(n, p)`` positions of a token batch that are attended to or predicted."""
+    if not isinstance(raw, Mapping) or not isinstance(ids := raw.get("input_ids"), Tensor) or ids.ndim != 2:
+        return None
+    mask, labels = raw.get("attention_mask"), raw.get("labels")
+    fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+    real = mask.cpu().bool() if fits else torch.ones(ids.shape, dtype=torch.bool)  # type: ignore[union-attr]
+    if isinstance(labels, Tensor) and labels.shape == ids.shape:
+        real = real | (labels.cpu() != IGNORED)
+    return real
+
+
+def _digest_rows(digests: Sequence[Any], name: str, tensor: Tensor, real: Tensor | None) -> None:
+    """Adds one tensor's rows, without their padding, to their examples' digests."""
+    if name.startswith("attention_mask."):  # made by the collator where rows are ragged: all ones says nothing
+        tensor = tensor.bool()
+    rows = tensor.expand(len(digests)) if tensor.ndim == 0 else tensor
+    rows = rows.reshape(len(rows), rows.shape[1] if rows.ndim > 1 else 1, -1).contiguous()
+    if real is None or rows.shape[:2] != real.shape:
+        real = (rows != (IGNORED if name.startswith("labels.") else 0)).any(2)
+        real[:, 0] = True  # only a tail is padding
+    first, after = real.int().argmax(1).tolist(), (real.shape[1] - real.flip(1).int().argmax(1)).tolist()
+    kind = f"{name}{tensor.dtype}{tuple(tensor.shape[2:])}".encode()
+    for digest, row, start, stop in zip(digests, rows.view(torch.uint8).numpy(), first, after, strict=True):
+        if not (name.startswith("attention_mask.") and row[start:stop].all()):
+            digest.update(kind + row[start:stop].tobytes())
+
+
 def check_order(loader: DataLoader[Any], argument: str) -> None:
     """Refuses a loader whose order or length is not that of its dataset: an example's position is its identity.
 
@@ -280,6 +343,50 @@ class Stream:
                 "is zero.",
                 stacklevel=2,
             )
+
+    @property
+    def n_examples(self) -> int | None:
+        """How many examples there are; None when only a whole pass can tell."""
+        return len(self._loader.dataset) if self._is_indexed() else None  # type: ignore[attr-defined]
+
+    def picked(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
+        """Some of the examples; a dataset in its own order is asked for their batches alone.
+
+        Args:
+            only: Their positions.
+
+        Yields:
+            The positions of a batch's examples ``(n,)``, and the batch.
+        """
+        if not self._is_indexed():
+            for start, raw in self:
+                positions = torch.arange(start, start + batch_size(raw))
+                found = positions[torch.isin(positions, only)]
+                if len(found):
+                    yield found, select(raw, (found - start).tolist())
+                if only.max() <= positions[-1]:
+                    return
+            return
+        loader: Any = self._loader
+        wanted = only.unique()
+        wanted = wanted[wanted < len(loader.dataset)]
+        numbers = wanted // loader.batch_size
+        for number in numbers.unique().tolist():
+            rows = range(len(loader.dataset))[number * loader.batch_size : (number + 1) * loader.batch_size]
+            positions = wanted[numbers == number]
+            # Padded like their batch in a whole pass: rounding is the same.
+            yield (
+                positions,
+                select(loader.collate_fn([loader.dataset[i] for i in rows]), (positions - rows[0]).tolist()),
+            )
+
+    def _is_indexed(self) -> bool:
+        """Whether the example at a position is the dataset's at that index."""
+        loader = self._loader
+        if not isinstance(loader, DataLoader) or loader.batch_size is None:
+            return False
+        plain = type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) is BatchSampler
+        return plain and hasattr(loader.dataset, "__len__")
 
     def _changed(self, how: str) -> str:
         return (

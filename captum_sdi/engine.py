@@ -8,6 +8,8 @@ first example is rehearsed, so that what cannot work is said before hours are sp
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import Any
@@ -55,6 +57,7 @@ class Engine:
         self.model, self.layers, self.loop, self.sketch = model, layers, loop, sketch
         self._load, self._activation_checkpointing = load, activation_checkpointing
         self._featurizer: Featurizer | None = None
+        self._fitting = sys.maxsize  # how many examples fit into a GPU's memory, once that is known
         self._rehearsed: set[tuple[int, int]] = set()
         if loop is not None or layers != "loop":
             self._targets(loop or LoopSpec(("",)))
@@ -98,6 +101,55 @@ class Engine:
             return concatenate(list(parts))
         return reduce(lambda a, b: concatenate([a, b]).aggregated(), parts).aggregated()
 
+    def parts(self, stream: Stream, side: Side, aggregate: bool) -> Iterator[StepFeatures]:
+        """Features by step of a stream, batch by batch, or their sum as the only one; inside `sweep`.
+
+        Args:
+            stream: Batches.
+            side: How they are run.
+            aggregate: Sum over the examples.
+
+        Yields:
+            The features of consecutive examples.
+        """
+        if aggregate:
+            yield self.features(stream, side, True, aggregate)
+        else:
+            yield from (features for _, features in self.blocks(stream, side, True))
+
+    def largest_batch(self, stream: Stream, side: Side) -> int:
+        """How many examples fit into memory, by accelerate's finder, at the model's current weights.
+
+        Args:
+            stream: Its first batch is tried, then ever smaller parts of it.
+            side: How it is run.
+
+        Returns:
+            At most the size of the first batch.
+
+        Raises:
+            ImportError: `accelerate` is not installed.
+        """
+        try:
+            from accelerate.utils import find_executable_batch_size
+        except ImportError as error:
+            raise ImportError(
+                "batch_size='auto' is found by accelerate: pip install 'captum-sdi[train]', or pass a number."
+            ) from error
+        raw = stream.peek()
+        found: list[int] = []
+
+        def attempt(size: int) -> None:
+            self.featurizer(select(raw, range(size)), side, True, range(size))
+            found.append(size)
+
+        def visit(*_: object) -> None:
+            self._rehearse(raw, side)
+            find_executable_batch_size(attempt, starting_batch_size=batch_size(raw))()
+
+        self.sweep([None], (stream, side), visit)
+        return found[0]
+
     def blocks(
         self, stream: Stream, side: Side, by_step: bool, only: Tensor | None = None
     ) -> Iterator[tuple[Tensor, StepFeatures]]:
@@ -112,20 +164,41 @@ class Engine:
         Yields:
             The positions of a batch's examples ``(n,)``, and their features.
         """
-        assert self._featurizer is not None
-        # Scores and their sums over checkpoints keep float64 for a float64 model, whatever the sketch's arithmetic.
+        whole = ((torch.arange(start, start + batch_size(raw)), raw) for start, raw in stream)
+        for positions, raw in whole if only is None else stream.picked(only):
+            yield positions, self.batch(raw, side, by_step, positions.tolist())
+
+    def batch(self, raw: Any, side: Side, by_step: bool, positions: Sequence[int]) -> StepFeatures:
+        """Features of one batch, inside `sweep`; in halves where it does not fit into the GPU's memory.
+
+        Args:
+            raw: A batch.
+            side: How it is run.
+            by_step: Keep loop steps apart.
+            positions: Of its examples.
+
+        Returns:
+            The features.
+        """
+        self._rehearse(raw, side)
+        parts: list[StepFeatures] = []
+        done = 0
+        while done < len(positions):
+            part = range(done, min(done + self._fitting, len(positions)))
+            some = raw if len(part) == len(positions) else select(raw, part)
+            features = self._tried(some, side, by_step, positions[done : part.stop])
+            if features is None:
+                self._halve(len(part))
+                continue
+            parts.append(features)
+            done = part.stop
+        return (parts[0] if len(parts) == 1 else concatenate(parts)).map(lambda row: row.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scores and their sums over checkpoints: float64 for a float64 model, whatever the sketch's arithmetic."""
         double = any(parameter.dtype == torch.float64 for parameter in self.model.parameters())
-        dtype = torch.float64 if double else torch.float32
-        for start, raw in stream:
-            self._rehearse(raw, side)
-            positions = torch.arange(start, start + batch_size(raw))
-            if only is not None:
-                positions = positions[torch.isin(positions, only)]
-                if len(positions) == 0:
-                    continue
-                raw = select(raw, (positions - start).tolist())
-            features = self._featurizer(raw, side, by_step, positions.tolist())
-            yield positions, features.map(lambda row: row.to(dtype))
+        return torch.float64 if double else torch.float32
 
     def pairs(
         self,
@@ -162,6 +235,31 @@ class Engine:
         self.sweep(checkpoints, train, visit)
         return torch.stack(depths).amax(0)
 
+    def _tried(self, raw: Any, side: Side, by_step: bool, positions: Sequence[int]) -> StepFeatures | None:
+        """Features, or None when the GPU's memory does not suffice and fewer examples could be tried."""
+        try:
+            return self.featurizer(raw, side, by_step, positions)
+        except torch.OutOfMemoryError:
+            if batch_size(raw) == 1:
+                raise
+        return None  # out of the except block, or the exception would keep the failed pass's activations alive
+
+    def _halve(self, size: int) -> None:
+        self._fitting = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"The GPU's memory does not suffice for {size} examples: going on with {self._fitting} at a time. "
+            f"batch_size={self._fitting} would save the failed attempts.",
+            stacklevel=2,
+        )
+
+    @property
+    def featurizer(self) -> Featurizer:
+        """What computes features, inside `sweep`."""
+        assert self._featurizer is not None
+        return self._featurizer
+
     # --- before the first batch ---
 
     def _targets(self, loop: LoopSpec) -> list[str]:
@@ -184,11 +282,10 @@ class Engine:
         settings = (id(side.loss_fn), id(side.forward_kwargs))
         if settings in self._rehearsed:
             return
-        assert self._featurizer is not None
         example = select(raw, [first_targeted(raw)])
-        losses, again = self._featurizer.forward(example, side)[1].detach(), self._featurizer.check_uses(example, side)
+        losses, again = self.featurizer.forward(example, side)[1].detach(), self.featurizer.check_uses(example, side)
         # Sums in another order from call to call, as on some GPU kernels, are no randomness.
-        if not torch.allclose(losses, again, rtol=1e-3 if self._coarse() else 1e-5, equal_nan=True):
+        if not torch.allclose(losses, again, rtol=1e-3 if self.is_coarse else 1e-5, equal_nan=True):
             raise ValueError(
                 f"The model is not deterministic: the first {side.name} example has loss {losses.item():.6g}, then "
                 f"{again.item():.6g}. Fix its randomness, e.g. with a seeded state in forward_kwargs=."
@@ -197,16 +294,16 @@ class Engine:
             self._check_default_loss(example, side, losses)
         self._rehearsed.add(settings)
 
-    def _coarse(self) -> bool:
+    @property
+    def is_coarse(self) -> bool:
         """Whether the model computes in half precision, by its weights or the user's autocast."""
         half = any(p.dtype in (torch.float16, torch.bfloat16) for p in self.model.parameters())
         return half or any(torch.is_autocast_enabled(p.device.type) for p in self.model.parameters())
 
     def _check_default_loss(self, example: Any, side: Side, losses: Tensor) -> None:
         """Compares the default loss with the model's own, where it has one."""
-        assert self._featurizer is not None
-        own = self._featurizer.own_loss(example, side)
-        if own is not None and not torch.allclose(own.to(losses), losses[0], rtol=3e-2 if self._coarse() else 1e-3):
+        own = self.featurizer.own_loss(example, side)
+        if own is not None and not torch.allclose(own.to(losses), losses[0], rtol=3e-2 if self.is_coarse else 1e-3):
             raise ValueError(
                 f"The default loss, {side.loss_fn}, is {losses.item():.6g} for the first {side.name} example, the "
                 f"model's own loss {own.item():.6g}. Pass loss_fn= with the loss you trained with: "

@@ -7,6 +7,7 @@ batch only adds to the end.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_sdi.batches import BatchReader, LossFn, Settings, example_losses
-from captum_sdi.sketch import Gradient, Projection, Sketch
+from captum_sdi.sketch import Gradient, Projection, Sketch, canonical_name
 from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape
 
 POOLED = ""
@@ -207,6 +208,21 @@ class Featurizer:
             output = self._model(*batch.args, **batch.kwargs, labels=batch.labels)
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
         return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+    def targets(self) -> dict[str, Tensor]:
+        """The targeted parameters by name, inside `installed`."""
+        return dict(self._tape.targets)
+
+    def blank(self) -> StepFeatures:
+        """Features of no example, inside `installed`: which rows there are, how wide and how noisy."""
+        return StepFeatures(self._zeros(0, 1), self._noise(), torch.zeros(0, dtype=torch.long))
+
+    def checksum(self) -> str:
+        """A digest of this checkpoint's hash tables, inside `installed`."""
+        digest = hashlib.sha256()
+        for name, projection in self._projections.items():
+            digest.update(canonical_name(name).encode() + projection.checksum())
+        return digest.hexdigest()
 
     def __call__(self, raw: Any, side: Side, by_step: bool, positions: Sequence[int]) -> StepFeatures:
         """Step features of a batch, inside `installed`.

@@ -1,15 +1,16 @@
 """`SDIInfluence`: the only file that knows Captum.
 
 Checkpoints are the outermost loop, each loaded once per call. At a checkpoint the test side's features are computed
-and kept; the training side's are never held: a batch is sketched, scored and forgotten.
+and kept; the training side's are never held: a batch is sketched, scored and forgotten, or read from an index.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +22,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from captum_sdi.batches import Collator, LossFn, Settings, Stream, default_loss
-from captum_sdi.checkpoints import find_checkpoints, load_checkpoint
+from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint
 from captum_sdi.engine import Engine, Receive
-from captum_sdi.features import Side
+from captum_sdi.features import Side, StepFeatures
+from captum_sdi.index import Faiss, SketchIndex, TrainIndex
+from captum_sdi.index.search import Search
 from captum_sdi.loop import as_loop
 from captum_sdi.scores import (
     Running,
     Scores,
     StepInfluence,
     TopK,
+    pair_scores,
     pick_winners,
     self_scores,
     step_influence,
     step_matrices,
     top_k,
+    with_total,
 )
 from captum_sdi.sketch import Exact, Sketch, TensorSketch
 from captum_sdi.tape import FIRST_STEP, LoopSpec
@@ -65,7 +70,8 @@ class SDIInfluence(TracInCPBase):
             and after the loop are reported as prelude and coda. Or a list of module names, counted in full.
         loss_fn: ``(output, labels)`` to losses; see `captum_sdi.batches`. None: next-token cross-entropy, averaged
             over each example's targets and compared once with the model's own loss where it has one.
-        batch_size: Examples per batch of a Dataset. It changes the time and the memory, never a score.
+        batch_size: Examples per batch of a Dataset. It changes the time and the memory, never a score. ``"auto"``: the
+            largest that fits, up to 256 on a GPU; on a CPU 16, which does not say when it runs out of memory.
         test_loss_fn: The test side's loss; None: ``loss_fn``.
         loop: What repeats: a module's name, names, a `LoopSpec`; None finds it.
         sketch: `TensorSketch` or `Exact`.
@@ -74,6 +80,11 @@ class SDIInfluence(TracInCPBase):
         test_forward_kwargs: The test side's, e.g. another number of loop steps; None: ``forward_kwargs``.
         activation_checkpointing: Recompute the looped blocks in the backward pass instead of keeping their
             activations.
+        index: A folder. The train side's sketches are written to it once (`build_index`, or the first call, by all
+            processes of an `accelerate launch` or `torchrun`) and read from it ever after.
+        index_dtype: How a new index stores them: float32, or float16 or bfloat16 at half the size; None: as they
+            are computed, float32 with `TensorSketch`.
+        search: `Faiss` to find the top ``k`` of a large index; None compares every row.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -99,7 +110,7 @@ class SDIInfluence(TracInCPBase):
         checkpoints_load_func: Callable[[nn.Module, Any], float] = load_checkpoint,
         layers: str | Sequence[str] | None = "loop",
         loss_fn: nn.Module | LossFn | None = None,
-        batch_size: int | None = 1,
+        batch_size: int | Literal["auto"] | None = 1,
         test_loss_fn: nn.Module | LossFn | None = None,
         *,
         loop: str | Sequence[str] | LoopSpec | None = None,
@@ -108,22 +119,34 @@ class SDIInfluence(TracInCPBase):
         forward_kwargs: Settings | None = None,
         test_forward_kwargs: Settings | None = None,
         activation_checkpointing: bool = False,
+        index: str | os.PathLike[str] | None = None,
+        index_dtype: torch.dtype | None = None,
+        search: Faiss | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if not isinstance(sketch, TensorSketch | Exact):
             raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
+        if search is not None and (index is None or not isinstance(search, Faiss)):
+            raise TypeError(f"search= must be Faiss(...), beside index=; got {search!r}, index={index!r}.")
         _check_placement(model)
         self._collate = collate_fn or Collator(_pad_token_id(model))
+        auto = batch_size == "auto"
+        batch_size = _most_examples(model) if batch_size == "auto" else batch_size
         train_loader = self._loader(train_dataset, batch_size, "train_dataset")
         super().__init__(model, train_loader, checkpoints, checkpoints_load_func, loss_fn, batch_size, test_loss_fn)
         self.layers, self.sketch = _checked_layers(layers), sketch
+        self._activation_checkpointing = activation_checkpointing
         train_loss = _checked_loss(loss_fn, "loss_fn") or default_loss(model)
         test_loss = _checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
         self._train = Side("train", train_loss, forward_kwargs)
         self._test = Side("test", test_loss, test_kwargs)
         self._engine = Engine(model, self._load, layers, as_loop(loop), sketch, activation_checkpointing)
+        self._index = None if index is None else TrainIndex(index, index_dtype, self._engine, self._train, search)
+        if auto and not isinstance(train_dataset, DataLoader):
+            self.batch_size = self._engine.largest_batch(Stream(train_loader, "train_dataset"), self._train)
+            self.train_dataloader = self._loader(train_dataset, self.batch_size, "train_dataset")
 
     @property
     def loop(self) -> LoopSpec | None:
@@ -141,6 +164,32 @@ class SDIInfluence(TracInCPBase):
 
     # --- public methods ---
 
+    def build_index(self, show_progress: bool = False) -> SketchIndex:
+        """Writes the train side's sketches under ``index=``, as far as they are not there.
+
+        Killed at any moment, it goes on from there the next time. Every train example is read and compared with what
+        the index says of it.
+
+        Args:
+            show_progress: Show a progress bar for each checkpoint.
+
+        Returns:
+            The index; ``print`` shows its summary.
+
+        Raises:
+            ValueError: No ``index=`` was given, or it is of something else.
+            OSError: Another process is building it, the folder is read-only, or the disk is full.
+        """
+        if self._index is None:
+            raise ValueError("build_index() needs a folder to write to: SDIInfluence(..., index='folder').")
+        trains, names = Stream(self.train_dataloader, "train_dataset"), checkpoint_names(self.checkpoints)
+
+        def visit(i: int, eta: float) -> None:
+            self._complete(trains, names[i], eta, show_progress, thorough=i == 0)
+
+        self._engine.sweep(self.checkpoints, (trains, self._train), visit)
+        return self._index.opened
+
     @log_usage(part_of_slo=True)
     def influence(
         self,
@@ -149,6 +198,7 @@ class SDIInfluence(TracInCPBase):
         proponents: bool = True,
         show_progress: bool = False,
         aggregate: bool = False,
+        rerank: int | None = None,
     ) -> Tensor | KMostInfluentialResults:
         """Total influence of every training example on every test example: TracIn.
 
@@ -158,23 +208,28 @@ class SDIInfluence(TracInCPBase):
             proponents: With ``k``: the highest influences first; False: the lowest.
             show_progress: Show a progress bar.
             aggregate: Influence on the sum of the test losses: q becomes 1.
+            rerank: With ``k``: so many candidates by sketch, at least k, are ordered anew by exact gradients.
 
         Returns:
             ``(q, n)``, or ``KMostInfluentialResults(indices, influence_scores)``, each ``(q, k)``.
         """
         stream = self._stream(inputs)
-        what = "compute influence for training batches"
-        if k is not None:
-            _check_k(k)
-            what = _top_k_text(proponents)
-        totals = Running()
+        _check_k(k, rerank)
+        if k is None:
+            totals = Running()
 
-        def receive(i: int, _: Tensor, eta: float, scores: Scores) -> None:
-            totals.add(i, eta * scores.values[..., 0])
+            def receive(i: int, _: Tensor, eta: float, scores: Scores) -> None:
+                totals.add(i, eta * scores.values[..., 0])
 
-        self._pairs(stream, receive, False, aggregate, what if show_progress else None)
-        scores = totals.result()
-        return scores if k is None else KMostInfluentialResults(*top_k(scores, k, proponents))
+            what = "compute influence for training batches" if show_progress else None
+            self._pairs(stream, receive, False, aggregate, what)
+            return totals.result()
+        what = _top_k_text(proponents) if show_progress else None
+        if rerank is not None:
+            best = self._reranked(stream, k, rerank, proponents, 0, aggregate, what)
+            assert best.indices is not None
+            return KMostInfluentialResults(best.indices, best.influence_scores)
+        return KMostInfluentialResults(*self._ranked(stream, k, proponents, 0, aggregate, what))
 
     def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
         """Captum's abstract method: `influence` without ``k``."""
@@ -195,6 +250,7 @@ class SDIInfluence(TracInCPBase):
         show_progress: bool = False,
         aggregate: bool = False,
         rank_by: int | None = None,
+        rerank: int | None = None,
     ) -> StepInfluence:
         """Influence of every training example on every test example, one number per loop step, with standard errors.
 
@@ -205,6 +261,7 @@ class SDIInfluence(TracInCPBase):
             show_progress: As for `influence`.
             aggregate: As for `influence`.
             rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
+            rerank: As for `influence`; what is returned is then exact, its errors zero.
 
         Returns:
             Totals, trajectories, their standard errors; ``(q, n, t)`` or ``(q, k, t)``.
@@ -213,14 +270,17 @@ class SDIInfluence(TracInCPBase):
             ValueError: ``rank_by`` without ``k``, or beyond the deepest test example's last step.
         """
         stream = self._stream(inputs)
-        if k is not None:
-            _check_k(k)
+        _check_k(k, rerank)
         if rank_by is not None and (k is None or rank_by < 0):
             raise ValueError(f"rank_by={rank_by} is a 0-based loop step to rank the top k by: pass k=, and 0 or more.")
         if k is None:
             return self._all_steps(stream, aggregate, show_progress)
         column = 0 if rank_by is None else 1 + FIRST_STEP + rank_by
         what = _top_k_text(proponents) if show_progress else None
+        if rerank is not None:
+            return self._reranked(stream, k, rerank, proponents, column, aggregate, what)
+        if self._index is not None:
+            return self._top_steps_of_index(stream, k, proponents, column, aggregate, what)
         if len(self.checkpoints) == 1:
             return self._top_steps_in_one_pass(stream, k, proponents, column, aggregate, what)
         return self._top_steps(stream, k, proponents, column, aggregate, what)
@@ -333,7 +393,12 @@ class SDIInfluence(TracInCPBase):
         what: str | None,
         only: Tensor | None = None,
     ) -> Tensor:
-        """`Engine.pairs` over the training set, under a progress bar when ``what`` says what for."""
+        """Scores of all pairs, under a progress bar when ``what`` says what for; from the index where there is one."""
+        if self._index is not None:
+            search, n_steps = self._search(tests, by_step, aggregate, what is not None)
+            for i, positions, scores in search.scores():
+                receive(i, positions, 1.0, scores)
+            return n_steps
         trains = Stream(self.train_dataloader, "train_dataset")
         total = None if self.train_dataloader_len is None else self.train_dataloader_len * len(self.checkpoints)
         with self._bar(what, total) as bar:
@@ -374,13 +439,7 @@ class SDIInfluence(TracInCPBase):
         self, tests: Stream, k: int, proponents: bool, column: int, aggregate: bool, what: str | None
     ) -> StepInfluence:
         """With several, one pass finds the winners by one number per pair, a short one computes their trajectories."""
-        ranked = Running()
-
-        def rank(i: int, _: Tensor, eta: float, scores: Scores) -> None:
-            ranked.add(i, eta * _column(scores.values, column))
-
-        self._pairs(tests, rank, column > 0, aggregate, what)
-        indices, _ = top_k(ranked.result(), k, proponents)
+        indices, _ = self._ranked(tests, k, proponents, column, aggregate, what)
         values, variances = Running(), Running()
 
         def collect(_: int, positions: Tensor, eta: float, scores: Scores) -> None:
@@ -391,9 +450,84 @@ class SDIInfluence(TracInCPBase):
         n_steps = self._pairs(tests, collect, True, aggregate, what, only=indices.unique().cpu())
         return step_influence(indices, values.result(), variances.result(), n_steps)
 
+    def _ranked(
+        self, tests: Stream, k: int, proponents: bool, column: int, aggregate: bool, what: str | None
+    ) -> tuple[Tensor, Tensor]:
+        """Positions and scores ``(q, k)`` of the winners by one number per pair."""
+        if self._index is not None:
+            search, _ = self._search(tests, column > 0, aggregate, what is not None)
+            _check_column(search.n_columns, column)
+            return search.top(column, k, proponents)
+        ranked = Running()
+
+        def rank(i: int, _: Tensor, eta: float, scores: Scores) -> None:
+            ranked.add(i, eta * _column(scores.values, column))
+
+        self._pairs(tests, rank, column > 0, aggregate, what)
+        return top_k(ranked.result(), k, proponents)
+
+    def _reranked(
+        self, tests: Stream, k: int, rerank: int, proponents: bool, column: int, aggregate: bool, what: str | None
+    ) -> StepInfluence:
+        """Sketches shortlist, exact gradients of the shortlisted train examples decide."""
+        shortlist = self._ranked(tests, rerank, proponents, column, aggregate, what)[0].sort(dim=1).values
+        exact = Engine(self.model, self._load, self.layers, self.loop, Exact(), self._activation_checkpointing)
+        trains, values, depths = Stream(self.train_dataloader, "train_dataset"), Running(axis=0), Running(axis=0)
+
+        def visit(position: int, eta: float) -> None:
+            start = 0
+            for i, tested in enumerate(exact.parts(tests, self._test, aggregate)):
+                mine = shortlist[start : start + tested.size]
+                for positions, trained in exact.blocks(trains, self._train, False, mine.unique().cpu()):
+                    values.add(i, eta * pick_winners(mine, positions, pair_scores(with_total(tested), trained).values))
+                if position == 0:
+                    depths.add(i, tested.n_steps)
+                start += tested.size
+
+        exact.sweep(self.checkpoints, (trains, self._train), visit)
+        order, _ = top_k(_column(values.result(), column), k, proponents)
+        best = values.result().gather(1, order.unsqueeze(-1).expand(-1, -1, values.result().shape[-1]))
+        return step_influence(shortlist.gather(1, order), best, torch.zeros_like(best), depths.result())
+
+    # --- the index ---
+
+    def _complete(self, trains: Stream, name: str, eta: float, show_progress: bool, thorough: bool = False) -> None:
+        """`TrainIndex.complete`, under a progress bar if there is something to compute."""
+        assert self._index is not None
+        what = f"index training batches at {name}" if show_progress else None
+        self._index.complete(trains, name, eta, thorough, lambda: self._bar(what, self.train_dataloader_len))
+
+    def _search(self, tests: Stream, by_step: bool, aggregate: bool, show_progress: bool) -> tuple[Search, Tensor]:
+        """The test examples beside the index, completed where rows are missing, and their depths ``(q,)``."""
+        assert self._index is not None
+        trains, names = Stream(self.train_dataloader, "train_dataset"), checkpoint_names(self.checkpoints)
+        tested: list[StepFeatures] = []
+        etas: list[float] = []
+
+        def visit(i: int, eta: float) -> None:
+            self._complete(trains, names[i], eta, show_progress)
+            tested.append(with_total(self._engine.features(tests, self._test, by_step, aggregate)))
+            etas.append(eta)
+
+        self._engine.sweep(self.checkpoints, (trains, self._train), visit)
+        search = self._index.search(names, etas, tested)
+        return search, torch.stack([test.n_steps for test in tested]).amax(0)
+
+    def _top_steps_of_index(
+        self, tests: Stream, k: int, proponents: bool, column: int, aggregate: bool, what: str | None
+    ) -> StepInfluence:
+        """The index finds the winners; of them alone trajectories are computed."""
+        search, n_steps = self._search(tests, True, aggregate, what is not None)
+        _check_column(search.n_columns, column)
+        indices, _ = search.top(column, k, proponents)
+        scores = search.winners(indices)
+        return step_influence(indices, scores.values, scores.variances, n_steps)
+
     def _self(self, inputs: Any, by_step: bool, show_progress: bool, outer_bar: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Values and variances ``(n, b)`` of every example against itself, and depths ``(n,)``."""
         stream = Stream(self.train_dataloader, "train_dataset") if inputs is None else self._stream(inputs)
+        indexed = self._index if inputs is None and not by_step else None
+        names = checkpoint_names(self.checkpoints)
         values, variances, depths = Running(axis=0), Running(axis=0), Running(axis=0)
         n_checkpoints, n_batches = len(self.checkpoints), _length(stream) if show_progress else None
         text = "compute self influence. Processing"
@@ -401,7 +535,12 @@ class SDIInfluence(TracInCPBase):
 
         def visit(position: int, eta: float) -> None:
             with self._bar(f"{text} batch" if show_progress and outer_bar else None, total) as inner:
-                for i, (_, features) in enumerate(self._engine.blocks(stream, self._train, by_step)):
+                if indexed is None:
+                    blocks = self._engine.blocks(stream, self._train, by_step)
+                else:
+                    self._complete(stream, names[position], eta, False)
+                    blocks = indexed.blocks(names[position])
+                for i, (_, features) in enumerate(blocks):
                     scores = self_scores(features)
                     values.add(i, eta * scores.values)
                     variances.add(i, eta**2 * scores.variances)
@@ -470,6 +609,11 @@ def _check_placement(model: nn.Module) -> None:
         )
 
 
+def _most_examples(model: nn.Module) -> int:
+    """Where the search for a batch size begins."""
+    return 256 if any(parameter.is_cuda for parameter in model.parameters()) else 16
+
+
 def _pad_token_id(model: nn.Module) -> int:
     config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     return getattr(config, "pad_token_id", None) or 0
@@ -505,9 +649,15 @@ def _checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
     return loss_fn
 
 
-def _check_k(k: Any) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+def _check_k(k: Any, rerank: Any) -> None:
+    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise ValueError(f"k must be an int of at least 1, or None for all training examples; got {k!r}.")
+    if rerank is None:
+        return
+    if k is None or not isinstance(rerank, int) or isinstance(rerank, bool) or rerank < k:
+        raise ValueError(
+            f"rerank={rerank!r} is how many candidates exact gradients decide among: pass k=, and at least k."
+        )
 
 
 def _top_k_text(proponents: bool) -> str:
@@ -516,10 +666,14 @@ def _top_k_text(proponents: bool) -> str:
 
 
 def _column(values: Tensor, column: int) -> Tensor:
-    if column >= values.shape[-1]:
-        deepest = values.shape[-1] - 1 - FIRST_STEP
-        raise ValueError(f"rank_by={column - 1 - FIRST_STEP}, but the test side runs {deepest} loop steps (0-based).")
+    _check_column(values.shape[-1], column)
     return values[..., column]
+
+
+def _check_column(n_columns: int, column: int) -> None:
+    if column >= n_columns:
+        deepest = n_columns - 1 - FIRST_STEP
+        raise ValueError(f"rank_by={column - 1 - FIRST_STEP}, but the test side runs {deepest} loop steps (0-based).")
 
 
 def _as_indices(indices: Sequence[int]) -> Tensor:

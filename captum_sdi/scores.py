@@ -244,15 +244,26 @@ class TopK:
         """Offers a batch of training examples.
 
         Args:
-            positions: ``(n,)`` their positions.
+            positions: ``(n,)``, or ``(q, n)`` where they differ, their positions, higher than those offered before.
             ranked: ``(q, n)`` what they are ranked by.
             *payloads: ``(q, n, ...)`` what is kept with each pair.
         """
-        new = [positions.to(ranked.device).expand(len(ranked), -1), ranked, *payloads]
+        new = [positions.to(ranked.device).expand(ranked.shape), ranked, *payloads]
         if self._kept is not None:
+            new = self._contenders(new)
             new = [torch.cat(pair, dim=1) for pair in zip(self._kept, new, strict=True)]
         order, _ = top_k(new[1], self._k, self._proponents)
         self._kept = [_picked(tensor, order) for tensor in new]
+
+    def _contenders(self, new: list[Tensor]) -> list[Tensor]:
+        """Without the examples that beat nobody: nearly all of them, after a while, and sorting is slow."""
+        assert self._kept is not None
+        best, ranked = self._kept[1], new[1]
+        if best.shape[1] < self._k:
+            return new
+        better = ranked > best[:, -1:] if self._proponents else ranked < best[:, -1:]
+        columns = better.any(0).nonzero().flatten()
+        return [tensor.index_select(1, columns) for tensor in new]
 
     def result(self) -> list[Tensor]:
         """``indices (q, k)``, what they were ranked by ``(q, k)``, and the payloads ``(q, k, ...)``."""

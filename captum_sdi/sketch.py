@@ -11,9 +11,11 @@ Inner products are preserved in expectation. Because Parseval holds we stay in t
 lays a half spectrum out as exactly d real numbers with the same inner products, so rows of different token positions,
 layers' uses and loop steps simply add up there.
 
-The hashes never collide inside a factor: a random permutation of the buckets while the factor is no longer than d,
-independent permutations of blocks of d entries when it is longer. That costs nothing and takes about a quarter off
-the error. This file is the only source of randomness in a score.
+The hashes never collide inside a factor while it is no longer than d, nor inside its blocks of d entries when it is
+longer. That costs nothing and takes about a quarter off the error. Entries (r, c) and (r', c') collide when
+h(r) - h(r') = h'(c') - h'(c) mod d. One random permutation h makes every difference equally likely, so the other
+factor may keep its order: the shorter one is permuted (`_Permutation`), the longer one read as it lies in memory
+(`_Rotation`). This file is the only source of randomness in a score.
 """
 
 from __future__ import annotations
@@ -65,6 +67,10 @@ class Projection(Protocol):
 
     def __call__(self, gradient: Gradient) -> Tensor:
         """Maps gradients of n examples to ``(n, width)``."""
+        ...
+
+    def checksum(self) -> bytes:
+        """A digest of the map's hash tables: another version of torch may draw other numbers."""
         ...
 
 
@@ -227,25 +233,61 @@ class _Identity:
         offsets = n_rows * torch.arange(n, device=rows.device).unsqueeze(1)  # one block of rows per example
         return flat.index_add_(0, (rows + offsets).flatten(), cols.flatten(0, 1)).view(n, -1)
 
+    def checksum(self) -> bytes:
+        return b""
 
-class _Hash:
-    """Buckets and signs of one factor: permutations of blocks of ``dim`` entries, so that no block collides."""
+
+class _Rotation:
+    """Buckets and signs of a long factor: blocks of ``dim`` neighbours stay neighbours, each block randomly rotated.
+
+    Nothing is gathered, so a count-sketch reads its entries in order. Entries of one block never collide, entries of
+    two blocks do with probability 1/d, as under independent permutations.
+    """
 
     def __init__(self, dim: int, length: int, generator: torch.Generator, device: torch.device) -> None:
-        self.dim = dim
-        self.n_blocks = max(1, math.ceil(length / dim))
-        # Drawn on the CPU in float32, whatever torch's default device and dtype are.
-        cpu = torch.device("cpu")
-        blocks = [torch.randperm(dim, generator=generator, device=cpu) for _ in range(self.n_blocks)]
-        buckets = torch.cat(blocks)[:length]
-        signs = 2 * torch.randint(0, 2, (length,), generator=generator, device=cpu).float() - 1
+        self.dim, self.n_blocks = dim, _n_blocks(dim, length)
+        shifts = torch.randint(0, dim, (self.n_blocks,), generator=generator, device=_CPU)
+        shifts[0] = 0  # rotating all blocks alike would change no collision
+        entries = torch.arange(length, device=_CPU)
+        self.buckets = ((entries + shifts[entries // dim]) % dim).to(device)
+        self._shifts = shifts.tolist()
+        self.signs = _signs(length, generator).to(device)
+
+    def count_sketch(self, values: Tensor) -> Tensor:
+        """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
+        flat, signs, d = values.reshape(-1, values.shape[-1]).float(), self.signs, self.dim
+        length = flat.shape[1]
+        sketched = flat.new_empty(len(flat), d) if length >= d else flat.new_zeros(len(flat), d)
+        torch.mul(flat[:, :d], signs[:d], out=sketched[:, : min(d, length)])
+        for start, shift in zip(range(d, length, d), self._shifts[1:], strict=True):
+            # A rotated block is two pieces, the second of which wraps around to bucket 0.
+            turn, stop = min(start + d - shift, length), min(start + d, length)
+            for bucket, piece in ((shift, slice(start, turn)), (0, slice(turn, stop))):
+                sketched[:, bucket : bucket + piece.stop - piece.start].addcmul_(flat[:, piece], signs[piece])
+        return sketched.view(*values.shape[:-1], d)
+
+
+class _Permutation:
+    """Buckets and signs of a short factor: a random permutation, or one for each block of ``dim`` entries."""
+
+    def __init__(self, dim: int, length: int, generator: torch.Generator, device: torch.device) -> None:
+        self.dim, self.n_blocks = dim, _n_blocks(dim, length)
+        blocks = [torch.randperm(dim, generator=generator, device=_CPU) for _ in range(self.n_blocks)]
+        buckets, signs = torch.cat(blocks)[:length], _signs(length, generator)
         # The same map read from the buckets' side: which entry of each block lands here, with sign 0 for none. A
         # gather of d entries is several times faster than scattering them.
-        entries = torch.arange(length, device=cpu)
+        entries = torch.arange(length, device=_CPU)
         sources, weights = buckets.new_zeros(self.n_blocks, dim), signs.new_zeros(self.n_blocks, dim)
         sources[entries // dim, buckets], weights[entries // dim, buckets] = entries, signs
         self.buckets, self.signs = buckets.to(device), signs.to(device)
         self._sources, self._weights = sources.to(device), weights.to(device)
+
+    def checksum(self) -> bytes:
+        """A digest of the buckets and signs."""
+        digest = hashlib.sha256()
+        for table in (self.buckets.int(), self.signs.to(torch.int8)):
+            digest.update(table.cpu().numpy().tobytes())
+        return digest.digest()
 
     def count_sketch(self, values: Tensor) -> Tensor:
         """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
@@ -256,6 +298,18 @@ class _Hash:
         return sketched.view(*values.shape[:-1], self.dim)
 
 
+_CPU = torch.device("cpu")
+"""Where hashes are drawn, in float32, whatever torch's default device and dtype are."""
+
+
+def _n_blocks(dim: int, length: int) -> int:
+    return max(1, math.ceil(length / dim))
+
+
+def _signs(length: int, generator: torch.Generator) -> Tensor:
+    return 2 * torch.randint(0, 2, (length,), generator=generator, device=_CPU).float() - 1
+
+
 class _CountSketch:
     """For a vector longer than ``dim``."""
 
@@ -263,12 +317,15 @@ class _CountSketch:
 
     def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
         self.width, self.noise, self.device = dim, 1.0 / dim, parameter.device
-        self._hash = _Hash(dim, parameter.numel(), generator, parameter.device)
+        self._hash = _Permutation(dim, parameter.numel(), generator, parameter.device)
 
     def __call__(self, gradient: Gradient) -> Tensor:
         if not isinstance(gradient, Dense):
             raise TypeError("A vector's gradient comes entry by entry, not as an outer product.")
         return self._hash.count_sketch(_flat(gradient.grads))
+
+    def checksum(self) -> bytes:
+        return self._hash.checksum()
 
 
 class _MatrixSketch:
@@ -278,8 +335,12 @@ class _MatrixSketch:
 
     def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
         self.width, self.device = dim, parameter.device
-        self._rows = _Hash(dim, len(parameter), generator, parameter.device)
-        self._cols = _Hash(dim, parameter[0].numel(), generator, parameter.device)
+        lengths = len(parameter), parameter[0].numel()
+        # With one factor permuted at random, the longer one may keep its order: see the head of this file.
+        kinds = (_Rotation, _Permutation) if lengths[0] >= lengths[1] else (_Permutation, _Rotation)
+        self._rows, self._cols = (
+            kind(dim, length, generator, parameter.device) for kind, length in zip(kinds, lengths, strict=True)
+        )
         # A factor hashed in m > 1 blocks collides with itself, all columns of two colliding rows at once. For gradients
         # whose mass lies alike in the blocks this bounds what that adds, by Cauchy-Schwarz; in disjoint blocks it can
         # be up to 1 per factor.
@@ -293,6 +354,9 @@ class _MatrixSketch:
             return pack_spectrum(self._outer(gradient.rows, gradient.cols), self.width)
         return self._one_hot(gradient.rows, gradient.cols)
 
+    def checksum(self) -> bytes:
+        return self._rows.checksum() + self._cols.checksum()
+
     def _outer(self, rows: Tensor, cols: Tensor) -> Tensor:
         """``Σ_p FFT(rows_p) ⊙ FFT(cols_p)``, ``(n, d // 2 + 1)``, in blocks of tokens that stay in the cache."""
         n, p = rows.shape[:2]
@@ -305,7 +369,7 @@ class _MatrixSketch:
                 # One factor orthonormal, one not: their product is the orthonormal transform of the convolution.
                 left = torch.fft.rfft(self._rows.count_sketch(rows[block]), norm="ortho")
                 right = torch.fft.rfft(self._cols.count_sketch(cols[block]))
-                spectrum[examples] += (left * right).sum(1)
+                spectrum[examples] += left.mul_(right).sum(1)
         return spectrum
 
     def _one_hot(self, ids: Tensor, cols: Tensor) -> Tensor:
@@ -339,7 +403,7 @@ def _flat(grads: Tensor) -> Tensor:
 
 def _tokens_per_block(dim: int, device: torch.device) -> int:
     """How many tokens' (token, dim) buffers are processed at once: on a CPU few enough to stay in the cache."""
-    # 32 tokens at dim 2048 was the best tried on a CPU; the whole batch at once was 1.1 times slower on a quiet machine
-    # and 5 times on a busy one. A GPU wants large launches instead.
-    budget = 2**16 if device.type == "cpu" else 2**24
+    # A CPU wants buffers of 1 MiB: smaller ones spend their time on starting operations, larger ones leave the cache.
+    # A GPU wants large launches instead.
+    budget = 2**18 if device.type == "cpu" else 2**24
     return max(1, budget // dim)

@@ -1,0 +1,252 @@
+"""What sketching the training set will cost, from one measured batch: `estimate`."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from captum_sdi.batches import Stream, batch_size
+from captum_sdi.influence import SDIInfluence
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of sketching every training example at every checkpoint; prints as a short table.
+
+    ``seconds = n_checkpoints * (checkpoint_seconds + n_batches * batch_seconds)``;
+    ``disk_bytes = n_checkpoints * n_examples * row_bytes``.
+    """
+
+    n_examples: int
+    """Training examples."""
+    n_batches: int
+    """Batches they come in."""
+    n_checkpoints: int
+    """Checkpoints, the current weights counting as one."""
+    device: str
+    """Where the model is."""
+    batch_seconds: float
+    """One batch, forward, backward and sketch; measured."""
+    checkpoint_seconds: float
+    """Loading a checkpoint and drawing its hashes; measured."""
+    model_bytes: int
+    """Parameters and buffers."""
+    peak_bytes: int
+    """Most memory in use at once, the model included: what torch had allocated on a GPU, the whole process on a CPU."""
+    row_bytes: int
+    """One example's sketch in an index, at one checkpoint."""
+
+    @property
+    def seconds(self) -> float:
+        """Time in all."""
+        return self.n_checkpoints * (self.checkpoint_seconds + self.n_batches * self.batch_seconds)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the index, but for a few numbers per example."""
+        return self.n_checkpoints * self.n_examples * self.row_bytes
+
+    def __str__(self) -> str:
+        batch, checkpoint = readable_time(self.batch_seconds), readable_time(self.checkpoint_seconds)
+        model, row = readable_size(self.model_bytes), readable_size(self.row_bytes)
+        whose = "the whole process" if self.device == "cpu" else "of the GPU"
+        return "\n".join(
+            (
+                f"{_count(self.n_examples, 'example')} at {_count(self.n_checkpoints, 'checkpoint')} on {self.device}",
+                f"time    {readable_time(self.seconds):>11}  {batch} a batch, {_count(self.n_batches, 'batch', 'es')}, "
+                f"and {checkpoint} a checkpoint",
+                f"memory  {readable_size(self.peak_bytes):>11}  {whose} at the peak of a batch; the model is {model}",
+                f"disk    {readable_size(self.disk_bytes):>11}  {row} an example and checkpoint",
+            )
+        )
+
+
+def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int | None = None) -> Estimate:
+    """Measures one batch, and multiplies: how long will it take, how much memory and how much disk?
+
+    After a warm-up, a batch of examples from all over the training set is timed at the first checkpoint. Nothing is
+    written, and the model comes back as it was. Memory is that of the batches which ran: pass ``longest`` for the most
+    that any will need. Writing rows to the disk, and scoring test examples with them, are not counted.
+
+    Args:
+        sdi: The object that will do the work.
+        n_examples: How many training examples to count on; None: as many as there are, where ``train_dataset`` tells.
+        longest: Position of the longest training example. A batch full of it is run as well, since padding makes all
+            the examples of a batch as long as its longest.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValueError: The number of examples is not known, or below 1, or ``longest`` is no position.
+
+    Example:
+        >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+        >>> from captum_sdi.sketch import TensorSketch
+        >>> from captum_sdi.tasks import parity
+        >>> train = parity(12, max_bits=4)
+        >>> config = LoopedGPTConfig(vocab_size=train.vocab_size, n_embd=8, n_head=2, n_positions=8, n_loops=3)
+        >>> sdi = SDIInfluence(LoopedGPTForCausalLM(config), train, batch_size=4, sketch=TensorSketch(dim=64))
+        >>> cost = estimate(sdi, n_examples=1_000_000)
+        >>> print(cost)
+        1,000,000 examples at 1 checkpoint on cpu
+        ...
+    """
+    trains = Stream(sdi.train_dataloader, "train_dataset")
+    n, (typical, largest) = _checked_size(trains, n_examples), _batches(sdi, trains, longest)
+    device = next(sdi.model.parameters()).device
+    with _peak_memory(device) as peak:
+        _run(sdi, [typical])  # finds the loop, rehearses the first example, warms up
+        (begun, loaded, *ends), row_bytes = _run(sdi, [typical] * _REPEATS + largest)
+        peak_bytes = peak()
+    return Estimate(
+        n_examples=n,
+        n_batches=math.ceil(n / batch_size(typical)),
+        n_checkpoints=len(sdi.checkpoints),
+        device=str(device),
+        batch_seconds=(ends[_REPEATS - 1] - loaded) / _REPEATS,
+        checkpoint_seconds=loaded - begun,
+        model_bytes=sum(tensor.nbytes for tensor in (*sdi.model.parameters(), *sdi.model.buffers())),
+        peak_bytes=peak_bytes,
+        row_bytes=row_bytes,
+    )
+
+
+def readable_size(n_bytes: int) -> str:
+    """A number of bytes, for people.
+
+    Args:
+        n_bytes: How many.
+
+    Returns:
+        Three digits and a decimal unit.
+
+    Example:
+        >>> readable_size(999), readable_size(1_234), readable_size(56_700_000_000)
+        ('999 B', '1.23 kB', '56.7 GB')
+    """
+    size, units = float(n_bytes), iter(("B", "kB", "MB", "GB", "TB", "PB"))
+    unit = next(units)
+    while size >= 999.5 and unit != "PB":
+        size, unit = size / 1000, next(units)
+    return f"{size:.3g} {unit}"
+
+
+def readable_time(seconds: float) -> str:
+    """A duration, for people.
+
+    Args:
+        seconds: How long.
+
+    Returns:
+        Two digits, or the two largest units.
+
+    Example:
+        >>> readable_time(0.0123), readable_time(7.63), readable_time(7_260), readable_time(200_000)
+        ('12 ms', '7.6 s', '2 h 1 min', '2 d 8 h')
+    """
+    for scale, unit, most in ((1000, "ms", 0.995), (1, "s", 59.5)):
+        if seconds < most:
+            return f"{float(f'{scale * seconds:.2g}'):g} {unit}"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+_REPEATS = 3  # a batch of a small model takes milliseconds, as does whatever else the machine does
+
+
+def _run(sdi: SDIInfluence, batches: list[Any]) -> tuple[list[float], int]:
+    """Sketches batches at the first checkpoint: when it began, had loaded and had done each, and a row's bytes."""
+    engine, side, device = sdi._engine, sdi._train, next(sdi.model.parameters()).device
+    times, row_bytes = [_now(device)], [0]
+
+    def visit(_: int, __: float) -> None:
+        times.append(_now(device))
+        for raw in batches:
+            engine.batch(raw, side, False, range(batch_size(raw)))
+            times.append(_now(device))
+        row_bytes.append(_row_bytes(sdi))
+
+    engine.sweep(sdi.checkpoints[:1], (Stream(batches, "train_dataset"), side), visit)
+    return times, row_bytes[-1]
+
+
+def _row_bytes(sdi: SDIInfluence) -> int:
+    """Of one example at one checkpoint, inside a sweep, in the index's numbers."""
+    rows = sdi._engine.featurizer.blank().rows.values()
+    dtype = None if sdi._index is None else sdi._index._dtype
+    return sum(row.shape[-1] * (dtype or row.dtype).itemsize for row in rows)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _checked_size(stream: Stream, n_examples: int | None) -> int:
+    """How many examples to count on."""
+    if n_examples is None:
+        n_examples = stream.n_examples
+        if n_examples is None:
+            raise ValueError("train_dataset does not tell its length: pass n_examples=, how many to count on.")
+    if not isinstance(n_examples, int) or n_examples < 1:
+        raise ValueError(f"n_examples must be an int of at least 1, or None for all; got {n_examples!r}.")
+    return n_examples
+
+
+def _batches(sdi: SDIInfluence, stream: Stream, longest: int | None) -> tuple[Any, list[Any]]:
+    """A batch of examples from all over the training set, and, when asked for, one of the longest."""
+    loader: Any = sdi.train_dataloader
+    n = stream.n_examples
+    if n is None and longest is not None:
+        raise ValueError("longest= needs a train_dataset whose examples can be picked by position.")
+    if n is None:
+        return stream.peek(), []
+    size = min(loader.batch_size, n)
+    typical = loader.collate_fn([loader.dataset[i * n // size] for i in range(size)])
+    if longest is None:
+        return typical, []
+    if not 0 <= longest < n:
+        raise ValueError(f"longest={longest!r} must be a position in train_dataset, 0 to {n - 1}.")
+    return typical, [loader.collate_fn([loader.dataset[longest]] * size)]
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yields a function that says the most bytes in use since it began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is from now on, not since the process began
+    except OSError:
+        yield _peak_of_process
+    else:
+        yield _peak_since_cleared
+
+
+def _peak_since_cleared() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+
+
+def _peak_of_process() -> int:
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _count(number: int, name: str, plural: str = "s") -> str:
+    return f"{number:,} {name}{plural if number != 1 else ''}"
