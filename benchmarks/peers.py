@@ -1,7 +1,7 @@
 """The same scores from each library, and the passes they are measured against.
 
 Each function prepares what can be prepared once and returns a call without arguments. Scores come as `(q, n, t)`,
-totals as `(q, n)`. Hooks and frozen weights stay on a copy of the model, so that no call slows another one.
+totals as `(q, n)`. Every call leaves the model without hooks, so that none slows another one.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def ours(work: Workload, dim: int, seed: int = 0, batch_size: int | None = None,
     return _step_influence(work, TensorSketch(dim, seed), batch_size, settings)
 
 
-def ours_exact(work: Workload) -> Call:
+def ours_exact(work: Workload, batch_size: int | None = None, **settings: Any) -> Call:
     """The same with whole gradients."""
-    return _step_influence(work, Exact(), None, {})
+    return _step_influence(work, Exact(), batch_size, settings)
 
 
 def _step_influence(work: Workload, sketch: Sketch, batch_size: int | None, settings: dict[str, Any]) -> Call:
@@ -54,19 +54,23 @@ def reference_exact(work: Workload, batch_size: int | None = None) -> Call:
 
 
 def _reference(work: Workload, batch_size: int | None, kind: Any, **settings: Any) -> Call:
-    model = copy.deepcopy(work.model)
-    estimator = kind(model=model, target_modules=[model.get_submodule(name) for name in work.loop], **settings)
+    modules = [work.model.get_submodule(name) for name in work.loop]
     size = batch_size or len(work.train)
 
     def call() -> Tensor:
-        outputs = estimator.influence_across_checkpoints(
-            checkpoints=[sdi.CheckpointSpec("the model's own weights", 1.0)],
-            train_loader=[(ids,) for ids in work.train.split(size)],
-            query_loader=[(ids,) for ids in work.test.split(size)],
-            loss_fn=lambda model, batch: losses(model(batch[0]), batch[0]),
-            load_checkpoint_fn=lambda path: {},
-            load_model_state_dict_fn=lambda model, state: None,
-        )
+        estimator = kind(model=work.model, target_modules=modules, **settings)
+        try:
+            outputs = estimator.influence_across_checkpoints(
+                checkpoints=[sdi.CheckpointSpec("the model's own weights", 1.0)],
+                train_loader=[(ids,) for ids in work.train.split(size)],
+                query_loader=[(ids,) for ids in work.test.split(size)],
+                loss_fn=lambda model, batch: losses(model(batch[0]), batch[0]),
+                load_checkpoint_fn=lambda path: {},
+                load_model_state_dict_fn=lambda model, state: None,
+            )
+        finally:
+            estimator.close()
+            work.model.zero_grad(set_to_none=True)
         return outputs.sdi.transpose(0, 1)
 
     return call

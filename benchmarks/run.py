@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import accuracy
 import memory
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="section", help=f"default: all of {', '.join(SECTIONS)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the results")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--tables", action="store_true", help="measure nothing: tables and picture of results.json")
     options = parser.parse_args()
     unknown = set(options.sections) - set(SECTIONS)
     if unknown:
@@ -46,18 +48,23 @@ def main() -> None:
         parser.error("--small needs --out=FOLDER: its numbers mean nothing and must not replace real ones")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    for name in options.sections or SECTIONS:
+    for name in [] if options.tables else options.sections or SECTIONS:
         start = time.perf_counter()
         found = SECTIONS[name](options.small)
-        results[name] = {"environment": environment(), **found}
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        _record(path, name, {"environment": environment(), "minutes": (time.perf_counter() - start) / 60, **found})
+    results = json.loads(path.read_text())
     text = tables(results)
     print(text)
     _insert(options.out / "README.md", text)
     if results.keys() >= {"scaling", "memory", "accuracy"}:
         draw(results, options.out / "results.png")
+
+
+def _record(path: Path, name: str, found: dict[str, Any]) -> None:
+    """Read again first: another section may be measured meanwhile."""
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
+    print(f"{name}: {found['minutes']:.1f} minutes", flush=True)
 
 
 def _insert(readme: Path, text: str) -> None:

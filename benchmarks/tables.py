@@ -198,7 +198,8 @@ def _environments(results: Results) -> str:
         packages = ", ".join(f"{package} {version}" for package, version in each["packages"].items())
         text = (
             f"{each['date']}: {each['cpu']}, {each['cores']} cores, {each['threads']} threads, {each['memory_gb']} GB, "
-            f"{each['vector_instructions']}, {each['gpu'] or 'no GPU'}, {each['system']}, Python {each['python']}, {packages}"
+            f"{each['vector_instructions']}, {each['gpu'] or 'no GPU'}, {each['system']}, Python {each['python']}, "
+            f"{packages}"
         )
         sections.setdefault(text, []).append(name)
     return "### Environment\n\n" + "\n".join(f"- {', '.join(names)}: {text}" for text, names in sections.items())
