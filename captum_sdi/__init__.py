@@ -21,6 +21,7 @@ from importlib.metadata import version as _version
 
 from captum_sdi import evaluate, models, plotting, tasks
 from captum_sdi.checkpoints import load_checkpoint
+from captum_sdi.estimate import estimate
 from captum_sdi.index import Faiss, SketchIndex
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.loop import coverage_check, find_loop
@@ -37,6 +38,7 @@ __all__ = [
     "StepInfluence",
     "TensorSketch",
     "coverage_check",
+    "estimate",
     "evaluate",
     "find_loop",
     "load_checkpoint",

@@ -237,7 +237,26 @@ class _Identity:
         return b""
 
 
-class _Rotation:
+class _Hash:
+    """Buckets and signs of one factor."""
+
+    buckets: Tensor
+    signs: Tensor
+    n_blocks: int
+
+    def count_sketch(self, values: Tensor) -> Tensor:
+        """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
+        raise NotImplementedError
+
+    def checksum(self) -> bytes:
+        """A digest of the buckets and signs."""
+        digest = hashlib.sha256()
+        for table in (self.buckets.int(), self.signs.to(torch.int8)):
+            digest.update(table.cpu().numpy().tobytes())
+        return digest.digest()
+
+
+class _Rotation(_Hash):
     """Buckets and signs of a long factor: blocks of ``dim`` neighbours stay neighbours, each block randomly rotated.
 
     Nothing is gathered, so a count-sketch reads its entries in order. Entries of one block never collide, entries of
@@ -254,7 +273,6 @@ class _Rotation:
         self.signs = _signs(length, generator).to(device)
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
         flat, signs, d = values.reshape(-1, values.shape[-1]).float(), self.signs, self.dim
         length = flat.shape[1]
         sketched = flat.new_empty(len(flat), d) if length >= d else flat.new_zeros(len(flat), d)
@@ -267,7 +285,7 @@ class _Rotation:
         return sketched.view(*values.shape[:-1], d)
 
 
-class _Permutation:
+class _Permutation(_Hash):
     """Buckets and signs of a short factor: a random permutation, or one for each block of ``dim`` entries."""
 
     def __init__(self, dim: int, length: int, generator: torch.Generator, device: torch.device) -> None:
@@ -282,15 +300,7 @@ class _Permutation:
         self.buckets, self.signs = buckets.to(device), signs.to(device)
         self._sources, self._weights = sources.to(device), weights.to(device)
 
-    def checksum(self) -> bytes:
-        """A digest of the buckets and signs."""
-        digest = hashlib.sha256()
-        for table in (self.buckets.int(), self.signs.to(torch.int8)):
-            digest.update(table.cpu().numpy().tobytes())
-        return digest.digest()
-
     def count_sketch(self, values: Tensor) -> Tensor:
-        """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
         flat = values.reshape(-1, values.shape[-1]).float()
         sketched = flat.index_select(1, self._sources[0]).mul_(self._weights[0])
         for sources, weights in zip(self._sources[1:], self._weights[1:], strict=True):
@@ -338,6 +348,8 @@ class _MatrixSketch:
         lengths = len(parameter), parameter[0].numel()
         # With one factor permuted at random, the longer one may keep its order: see the head of this file.
         kinds = (_Rotation, _Permutation) if lengths[0] >= lengths[1] else (_Permutation, _Rotation)
+        self._rows: _Hash
+        self._cols: _Hash
         self._rows, self._cols = (
             kind(dim, length, generator, parameter.device) for kind, length in zip(kinds, lengths, strict=True)
         )
