@@ -37,6 +37,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             _memory(ax, results["memory"][axis], title)
         for ax, side in zip(panels[3], ("self", "different"), strict=True):
             _error(ax, results["accuracy"], side)
+        figure.align_ylabels()
         handles = {h.get_label(): h for ax in panels.flat for h in ax.get_legend_handles_labels()[0]}
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=2, frameon=False)
         figure.savefig(path, dpi=300)
@@ -62,7 +63,8 @@ def _error(ax: Axes, found: dict[str, Any], side: str) -> None:
     for who in ("two-sided", "reference", "ours"):
         mean, deviation = zip(*(each[f"{side} SDI"] for each in found[who]), strict=True)
         ax.errorbar(found["dims"], mean, deviation, elinewidth=0.6, **LOOKS[who])
-    ax.set(xscale="log", yscale="log", xticks=found["dims"], xticklabels=found["dims"])
+    ax.set(xscale="log", yscale="log", xticks=found["dims"], xticklabels=found["dims"], ylim=(0.01, 1))
+    ax.set(yticks=(0.01, 0.03, 0.1, 0.3, 1), yticklabels=("0.01", "0.03", "0.1", "0.3", "1"))
     ax.minorticks_off()
     ax.set_xlabel("sketch size")
     ax.set_ylabel("error of SDI")
@@ -70,4 +72,4 @@ def _error(ax: Axes, found: dict[str, Any], side: str) -> None:
 
 
 def _label(ax: Axes, xlabel: str, ylabel: str) -> None:
-    ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+    ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(0, 1.05 * ax.dataLim.x1), ylim=(0, 1.1 * ax.dataLim.y1))

@@ -130,21 +130,21 @@ def _errors(results: Results) -> str:
     found = results["accuracy"]
     columns = ("self SDI", "self TracIn", "different SDI", "different TracIn", "spearman", "top-10")
     rows = [
-        (who, str(dim), *(_spread(found[who][i][column]) for column in columns))
+        (who, str(dim), str(found["draws"][i]), *(_spread(found[who][i][column]) for column in columns))
         for who in ("ours", "reference", "two-sided")
         for i, dim in enumerate(found["dims"])
     ]
-    return f"### Error of sketched scores, {found['seeds']} draws\n\n" + _table(
-        ("", "dim", *columns[:4], "Spearman of totals", "top-10 overlap"), rows
+    return "### Error of sketched scores, mean and standard deviation over draws\n\n" + _table(
+        ("", "dim", "draws", *columns[:4], "Spearman of totals", "top-10 overlap"), rows
     )
 
 
 def _peaks(results: Results) -> str:
     text = "### Peak memory above the baseline, MB\n"
-    for axis, rest in (("tau", "batch 4"), ("batch", "τ = 4")):
+    for axis, title in (("tau", "loop steps τ, four examples a side"), ("batch", "examples a side, τ = 4")):
         found = results["memory"][axis]
         rows = [(who, *map(_megabytes, found[who])) for who in ("ours", "ours, checkpointed", "reference")]
-        text += f"\n{axis} ({rest}):\n\n" + _table(("", *map(str, found["values"])), rows) + "\n"
+        text += f"\n{title}:\n\n" + _table(("", *map(str, found["values"])), rows) + "\n"
     return text.rstrip()
 
 
@@ -225,6 +225,8 @@ def _quartiles(values: Sequence[float] | None) -> str:
     if values is None:
         return "raises"
     low, median, high = values
+    if low == high:  # measured once
+        return _number(median)
     return f"{median:.2f} ({low:.2f}-{high:.2f})"
 
 
