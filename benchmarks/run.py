@@ -31,6 +31,7 @@ SECTIONS = {
     "accuracy": accuracy.accuracy,
     "stages": stages.stages,
 }
+PICTURED = {"scaling", "memory", "accuracy"}
 MARKS = "<!-- tables: written by run.py -->", "<!-- end of tables -->"
 
 
@@ -53,11 +54,12 @@ def main() -> None:
         found = SECTIONS[name](options.small)
         _record(path, name, {"environment": environment(), "minutes": (time.perf_counter() - start) / 60, **found})
     results = json.loads(path.read_text())
-    text = tables(results)
+    text = tables(results, SECTIONS)
+    if results.keys() >= PICTURED:
+        draw(results, options.out / "results.png")
+        text = f"![Time, memory and error](results.png)\n\n{text}"
     print(text)
     _insert(options.out / "README.md", text)
-    if results.keys() >= {"scaling", "memory", "accuracy"}:
-        draw(results, options.out / "results.png")
 
 
 def _record(path: Path, name: str, found: dict[str, Any]) -> None:
