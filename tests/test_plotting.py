@@ -118,6 +118,7 @@ def _no_picture_changes_a_setting() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_a_figure() -> Iterator[None]:
+    plt.close("all")  # those of examples in docstrings
     yield
     plt.close("all")
 
