@@ -17,7 +17,7 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-faults lint format tutorials tutorials-full test-captum test-oldest clean
+.PHONY: help venv demo bench test test-faults lint format tutorials tutorials-full test-captum test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ lint: $(VENV)/.stamp  ## check layout, style, docstrings and types; changes noth
 format: $(VENV)/.stamp  ## lay the code out and repair what ruff can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.stamp  ## measure time, memory and error beside the reference package (ARGS="memory accuracy")
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 tutorials: $(VENV)/.stamp  ## execute the notebooks in small; their files stay as they are
 	SMOKE_TEST=1 $(call PYTEST,$(VENV)) --nbmake --nbmake-timeout=300 $(NOTEBOOKS)

@@ -1,0 +1,165 @@
+"""The paper's own table at full size: `python benchmarks/paper_table.py --device cuda`, with 48 GB or more.
+
+A looped GPT-2 of 135 million parameters, τ = 32, sequence 128, sketches of 2048, float32 (arXiv 2602.10097):
+
+* the largest batch that fits in 48 GB (the paper: 4 with full gradients, 40 with SDI);
+* seconds over a forward pass, per checkpoint (2.55);
+* errors over ten draws, examples against themselves (SDI 0.0388 ± 0.0030, TracIn 0.0220 ± 0.0052), against gradients
+  that are exact and are computed for one layer at a time.
+
+`--checkpoint FOLDER` measures a trained model in place of random weights; `--small` shrinks everything for a CPU, which
+has no limit to set, so that the largest batch is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peers
+import torch
+from environment import environment
+from peers import Call
+from subjects import Workload, looped_gpt, losses, tokens
+from timing import interleaved, quartiles
+from torch import Tensor
+
+from captum_sdi.models import LoopedGPTForCausalLM
+
+FULL = {"width": 768, "tau": 32, "seq": 128, "vocab": 50257, "batch": 10}
+SMALL = {"width": 64, "tau": 4, "seq": 16, "vocab": 128, "batch": 4}
+MOST = 4096  # examples in a batch, where nothing else ends the search
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--checkpoint", help="a folder that LoopedGPTForCausalLM.save_pretrained wrote")
+    parser.add_argument("--limit-gb", type=float, default=48.0, help="memory of the card that is imitated")
+    parser.add_argument("--dim", type=int, default=2048)
+    parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path("paper_table.json"))
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit_gb * 2**30 / total), device)
+    work = _workload(SMALL if options.small else FULL, options.checkpoint, device)
+    methods = _methods(options.dim)
+    results = {
+        "environment": environment(),
+        "settings": {name: str(value) for name, value in vars(options).items() if name not in ("out", "checkpoint")},
+        "largest batch": {name: _largest(work, method) for name, method in methods.items()}
+        if device.type == "cuda"
+        else "not searched: a CPU has no memory limit to set",
+        "seconds over a forward pass": _overheads(work, methods, device),
+        "errors": _errors(work, options.dim, options.draws),
+    }
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+def _workload(shape: dict[str, int], checkpoint: str | None, device: torch.device) -> Workload:
+    work = looped_gpt(**shape)
+    model = LoopedGPTForCausalLM.from_pretrained(checkpoint).eval() if checkpoint else work.model
+    return dataclasses.replace(work, model=model.to(device), train=work.train.to(device), test=work.test.to(device))
+
+
+def _methods(dim: int) -> dict[str, Callable[[Workload], Call]]:
+    return {
+        "ours": lambda work: peers.ours(work, dim),
+        "ours, checkpointed": lambda work: peers.ours(work, dim, activation_checkpointing=True),
+        "reference": lambda work: peers.reference(work, dim),
+        "reference, full gradients": peers.reference_exact,
+    }
+
+
+def _largest(work: Workload, method: Callable[[Workload], Call]) -> int:
+    """The largest batch of train examples, against one test example, by doubling and then halving the gap."""
+    fits, fails = 0, 1
+    while fails <= MOST and _fits(work, method, fails):
+        fits, fails = fails, 2 * fails
+    while fails - fits > 1 and fits:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if _fits(work, method, middle) else (fits, middle)
+    return fits
+
+
+def _fits(work: Workload, method: Callable[[Workload], Call], batch: int) -> bool:
+    vocab = work.model.config.vocab_size
+    train = tokens(batch, work.train.shape[1], vocab, seed=3).to(work.train.device)
+    try:
+        method(dataclasses.replace(work, train=train, test=work.test[:1]))()
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        work.model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return True
+
+
+def _overheads(work: Workload, methods: dict[str, Callable[[Workload], Call]], device: torch.device) -> dict[str, Any]:
+    """Seconds of a call with four examples on each side, less those of a forward pass of the same batches."""
+    four = dataclasses.replace(work, train=work.train[:4], test=work.test[:4])
+
+    def forward() -> None:
+        with torch.no_grad():
+            for ids in (four.train, four.test):
+                losses(four.model(ids), ids)
+
+    def synchronized(call: Call) -> Call:
+        def whole() -> None:
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return whole
+
+    sketched = {name: methods[name](four) for name in ("ours", "ours, checkpointed", "reference")}
+    seconds = interleaved(
+        {name: synchronized(call) for name, call in {"forward": forward, **sketched}.items()}, rounds=5
+    )
+    base = quartiles(seconds["forward"])[1]
+    return {"forward": base} | {name: quartiles(seconds[name])[1] - base for name in sketched}
+
+
+def _errors(work: Workload, dim: int, draws: int) -> dict[str, Any]:
+    """Mean and standard deviation over draws of ‖estimate - exact‖ / ‖exact‖, examples against themselves."""
+    same = dataclasses.replace(work, test=work.train)
+    exact = _exact(same)
+    estimates: dict[str, Callable[[int], Tensor]] = {
+        "ours": lambda seed: peers.ours(same, dim, seed)().trajectories,
+        "reference": lambda seed: peers.reference(same, dim, seed)(),
+    }
+
+    def error(guess: Tensor, truth: Tensor) -> float:
+        return float((guess.to(truth) - truth).norm() / truth.norm())
+
+    found = {}
+    for name, estimate in estimates.items():
+        guesses = [estimate(seed) for seed in range(draws)]
+        for what, errors in (
+            ("SDI", [error(guess, exact) for guess in guesses]),
+            ("TracIn", [error(guess.sum(-1), exact.sum(-1)) for guess in guesses]),
+        ):
+            values = torch.tensor(errors)
+            found[f"{name}, {what}"] = [float(values.mean()), float(values.std())]
+    return found
+
+
+def _exact(work: Workload) -> Tensor:
+    """Exact trajectories `(q, n, t)`: of all layers at once they would take τ times the model for each example."""
+    owners = {name.rpartition(".")[0] for name, _ in work.model.named_parameters()}
+    layers = sorted(name for name in owners if name.startswith(tuple(f"{part}." for part in work.loop)))
+    return sum(peers.ours_exact(work, batch_size=1, layers=[layer])().trajectories.double() for layer in layers)
+
+
+if __name__ == "__main__":
+    main()
