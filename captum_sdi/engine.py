@@ -182,6 +182,7 @@ class Engine:
         """
         self._rehearse(raw, side)
         parts: list[StepFeatures] = []
+        dtype = self.dtype
         done = 0
         while done < len(positions):
             part = range(done, min(done + self._fitting, len(positions)))
@@ -192,7 +193,7 @@ class Engine:
                 continue
             parts.append(features)
             done = part.stop
-        return (parts[0] if len(parts) == 1 else concatenate(parts)).map(lambda row: row.to(self.dtype))
+        return (parts[0] if len(parts) == 1 else concatenate(parts)).map(lambda row: row.to(dtype))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_sdi.batches import BatchReader, LossFn, Settings, example_losses
-from captum_sdi.sketch import Gradient, Projection, Sketch, canonical_name
+from captum_sdi.sketch import Gradient, Noise, Projection, Sketch, canonical_name
 from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape
 
 POOLED = ""
@@ -44,8 +44,8 @@ class StepFeatures:
 
     rows: dict[str, Tensor]
     """By parameter ``(n, b, width)``: one row of numbers per bin b."""
-    noise: dict[str, float]
-    """By parameter, the sketch's variance in units of ‖g‖²‖φ‖² + ⟨g,φ⟩²; see `captum_sdi.scores`."""
+    noise: dict[str, Noise]
+    """By parameter, that of its sketch."""
     n_steps: Tensor
     """``(n,)`` how many loop steps each example's batch ran."""
 
@@ -276,9 +276,12 @@ class Featurizer:
             name: torch.zeros(n, bins, kind.width, dtype=kind.dtype, device=kind.device) for name, kind in kinds.items()
         }
 
-    def _noise(self) -> dict[str, float]:
+    def _noise(self) -> dict[str, Noise]:
         noise = {name: projection.noise for name, projection in self._projections.items()}
-        return {POOLED: max(noise.values())} if self._sketch.pool else noise
+        if not self._sketch.pool:
+            return noise
+        # Rows of one part and of two add up, and nothing tells them apart afterwards.
+        return {POOLED: Noise(max(each.variance / each.parts for each in noise.values()))}
 
     def _check_finite(self, finite: Tensor, what: str, side: Side, positions: Sequence[int]) -> None:
         if not finite.all():

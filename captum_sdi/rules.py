@@ -139,7 +139,7 @@ def _layer_norm(module: nn.Module, activation: Tensor, backprop: Tensor, wanted:
     shape, normalize = module.normalized_shape, F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
     if "weight" in wanted:
         normalized = normalize(_lifted(activation), shape, eps=module.eps)  # type: ignore[arg-type]
-        yield "weight", slice(None), _summed(_positions(normalized * backprop, len(shape)))
+        yield "weight", slice(None), _summed(_positions(normalized.mul_(backprop), len(shape)))
     if "bias" in wanted:
         yield "bias", slice(None), _summed(_positions(backprop, len(shape)))
 

@@ -6,8 +6,10 @@ point is SDI_t = ⟨g, φ_t⟩. Sketched features carry their own error bar (Pha
 
     Var[⟨g, φ⟩] = Σ_l noise_l · (‖g_l‖² ‖φ_l‖² + ⟨g_l, φ_l⟩²)
 
-where ``noise_l`` is 1/d for a sketched parameter and 0 for one that is kept exactly. Steps share their hashes, so the
-variance of a sum over steps is this formula at the summed φ; checkpoints do not, so their variances add (with η²).
+where ``noise_l`` is 1/d for a sketched parameter and 0 for one that is kept exactly. A row in two parts counts as two
+parameters of d/2 numbers each: gradients that lie in one part have twice the variance of those spread over both. Steps
+share their hashes, so the variance of a sum over steps is this formula at the summed φ; checkpoints do not, so their
+variances add (with η²).
 """
 
 from __future__ import annotations
@@ -339,20 +341,20 @@ def _picked(tensor: Tensor, order: Tensor) -> Tensor:
 
 
 def _contract(equation: str, test_axes: str, train_axes: str, test: StepFeatures, train: StepFeatures) -> Scores:
-    """The module's formula; ``l`` runs over the parameters whose rows can be stacked."""
+    """The module's formula; ``l`` runs over the parts of parameters whose rows can be stacked."""
     out = equation.split("l")[-1]
     values, variances = [], []
     for names in _alike(test):
-        phi, g = (torch.stack([side.rows[name] for name in names], dim=-2) for side in (test, train))
-        g = g.squeeze(1)
-        inner = torch.einsum(equation, phi, g)
         noise = test.noise[names[0]]
+        phi, g = (torch.stack([side.rows[name] for name in names], dim=-2) for side in (test, train))
+        phi, g = (row.unflatten(-1, (noise.parts, -1)).flatten(-3, -2) for row in (phi, g.squeeze(1)))
+        inner = torch.einsum(equation, phi, g)
         values.append(inner.sum(0))
-        if noise == 0:
+        if noise.variance == 0:
             variances.append(torch.zeros_like(values[-1]))
             continue
         norms = torch.einsum(f"{test_axes}l,{train_axes}l->{out}", phi.square().sum(-1), g.square().sum(-1))
-        variances.append(noise * (norms + inner.square().sum(0)))
+        variances.append(noise.variance * (norms + inner.square().sum(0)))
     device = values[0].device
     return Scores(_sum_on(device, values), _sum_on(device, variances))
 

@@ -15,7 +15,10 @@ The hashes never collide inside a factor while it is no longer than d, nor insid
 longer. That costs nothing and takes about a quarter off the error. Entries (r, c) and (r', c') collide when
 h(r) - h(r') = h'(c') - h'(c) mod d. One random permutation h makes every difference equally likely, so the other
 factor may keep its order: the shorter one is permuted (`_Permutation`), the longer one read as it lies in memory
-(`_Rotation`). This file is the only source of randomness in a score.
+(`_Rotation`). Where the shorter factor fits into d/2 buckets the longer one is dealt out to two halves of the row,
+each a TensorSketch of half the matrix with half the buckets: entries still share a number with one in d others, and
+the shorter factor is hashed and transformed once for both, at half the length. This file is the only source of
+randomness in a score.
 """
 
 from __future__ import annotations
@@ -53,13 +56,23 @@ class Dense:
 Gradient = Outer | Dense
 
 
+@dataclass(frozen=True)
+class Noise:
+    """How far inner products of rows may be from exact ones: see `captum_sdi.scores`."""
+
+    variance: float
+    """Of ⟨Pg, Pφ⟩ in units of ‖g‖²‖φ‖² + ⟨g,φ⟩², for one part: 0 when the map is exact."""
+    parts: int = 1
+    """Equal slices of a row, each of which sketches a share of the entries on its own; their variances add up."""
+
+
 class Projection(Protocol):
     """A linear map from one parameter's per-example gradients to rows of ``width`` numbers."""
 
     width: int
     """How many numbers a row has."""
-    noise: float
-    """Variance of ⟨Pg, Pφ⟩ in units of ‖g‖²‖φ‖² + ⟨g,φ⟩²: 0 when the map is exact."""
+    noise: Noise
+    """Of the map."""
     dtype: torch.dtype
     """Of the rows."""
     device: torch.device
@@ -201,10 +214,11 @@ def pack_spectrum(spectrum: Tensor, dim: int) -> Tensor:
         >>> torch.allclose(x @ y, X @ Y)
         True
     """
-    interior = slice(1, (dim + 1) // 2)
-    real, imag = spectrum.real.clone(), spectrum.imag[..., interior]
-    real[..., interior] *= math.sqrt(2)
-    return torch.cat([real, imag * math.sqrt(2)], dim=-1)
+    packed = torch.view_as_real(spectrum).flatten(-2) * math.sqrt(2)
+    # Frequency zero is real, as is Nyquist: one of the two, or the copy of the only one, takes the place of a zero.
+    packed[..., 1] = packed[..., dim - dim % 2 * dim]
+    packed[..., :2] /= math.sqrt(2)
+    return packed[..., 1:] if dim % 2 else packed[..., :dim]
 
 
 def _generator(seed: int, *names: str) -> torch.Generator:
@@ -217,7 +231,7 @@ def _generator(seed: int, *names: str) -> torch.Generator:
 class _Identity:
     """Every entry, flattened."""
 
-    noise = 0.0
+    noise = Noise(0.0)
 
     def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
         self.width, self.dtype, self.device = parameter.numel(), dtype, parameter.device
@@ -239,82 +253,111 @@ class _Identity:
 
 
 class _Hash:
-    """Buckets and signs of one factor."""
+    """Buckets and signs of one factor, and which part of the row each entry goes to."""
 
+    parts: Tensor
     buckets: Tensor
     signs: Tensor
+    n_parts = 1
     n_blocks: int
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        """Count-sketch of the last axis: ``(..., length)`` to ``(..., dim)``."""
+        """Count-sketches of the last axis: ``(..., length)`` to ``(..., n_parts, n_buckets)``."""
         raise NotImplementedError
 
     def checksum(self) -> bytes:
-        """A digest of the buckets and signs."""
+        """A digest of the parts, buckets and signs."""
         digest = hashlib.sha256()
-        for table in (self.buckets.int(), self.signs.to(torch.int8)):
+        for table in (self.parts.to(torch.int8), self.buckets.int(), self.signs.to(torch.int8)):
             digest.update(table.cpu().numpy().tobytes())
         return digest.digest()
 
 
 class _Rotation(_Hash):
-    """Buckets and signs of a long factor: blocks of ``dim`` neighbours stay neighbours, each block randomly rotated.
+    """A long factor: blocks of ``n_buckets`` neighbours stay neighbours, each block randomly rotated.
 
     Nothing is gathered, so a count-sketch reads its entries in order. Entries of one block never collide, entries of
-    two blocks do with probability 1/d, as under independent permutations.
+    two blocks do with probability 1/n_buckets on average, as under independent permutations. Several parts take turns
+    at chunks of 16 entries, so that each gets its share of every head or gate of a layer.
     """
 
-    def __init__(self, dim: int, length: int, generator: torch.Generator, device: torch.device) -> None:
-        self.dim, self.n_blocks = dim, _n_blocks(dim, length)
-        shifts = torch.randint(0, dim, (self.n_blocks,), generator=generator, device=_CPU)
-        shifts[0] = 0  # rotating all blocks alike would change no collision
+    def __init__(self, n_buckets: int, n_parts: int, length: int, draw: torch.Generator, device: torch.device) -> None:
+        self.n_parts, self._n_buckets = n_parts, n_buckets
+        self._chunk = chunk = _CHUNK if n_parts > 1 else 1
         entries = torch.arange(length, device=_CPU)
-        self.buckets = ((entries + shifts[entries // dim]) % dim).to(device)
-        self._shifts = shifts.tolist()
-        self.signs = _signs(length, generator).to(device)
+        turns = entries // chunk
+        places = turns // n_parts * chunk + entries % chunk  # within the part
+        self.n_blocks = _n_blocks(n_buckets, length // n_parts)
+        shifts = chunk * torch.randint(0, n_buckets // chunk, (self.n_blocks,), generator=draw, device=_CPU)
+        shifts[0] = 0  # rotating all blocks alike would change no collision
+        signs = _signs(length, draw)
+        self.parts, self.signs = (turns % n_parts).to(device), signs.to(device)
+        self.buckets = ((places + shifts[places // n_buckets]) % n_buckets).to(device)
+        self._dealt_signs = self._dealt(signs).contiguous().to(device)
+        self._pieces = _pieces((shifts // chunk).tolist(), n_buckets // chunk, length // n_parts // chunk)
+
+    def _dealt(self, values: Tensor) -> Tensor:
+        """``(..., length)`` to ``(..., n_parts, length // n_parts // chunk, chunk)``, a view."""
+        return values.unflatten(-1, (-1, self.n_parts, self._chunk)).transpose(-3, -2)
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        flat, signs, d = values.reshape(-1, values.shape[-1]).float(), self.signs, self.dim
-        length = flat.shape[1]
-        sketched = flat.new_empty(len(flat), d) if length >= d else flat.new_zeros(len(flat), d)
-        torch.mul(flat[:, :d], signs[:d], out=sketched[:, : min(d, length)])
-        for start, shift in zip(range(d, length, d), self._shifts[1:], strict=True):
-            # A rotated block is two pieces, the second of which wraps around to bucket 0.
-            turn, stop = min(start + d - shift, length), min(start + d, length)
-            for bucket, piece in ((shift, slice(start, turn)), (0, slice(turn, stop))):
-                sketched[:, bucket : bucket + piece.stop - piece.start].addcmul_(flat[:, piece], signs[piece])
-        return sketched.view(*values.shape[:-1], d)
+        dealt, signs = self._dealt(values.float()), self._dealt_signs
+        shape = *values.shape[:-1], self.n_parts, self._n_buckets // self._chunk, self._chunk
+        sketched = torch.empty(shape, dtype=torch.float32, device=values.device)
+        size = min(dealt.shape[-2], shape[-2])
+        torch.mul(dealt[..., :size, :], signs[:, :size], out=sketched[..., :size, :])
+        sketched[..., size:, :] = 0
+        for buckets, chunks in self._pieces:
+            sketched[..., buckets, :].addcmul_(dealt[..., chunks, :], signs[:, chunks])
+        return sketched.flatten(-2)
+
+
+def _pieces(shifts: list[int], n_buckets: int, length: int) -> list[tuple[slice, slice]]:
+    """Where every rotated block but the first goes: (buckets, entries), in two pieces where it wraps around."""
+    pieces = []
+    for start, shift in zip(range(n_buckets, length, n_buckets), shifts[1:], strict=True):
+        stop = min(start + n_buckets, length)
+        turn = min(start + n_buckets - shift, stop)
+        for bucket, entries in ((shift, slice(start, turn)), (0, slice(turn, stop))):
+            if entries.start < entries.stop:
+                pieces.append((slice(bucket, bucket + entries.stop - entries.start), entries))
+    return pieces
 
 
 class _Permutation(_Hash):
-    """Buckets and signs of a short factor: a random permutation, or one for each block of ``dim`` entries."""
+    """A short factor: a random permutation, or one for each block of ``n_buckets`` entries."""
 
-    def __init__(self, dim: int, length: int, generator: torch.Generator, device: torch.device) -> None:
-        self.dim, self.n_blocks = dim, _n_blocks(dim, length)
-        blocks = [torch.randperm(dim, generator=generator, device=_CPU) for _ in range(self.n_blocks)]
-        buckets, signs = torch.cat(blocks)[:length], _signs(length, generator)
+    def __init__(self, n_buckets: int, length: int, draw: torch.Generator, device: torch.device) -> None:
+        self.n_blocks = _n_blocks(n_buckets, length)
+        blocks = [torch.randperm(n_buckets, generator=draw, device=_CPU) for _ in range(self.n_blocks)]
+        buckets, signs = torch.cat(blocks)[:length], _signs(length, draw)
         # The same map read from the buckets' side: which entry of each block lands here, with sign 0 for none. A
-        # gather of d entries is several times faster than scattering them.
+        # gather into the buckets is several times faster than scattering the entries.
         entries = torch.arange(length, device=_CPU)
-        sources, weights = buckets.new_zeros(self.n_blocks, dim), signs.new_zeros(self.n_blocks, dim)
-        sources[entries // dim, buckets], weights[entries // dim, buckets] = entries, signs
+        sources, weights = buckets.new_zeros(self.n_blocks, n_buckets), signs.new_zeros(self.n_blocks, n_buckets)
+        sources[entries // n_buckets, buckets], weights[entries // n_buckets, buckets] = entries, signs
+        self.parts = torch.zeros(length, dtype=torch.long, device=device)
         self.buckets, self.signs = buckets.to(device), signs.to(device)
         self._sources, self._weights = sources.to(device), weights.to(device)
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        flat = values.reshape(-1, values.shape[-1]).float()
-        sketched = flat.index_select(1, self._sources[0]).mul_(self._weights[0])
-        for sources, weights in zip(self._sources[1:], self._weights[1:], strict=True):
-            sketched.addcmul_(flat.index_select(1, sources), weights)
-        return sketched.view(*values.shape[:-1], self.dim)
+        values, n_buckets = values.float(), self._sources.shape[1]
+        first, *others = (values.gather(-1, block.expand(*values.shape[:-1], n_buckets)) for block in self._sources)
+        sketched = first.mul_(self._weights[0])
+        for gathered, weights in zip(others, self._weights[1:], strict=True):
+            sketched.addcmul_(gathered, weights)
+        return sketched.unsqueeze(-2)
 
+
+_CHUNK = 16
+"""How many neighbours go to the same part: a cache line of float32."""
 
 _CPU = torch.device("cpu")
 """Where hashes are drawn, in float32, whatever torch's default device and dtype are."""
 
 
-def _n_blocks(dim: int, length: int) -> int:
-    return max(1, math.ceil(length / dim))
+def _n_blocks(n_buckets: int, length: int) -> int:
+    return max(1, math.ceil(length / n_buckets))
 
 
 def _signs(length: int, generator: torch.Generator) -> Tensor:
@@ -327,13 +370,13 @@ class _CountSketch:
     dtype = torch.float32
 
     def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
-        self.width, self.noise, self.device = dim, 1.0 / dim, parameter.device
+        self.width, self.noise, self.device = dim, Noise(1.0 / dim), parameter.device
         self._hash = _Permutation(dim, parameter.numel(), generator, parameter.device)
 
     def __call__(self, gradient: Gradient) -> Tensor:
         if not isinstance(gradient, Dense):
             raise TypeError("A vector's gradient comes entry by entry, not as an outer product.")
-        return self._hash.count_sketch(_flat(gradient.grads))
+        return self._hash.count_sketch(_flat(gradient.grads)).squeeze(-2)
 
     def checksum(self) -> bytes:
         return self._hash.checksum()
@@ -347,66 +390,76 @@ class _MatrixSketch:
     def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
         self.width, self.device = dim, parameter.device
         lengths = len(parameter), parameter[0].numel()
-        # With one factor permuted at random, the longer one may keep its order: see the head of this file.
-        kinds = (_Rotation, _Permutation) if lengths[0] >= lengths[1] else (_Permutation, _Rotation)
+        short, long = sorted(lengths)
+        # The parts share the shorter factor's hash: it must fit into the buckets of one, or it would collide with itself.
+        n_parts = 2 if 2 * short <= dim and dim % (2 * _CHUNK) == long % (2 * _CHUNK) == 0 else 1
+        self._n_buckets = n_buckets = dim // n_parts
+        shorter = _Permutation(n_buckets, short, generator, parameter.device)
+        longer = _Rotation(n_buckets, n_parts, long, generator, parameter.device)
         self._rows: _Hash
         self._cols: _Hash
-        self._rows, self._cols = (
-            kind(dim, length, generator, parameter.device) for kind, length in zip(kinds, lengths, strict=True)
-        )
+        self._rows, self._cols = (longer, shorter) if lengths[0] >= lengths[1] else (shorter, longer)
         # A factor hashed in m > 1 blocks collides with itself, all columns of two colliding rows at once. For gradients
         # whose mass lies alike in the blocks this bounds what that adds, by Cauchy-Schwarz; in disjoint blocks it can
         # be up to 1 per factor.
-        shared = sum(1 - 1 / factor.n_blocks for factor in (self._rows, self._cols))
-        self.noise = (1 + shared) / dim
+        shared = sum(1 - 1 / factor.n_blocks for factor in (shorter, longer))
+        self.noise = Noise((1 + shared) / n_buckets, n_parts)
 
     def __call__(self, gradient: Gradient) -> Tensor:
         if isinstance(gradient, Dense):
             return self._dense(gradient.grads)
         if gradient.rows.is_floating_point():
-            return pack_spectrum(self._outer(gradient.rows, gradient.cols), self.width)
+            return self._packed(self._outer(gradient.rows, gradient.cols))
         return self._one_hot(gradient.rows, gradient.cols)
 
     def checksum(self) -> bytes:
         return self._rows.checksum() + self._cols.checksum()
 
+    def _packed(self, spectrum: Tensor) -> Tensor:
+        """``(n, n_parts, n_buckets // 2 + 1)`` to ``(n, d)``, part by part."""
+        return pack_spectrum(spectrum, self._n_buckets).flatten(1)
+
     def _outer(self, rows: Tensor, cols: Tensor) -> Tensor:
-        """``Σ_p FFT(rows_p) ⊙ FFT(cols_p)``, ``(n, d // 2 + 1)``, in blocks of tokens that stay in the cache."""
+        """``Σ_p FFT(rows_p) ⊙ FFT(cols_p)`` of each part, for so many tokens at a time that they stay in the cache."""
         n, p = rows.shape[:2]
-        spectrum = torch.zeros(n, self.width // 2 + 1, dtype=torch.complex64, device=rows.device)
-        tokens = _tokens_per_block(self.width, rows.device)
-        for i in range(0, n, max(1, tokens // p)):
-            examples = slice(i, i + max(1, tokens // p))
-            for j in range(0, p, tokens):
-                block = (examples, slice(j, j + tokens))
-                # One factor orthonormal, one not: their product is the orthonormal transform of the convolution.
-                left = torch.fft.rfft(self._rows.count_sketch(rows[block]), norm="ortho")
-                right = torch.fft.rfft(self._cols.count_sketch(cols[block]))
-                spectrum[examples] += left.mul_(right).sum(1)
-        return spectrum
+        at_once = _tokens_at_once(self.width, rows.device)
+        if n > 1 and n * p > at_once:
+            size = max(1, at_once // p)
+            return torch.cat([self._outer(*part) for part in zip(rows.split(size), cols.split(size), strict=True)])
+        if p > at_once:
+            parts = zip(rows.split(at_once, 1), cols.split(at_once, 1), strict=True)
+            return torch.stack([self._outer(*part) for part in parts]).sum(0)
+        # One factor orthonormal, one not: their product is the orthonormal transform of the convolution.
+        left = torch.fft.rfft(self._rows.count_sketch(rows), norm="ortho")
+        right = torch.fft.rfft(self._cols.count_sketch(cols))
+        product = left.mul_(right) if self._rows.n_parts > 1 else right.mul_(left)  # in place of the wider one
+        return product.sum(1)
 
     def _one_hot(self, ids: Tensor, cols: Tensor) -> Tensor:
         """A one-hot factor turns the convolution into a rotation by its bucket; one FFT per example at the end."""
-        (n, p), d = ids.shape, self.width
-        sketched = torch.zeros(n, d, dtype=self.dtype, device=cols.device)
-        offsets = torch.arange(d, device=cols.device)
-        tokens = _tokens_per_block(d, cols.device)
+        (n, p), m = ids.shape, self._n_buckets
+        shape = n, self._rows.n_parts, self._cols.n_parts, m
+        sketched = torch.zeros(shape, dtype=self.dtype, device=cols.device)
+        offsets = torch.arange(m, device=cols.device)
+        tokens = _tokens_at_once(self.width, cols.device)
         for i in range(n):
             for j in range(0, p, tokens):
                 block = ids[i, j : j + tokens]
-                values = self._cols.count_sketch(cols[i, j : j + tokens]) * self._rows.signs[block].unsqueeze(-1)
-                source = (offsets - self._rows.buckets[block].unsqueeze(-1)) % d
-                sketched[i] += values.gather(-1, source).sum(0)
-        return pack_spectrum(torch.fft.rfft(sketched, norm="ortho"), d)
+                values = self._cols.count_sketch(cols[i, j : j + tokens]) * self._rows.signs[block][:, None, None]
+                source = (offsets - self._rows.buckets[block][:, None, None]) % m
+                sketched[i].index_add_(0, self._rows.parts[block], values.gather(-1, source.expand_as(values)))
+        return self._packed(torch.fft.rfft(sketched.flatten(1, 2), norm="ortho"))
 
     def _dense(self, grads: Tensor) -> Tensor:
-        """Entry (r, c) goes to bucket h(r) + h'(c) mod d with sign s(r) s'(c)."""
-        n, d = grads.shape[0], self.width
-        sketched = torch.zeros(n, d, dtype=self.dtype, device=grads.device)
-        signed = grads.reshape(n, len(self._rows.signs), -1).float() * self._cols.signs
-        for r, (bucket, sign) in enumerate(zip(self._rows.buckets.tolist(), self._rows.signs.tolist(), strict=True)):
-            sketched.index_add_(1, (self._cols.buckets + bucket) % d, signed[:, r], alpha=sign)
-        return pack_spectrum(torch.fft.rfft(sketched, norm="ortho"), d)
+        """Entry (r, c) goes to bucket h(r) + h'(c) of its part with sign s(r) s'(c)."""
+        n, m, rows, cols = grads.shape[0], self._n_buckets, self._rows, self._cols
+        sketched = torch.zeros(n, self.width, dtype=self.dtype, device=grads.device)
+        signed = grads.reshape(n, len(rows.signs), -1).float() * cols.signs
+        tables = (table.tolist() for table in (rows.parts, rows.buckets, rows.signs))
+        for r, (part, bucket, sign) in enumerate(zip(*tables, strict=True)):
+            slots = m * (cols.parts + part) + (cols.buckets + bucket) % m
+            sketched.index_add_(1, slots, signed[:, r], alpha=sign)
+        return self._packed(torch.fft.rfft(sketched.unflatten(1, (-1, m)), norm="ortho"))
 
 
 def _flat(grads: Tensor) -> Tensor:
@@ -414,9 +467,8 @@ def _flat(grads: Tensor) -> Tensor:
     return grads.reshape(grads.shape[0], -1)
 
 
-def _tokens_per_block(dim: int, device: torch.device) -> int:
-    """How many tokens' (token, dim) buffers are processed at once: on a CPU few enough to stay in the cache."""
-    # A CPU wants buffers of 1 MiB: smaller ones spend their time on starting operations, larger ones leave the cache.
-    # A GPU wants large launches instead.
-    budget = 2**18 if device.type == "cpu" else 2**24
+def _tokens_at_once(dim: int, device: torch.device) -> int:
+    """How many tokens' (token, dim) buffers are processed at once."""
+    # Small ones spend their time on starting operations, large ones leave a CPU's cache; a GPU wants large launches.
+    budget = 2**20 if device.type == "cpu" else 2**24
     return max(1, budget // dim)

@@ -21,7 +21,7 @@ from captum_sdi.checkpoints import checkpoint_names
 from captum_sdi.features import POOLED, StepFeatures
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.scores import Scores, pair_scores, self_scores, with_total
-from captum_sdi.sketch import Dense, Gradient, Outer, Projection
+from captum_sdi.sketch import Dense, Gradient, Noise, Outer, Projection
 from captum_sdi.tape import FIRST_STEP, Tape
 from captum_sdi.tasks import TaskDataset, parity
 
@@ -90,7 +90,10 @@ class Stored:
         rows = {name: self._by_step(projections[name], gradient) for name, gradient in self.gradients.items()}
         noise = {name: projection.noise for name, projection in projections.items()}
         if sketch.pool:
-            rows, noise = {POOLED: torch.stack(list(rows.values())).sum(0)}, {POOLED: max(noise.values())}
+            rows, noise = (
+                {POOLED: torch.stack(list(rows.values())).sum(0)},
+                {POOLED: Noise(max(n.variance / n.parts for n in noise.values()))},
+            )
         sides = (slice(N_TEST), slice(N_TEST, None))
         return tuple(
             StepFeatures({name: row[side] for name, row in rows.items()}, noise, torch.full((n,), N_LOOPS))
@@ -228,6 +231,31 @@ def test_factors_hashed_in_blocks_need_their_share_of_the_bound(seed: int) -> No
     assert found["without"] < 0.85, report
 
 
+def test_gradients_in_one_part_have_twice_the_variance_and_the_bars_know(seed: int) -> None:
+    """The first 16 rows, as of a vocabulary's first tokens, lie in one of the two halves of a row."""
+    r, c, dim, n = 256, 64, 512, 2
+    generator = torch.Generator().manual_seed(3)
+    rows, cols = torch.randn(n, 5, r, generator=generator), torch.randn(n, 5, c, generator=generator)
+    errors: dict[str, tuple[float, float]] = {}
+    for name, kept in (("spread", r), ("one part", 16)):
+        gradient = Outer(F.pad(rows[..., :kept], (0, r - kept)), cols)
+        whole = torch.einsum("npr,npc->nrc", gradient.rows, cols).flatten(1)
+        squares, variances = [], []
+        for draw in range(seed * DRAWS, (seed + 1) * DRAWS):
+            projection = TensorSketch(dim, draw).projection("weight", torch.empty(r, c))
+            sketch = projection(gradient).view(n, 1, -1)
+            test, train = (StepFeatures({"": row}, {"": projection.noise}, torch.ones(1)) for row in sketch.split(1))
+            scores = pair_scores(test, train)
+            squares.append((scores.values.squeeze() - whole[0] @ whole[1]).square())
+            variances.append(scores.variances.squeeze())
+        ratio = torch.stack(squares) / torch.stack(variances).mean()
+        assert abs(ratio.mean() - 1) <= 4 * ratio.std() / DRAWS**0.5, (name, ratio.mean())
+        scale = whole.square().sum(1).prod() + (whole[0] @ whole[1]).square()
+        errors[name] = (torch.stack(variances).mean() / scale * dim).item()
+    assert 0.95 < errors["spread"] < 1.1, errors
+    assert 1.9 < errors["one part"] < 2.1, errors
+
+
 # --- the formula, end to end --------------------------------------------------------------------------------------
 
 
@@ -241,21 +269,23 @@ class Bars:
     step_errors: Tensor
 
 
-def noise_of(name: str, parameters: Mapping[str, Tensor], dim: int) -> float:
-    """Written out here, not read from the library."""
+def noise_of(name: str, parameters: Mapping[str, Tensor], dim: int) -> tuple[float, int]:
+    """A part's noise and the number of parts; written out here, not read from the library."""
 
-    def hashed(parameter: Tensor) -> float:
-        factors = parameter.shape if parameter.ndim > 1 else ()
-        return (1 + sum(1 - 1 / -(-length // dim) for length in factors)) / dim
+    def hashed(parameter: Tensor) -> tuple[float, int]:
+        short, long = sorted(parameter.shape) if parameter.ndim > 1 else (dim, 0)
+        parts = 2 if 2 * short <= dim and dim % 32 == long % 32 == 0 else 1
+        blocks = [-(-length // (dim // parts)) for length in (short, long // parts) if length]
+        return (1 + sum(1 - 1 / n for n in blocks)) * parts / dim, parts
 
     if name == POOLED:
-        return max(hashed(parameter) for parameter in parameters.values())
-    return hashed(parameters[name]) if parameters[name].numel() > dim else 0.0
+        return max(noise / parts for noise, parts in map(hashed, parameters.values())), 1
+    return hashed(parameters[name]) if parameters[name].numel() > dim else (0.0, 1)
 
 
-def value_and_variance(phi: Tensor, g: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    inner = phi @ g
-    return inner, noise * (phi.square().sum() * g.square().sum() + inner.square())
+def value_and_variance(phi: Tensor, g: Tensor, noise: tuple[float, int]) -> tuple[Tensor, Tensor]:
+    of_parts = zip(phi.chunk(noise[1]), g.chunk(noise[1]), strict=True)
+    return phi @ g, noise[0] * sum(a.square().sum() * b.square().sum() + (a @ b).square() for a, b in of_parts)
 
 
 def bars(sketch: TensorSketch, names: list[str], aggregate: bool = False) -> Bars:

@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from reference import spread
 from torch import Tensor
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
-from captum_sdi.sketch import Dense, Gradient, Outer, canonical_name, pack_spectrum
+from captum_sdi.sketch import Dense, Gradient, Noise, Outer, canonical_name, pack_spectrum
 
 DRAWS = 800
 
@@ -80,6 +81,8 @@ class Case:
     pool: bool = False
     tight: bool = False
     """Nothing makes the variance's bound conservative here: a much smaller variance would be suspicious, too."""
+    parts: int = 1
+    """Chunks of 16 entries of the longer factor take turns at so many parts of a row."""
 
     @property
     def parameter(self) -> Tensor:
@@ -93,6 +96,19 @@ class Case:
         """The stated bound, in units of ‖g‖²‖φ‖² + ⟨g,φ⟩²: written out here, not read from the library."""
         lengths = () if self.make is vector else (self.r, self.c)
         return (1 + sum(1 - 1 / -(-length // self.dim) for length in lengths)) / self.dim
+
+    def scale(self, truth: Tensor) -> Tensor:
+        """‖g‖²‖φ‖² + ⟨g,φ⟩² of `inner_products`; each part of a row has a share of the numbers, and of the entries."""
+        axis = (self.r, self.c).index(max(self.r, self.c))
+        of = torch.arange(max(self.r, self.c)) // 16 % self.parts
+        shares = [
+            truth.view(2, self.r, self.c).index_select(1 + axis, (of == k).nonzero()[:, 0]) for k in range(self.parts)
+        ]
+        found = torch.zeros(2, dtype=torch.float64)
+        for share in shares:
+            norms = share.flatten(1).square().sum(1)
+            found += self.parts * (norms[0] * norms[[1, 0]] + inner_products(share).square())
+        return found
 
     def sketched(self, sketch: TensorSketch, gradients: dict[str, Gradient]) -> Tensor:
         """Rows of both examples; with ``pool=True`` those of the parameters added up, as in `captum_sdi.features`."""
@@ -110,6 +126,11 @@ CASES = [
     Case("odd and below", factors, 30, 23, 7),
     Case("one bucket", factors, 5, 4, 1),
     Case("one token", factors, 96, 60, 24, tokens=1, tight=True),
+    Case("two parts", factors, 64, 24, 64, tight=True, parts=2),
+    Case("two parts below", factors, 12, 96, 64, parts=2),
+    Case("two parts, one token", factors, 96, 30, 64, tokens=1, parts=2),
+    Case("one-hot in two parts", one_hot, 32, 20, 64, tokens=6, parts=2),
+    Case("dense in two parts", dense, 20, 64, 64, parts=2),
     Case("one-hot", one_hot, 30, 20, 32),
     Case("one-hot below", one_hot, 100, 20, 13, tokens=6),
     Case("dense", dense, 20, 12, 33),
@@ -137,9 +158,10 @@ def draws(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     gradients = case.gradients()
     truth = torch.cat([entries(gradient, case.r).flatten(1) for gradient in gradients.values()], dim=1)
     exact, norms = inner_products(truth), truth.square().sum(1)
+    scale = case.scale(truth) if case.parts > 1 else norms[0] * norms[[1, 0]] + exact.square()
     seeds = range(seed * DRAWS, (seed + 1) * DRAWS)
     sketched = [inner_products(case.sketched(TensorSketch(case.dim, s, case.pool), gradients)) for s in seeds]
-    return torch.stack(sketched), exact, norms[0] * norms[[1, 0]] + exact.square()
+    return torch.stack(sketched), exact, scale
 
 
 # --- what the sketch promises in expectation ----------------------------------------------------------------------
@@ -178,26 +200,29 @@ def test_gradients_in_different_blocks_stay_below_the_hard_bound(seed: int) -> N
 # --- the sketch is what it says: slow truth, Parseval, linearity --------------------------------------------------
 
 
-def slow_tensor_sketch(gradient: Gradient, buckets: list[np.ndarray], signs: list[np.ndarray], dim: int) -> np.ndarray:
-    """Entry by entry in the time domain: (r, c) goes to bucket h(r) + h'(c) mod d with sign s(r) s'(c)."""
-    matrices = entries(gradient, len(buckets[0])).numpy()
-    sketched = np.zeros((len(matrices), dim))
+def slow_tensor_sketch(gradient: Gradient, rows: Any, cols: Any, dim: int) -> np.ndarray:
+    """Entry by entry in the time domain: (r, c) goes to bucket h(r) + h'(c) of its part with sign s(r) s'(c)."""
+    matrices = entries(gradient, len(rows.signs)).numpy()
+    sketched = np.zeros((len(matrices), rows.n_parts * cols.n_parts, dim // (rows.n_parts * cols.n_parts)))
     for n, r, c in np.ndindex(*matrices.shape):
-        sketched[n, (buckets[0][r] + buckets[1][c]) % dim] += signs[0][r] * signs[1][c] * matrices[n, r, c]
-    return sketched
+        bucket = (rows.buckets[r] + cols.buckets[c]) % sketched.shape[-1]
+        sketched[n, rows.parts[r] + cols.parts[c], bucket] += rows.signs[r] * cols.signs[c] * matrices[n, r, c]
+    return sketched.reshape(len(matrices), dim)
 
 
 @pytest.mark.parametrize("make", [factors, one_hot, dense])
-@pytest.mark.parametrize(("r", "c", "dim"), [(9, 14, 4), (9, 14, 11), (9, 14, 64), (5, 4, 1), (5, 4, 2), (12, 12, 12)])
+@pytest.mark.parametrize(
+    ("r", "c", "dim"),
+    [(9, 14, 4), (9, 14, 11), (9, 14, 64), (5, 4, 1), (5, 4, 2), (12, 12, 12), (96, 9, 64), (9, 96, 64), (32, 32, 64)],
+)
 def test_fourier_path_equals_a_slow_sketch_in_the_time_domain(
     make: Callable[[int, int, int, int, int], Gradient], r: int, c: int, dim: int
 ) -> None:
     gradient = make(3, 5, r, c, 1)
     projection = TensorSketch(dim, seed=3).projection("weight", torch.empty(r, c))
-    assert projection.noise > 0
-    hashes = (projection._rows, projection._cols)
-    buckets, signs = [h.buckets.numpy() for h in hashes], [h.signs.numpy() for h in hashes]
-    slow = slow_tensor_sketch(gradient, buckets, signs, dim)
+    assert projection.noise.variance > 0
+    assert projection.noise.parts == (2 if max(r, c) >= 32 else 1)
+    slow = slow_tensor_sketch(gradient, projection._rows, projection._cols, dim)
     fast = projection(gradient).double().numpy()
     assert fast.shape == slow.shape == (3, dim)
     np.testing.assert_allclose(fast @ fast.T, slow @ slow.T, rtol=0, atol=1e-5 * np.abs(slow @ slow.T).max())
@@ -235,10 +260,11 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert (ours - theirs).abs().max() <= 2e-5 * max(theirs.abs().max().item(), 1e-3)
 
 
-lengths = st.integers(1, 40)
+lengths = st.one_of(st.integers(1, 40), st.sampled_from([32, 64, 96]))
+dims = st.one_of(st.integers(1, 60), st.sampled_from([64, 96, 128]))
 
 
-@given(lengths, lengths, st.integers(1, 60), st.integers(1, 9), st.integers(0, 9), st.booleans())
+@given(lengths, lengths, dims, st.integers(1, 9), st.integers(0, 9), st.booleans())
 def test_linear_in_tokens_and_gradients(r: int, c: int, dim: int, p: int, split: int, pool: bool) -> None:
     """Tokens may come in any portions, entry by entry or as factors: the sketch is that of their sum."""
     projection = TensorSketch(dim, pool=pool).projection("weight", torch.empty(r, c))
@@ -251,7 +277,7 @@ def test_linear_in_tokens_and_gradients(r: int, c: int, dim: int, p: int, split:
     assert_same(scaled, -0.5 * whole)
 
 
-@given(lengths, lengths, st.integers(1, 60), st.integers(1, 9), st.booleans())
+@given(lengths, lengths, dims, st.integers(1, 9), st.booleans())
 def test_token_ids_are_one_hot_rows(r: int, c: int, dim: int, p: int, pool: bool) -> None:
     projection = TensorSketch(dim, pool=pool).projection("weight", torch.empty(r, c))
     gradient = one_hot(3, p, r, c, 0)
@@ -268,10 +294,11 @@ def test_a_parameter_with_more_axes_is_a_matrix_of_its_first_axis_and_the_others
 @pytest.mark.parametrize("make", [factors, one_hot])
 @pytest.mark.parametrize(("n", "p"), [(3, 7), (2, 16), (5, 17), (1, 50)])
 def test_long_inputs_are_processed_in_portions(
-    make: Callable[[int, int, int, int, int], Gradient], n: int, p: int
+    make: Callable[[int, int, int, int, int], Gradient], n: int, p: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More tokens and more examples than one portion holds, on either side of its edges."""
-    projection = TensorSketch(4096).projection("weight", torch.empty(80, 90))  # 16 tokens in a portion
+    monkeypatch.setattr("captum_sdi.sketch._tokens_at_once", lambda *_: 16)
+    projection = TensorSketch(4096).projection("weight", torch.empty(80, 90))
     gradient = make(n, p, 80, 90, 0)
     one_by_one = [projection(Outer(gradient.rows[i : i + 1], gradient.cols[i : i + 1])) for i in range(n)]
     assert_same(projection(gradient), torch.cat(one_by_one))
@@ -314,11 +341,11 @@ def test_small_parameters_are_kept_exactly() -> None:
         ("scalar", torch.empty(()), Dense(torch.randn(3))),
     ):
         projection = TensorSketch(64).projection(name, parameter)
-        assert projection.noise == 0
+        assert projection.noise == Noise(0.0)
         assert projection.width == parameter.numel()
         assert_same(projection(given_), entries(given_, 8).reshape(3, -1).float())
-    assert TensorSketch(63).projection("matrix", torch.empty(8, 8)).noise == 1 / 63
-    assert TensorSketch(64, pool=True).projection("vector", torch.empty(64)).noise == 1 / 64
+    assert TensorSketch(63).projection("matrix", torch.empty(8, 8)).noise == Noise(1 / 63)
+    assert TensorSketch(64, pool=True).projection("vector", torch.empty(64)).noise == Noise(1 / 64)
 
 
 def hashes(seed: int, name: str, checkpoint: str, length: int = 4096, dim: int = 64) -> tuple[Tensor, Tensor]:
@@ -432,7 +459,7 @@ def test_exact_keeps_float64_and_lifts_half_precision(dtype: torch.dtype) -> Non
     for make in (factors, one_hot, dense):
         gradient = _converted(make(2, 3, 6, 5, 0), dtype)
         projection = Exact().projection("weight", torch.empty(6, 5, dtype=dtype))
-        assert projection.noise == 0
+        assert projection.noise == Noise(0.0)
         assert projection.dtype == projection(gradient).dtype == expected
         error = (projection(gradient).double() - entries(gradient, 6).flatten(1)).abs().max()
         assert error <= (1e-14 if dtype == torch.float64 else 1e-5)

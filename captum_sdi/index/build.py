@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import astuple
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ class TrainIndex:
     def _new_manifest(self, live: dict[str, Any]) -> Manifest:
         blank = self._engine.featurizer.blank()
         widest = max((row.dtype for row in blank.rows.values()), key=lambda dtype: dtype.itemsize)
-        rows = [(key, row.shape[-1], blank.noise[key]) for key, row in blank.rows.items()]
+        rows = [(key, row.shape[-1], *astuple(blank.noise[key])) for key, row in blank.rows.items()]
         return Manifest(live, _name_of(self._dtype or widest), rows)
 
     def _check_row(self, stream: Stream, name: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from captum_sdi.features import StepFeatures
 from captum_sdi.index.manifest import NAME, RATE, Manifest
 from captum_sdi.index.shards import ALIGNED, DTYPES, SUFFIX, DamagedError, Shard
+from captum_sdi.sketch import Noise
 
 _PIECE, _LEAST = 2**22, 64
 """Bytes of rows that are multiplied at once, and how many rows at least: with fewer a matrix product is slow."""
@@ -259,9 +260,9 @@ class SketchIndex:
         Returns:
             Views of it, ``(n, 1, width)`` per parameter.
         """
-        parts = rows.unsqueeze(1).split([width for _, width, _ in self.manifest.rows], dim=-1)
-        named = {name: part for (name, _, _), part in zip(self.manifest.rows, parts, strict=True)}
-        noise = {name: noise for name, _, noise in self.manifest.rows}
+        parts = rows.unsqueeze(1).split([width for _, width, *_ in self.manifest.rows], dim=-1)
+        named = {name: part for (name, *_), part in zip(self.manifest.rows, parts, strict=True)}
+        noise = {name: Noise(variance, parts) for name, _, variance, parts in self.manifest.rows}
         return StepFeatures(named, noise, torch.zeros(len(rows), dtype=torch.long))
 
     def flat(self, features: StepFeatures) -> Tensor:
@@ -273,7 +274,7 @@ class SketchIndex:
         Returns:
             ``(n, b, D)``.
         """
-        rows = [features.rows[name] for name, _, _ in self.manifest.rows]
+        rows = [features.rows[name] for name, *_ in self.manifest.rows]
         return torch.cat([row.to(rows[0].device) for row in rows], dim=-1)
 
 

@@ -31,8 +31,8 @@ class Manifest:
     """What the rows of every checkpoint depend on, by the words of an error message."""
     dtype: str
     """In which rows are stored."""
-    rows: list[tuple[str, int, float]]
-    """The columns: parameter (or the pooled row), how many, and their noise, in order."""
+    rows: list[tuple[str, int, float, int]]
+    """The columns: parameter (or the pooled row), how many, and their `Noise`, in order."""
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By name: a hash of the weights, one of the hash tables, the learning rate."""
     examples: int | None = None
@@ -43,7 +43,7 @@ class Manifest:
     @property
     def width(self) -> int:
         """Numbers per example and checkpoint, D."""
-        return sum(width for _, width, _ in self.rows)
+        return sum(width for _, width, *_ in self.rows)
 
     def owner(self, checkpoint: str) -> str:
         """A digest of everything a checkpoint's rows depend on; each of its shards carries it.
