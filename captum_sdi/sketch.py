@@ -15,9 +15,9 @@ The hashes never collide inside a factor while it is no longer than d, nor insid
 longer. That costs nothing and takes about a quarter off the error. Entries (r, c) and (r', c') collide when
 h(r) - h(r') = h'(c') - h'(c) mod d. One random permutation h makes every difference equally likely, so the other
 factor may keep its order: the shorter one is permuted (`_Permutation`), the longer one read as it lies in memory
-(`_Rotation`). Where the shorter factor fits into d/2 buckets the longer one is dealt out to two halves of the row,
-each a TensorSketch of half the matrix with half the buckets: entries still share a number with one in d others, and
-the shorter factor is hashed and transformed once for both, at half the length. This file is the only source of
+(`_Rotation`). Where a factor fits into d/2 buckets the other one is dealt out to two parts of the row, each a
+TensorSketch of half the matrix with half the buckets: entries still share a number with one in d others, and the
+factor that fits is hashed and transformed once for both, at half the length. This file is the only source of
 randomness in a score.
 """
 
@@ -325,28 +325,29 @@ def _pieces(shifts: list[int], n_buckets: int, length: int) -> list[tuple[slice,
 
 
 class _Permutation(_Hash):
-    """A short factor: a random permutation, or one for each block of ``n_buckets`` entries."""
+    """A short factor: a random permutation of all parts' buckets, or one for each block of so many entries."""
 
-    def __init__(self, n_buckets: int, length: int, draw: torch.Generator, device: torch.device) -> None:
-        self.n_blocks = _n_blocks(n_buckets, length)
-        blocks = [torch.randperm(n_buckets, generator=draw, device=_CPU) for _ in range(self.n_blocks)]
-        buckets, signs = torch.cat(blocks)[:length], _signs(length, draw)
+    def __init__(self, n_buckets: int, n_parts: int, length: int, draw: torch.Generator, device: torch.device) -> None:
+        self.n_parts, size = n_parts, n_parts * n_buckets
+        self.n_blocks = _n_blocks(size, length)
+        blocks = [torch.randperm(size, generator=draw, device=_CPU) for _ in range(self.n_blocks)]
+        slots, signs = torch.cat(blocks)[:length], _signs(length, draw)
+        self.parts, self.buckets = (slots // n_buckets).to(device), (slots % n_buckets).to(device)
+        self.signs = signs.to(device)
         # The same map read from the buckets' side: which entry of each block lands here, with sign 0 for none. A
         # gather into the buckets is several times faster than scattering the entries.
         entries = torch.arange(length, device=_CPU)
-        sources, weights = buckets.new_zeros(self.n_blocks, n_buckets), signs.new_zeros(self.n_blocks, n_buckets)
-        sources[entries // n_buckets, buckets], weights[entries // n_buckets, buckets] = entries, signs
-        self.parts = torch.zeros(length, dtype=torch.long, device=device)
-        self.buckets, self.signs = buckets.to(device), signs.to(device)
+        sources, weights = slots.new_zeros(self.n_blocks, size), signs.new_zeros(self.n_blocks, size)
+        sources[entries // size, slots], weights[entries // size, slots] = entries, signs
         self._sources, self._weights = sources.to(device), weights.to(device)
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        values, n_buckets = values.float(), self._sources.shape[1]
-        first, *others = (values.gather(-1, block.expand(*values.shape[:-1], n_buckets)) for block in self._sources)
+        values, size = values.float(), self._sources.shape[1]
+        first, *others = (values.gather(-1, block.expand(*values.shape[:-1], size)) for block in self._sources)
         sketched = first.mul_(self._weights[0])
         for gathered, weights in zip(others, self._weights[1:], strict=True):
             sketched.addcmul_(gathered, weights)
-        return sketched.unsqueeze(-2)
+        return sketched.unflatten(-1, (self.n_parts, -1))
 
 
 _CHUNK = 16
@@ -371,7 +372,7 @@ class _CountSketch:
 
     def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
         self.width, self.noise, self.device = dim, Noise(1.0 / dim), parameter.device
-        self._hash = _Permutation(dim, parameter.numel(), generator, parameter.device)
+        self._hash = _Permutation(dim, 1, parameter.numel(), generator, parameter.device)
 
     def __call__(self, gradient: Gradient) -> Tensor:
         if not isinstance(gradient, Dense):
@@ -391,11 +392,12 @@ class _MatrixSketch:
         self.width, self.device = dim, parameter.device
         lengths = len(parameter), parameter[0].numel()
         short, long = sorted(lengths)
-        # The parts share the shorter factor's hash: it must fit into the buckets of one, or it would collide with itself.
-        n_parts = 2 if 2 * short <= dim and dim % (2 * _CHUNK) == long % (2 * _CHUNK) == 0 else 1
-        self._n_buckets = n_buckets = dim // n_parts
-        shorter = _Permutation(n_buckets, short, generator, parameter.device)
-        longer = _Rotation(n_buckets, n_parts, long, generator, parameter.device)
+        # Parts share the other factor's hash, which must fit into their buckets: else it would collide with itself.
+        even = dim % (4 * _CHUNK) == long % (2 * _CHUNK) == 0
+        of_long, of_short = (2 if even and 2 * other <= dim else 1 for other in (short, long))
+        self._n_buckets = n_buckets = dim // (of_long * of_short)
+        shorter = _Permutation(n_buckets, of_short, short, generator, parameter.device)
+        longer = _Rotation(n_buckets, of_long, long, generator, parameter.device)
         self._rows: _Hash
         self._cols: _Hash
         self._rows, self._cols = (longer, shorter) if lengths[0] >= lengths[1] else (shorter, longer)
@@ -403,7 +405,7 @@ class _MatrixSketch:
         # whose mass lies alike in the blocks this bounds what that adds, by Cauchy-Schwarz; in disjoint blocks it can
         # be up to 1 per factor.
         shared = sum(1 - 1 / factor.n_blocks for factor in (shorter, longer))
-        self.noise = Noise((1 + shared) / n_buckets, n_parts)
+        self.noise = Noise((1 + shared) / n_buckets, of_long * of_short)
 
     def __call__(self, gradient: Gradient) -> Tensor:
         if isinstance(gradient, Dense):
@@ -416,7 +418,7 @@ class _MatrixSketch:
         return self._rows.checksum() + self._cols.checksum()
 
     def _packed(self, spectrum: Tensor) -> Tensor:
-        """``(n, n_parts, n_buckets // 2 + 1)`` to ``(n, d)``, part by part."""
+        """``(n, parts, n_buckets // 2 + 1)`` to ``(n, d)``, part by part."""
         return pack_spectrum(spectrum, self._n_buckets).flatten(1)
 
     def _outer(self, rows: Tensor, cols: Tensor) -> Tensor:
@@ -432,8 +434,10 @@ class _MatrixSketch:
         # One factor orthonormal, one not: their product is the orthonormal transform of the convolution.
         left = torch.fft.rfft(self._rows.count_sketch(rows), norm="ortho")
         right = torch.fft.rfft(self._cols.count_sketch(cols))
-        product = left.mul_(right) if self._rows.n_parts > 1 else right.mul_(left)  # in place of the wider one
-        return product.sum(1)
+        narrow, wide = sorted((left, right), key=lambda spectrum: spectrum.shape[-2])
+        if narrow.shape[-2] > 1:  # every part of the rows with every part of the columns
+            return (left.unsqueeze(-2) * right.unsqueeze(-3)).sum(1).flatten(1, 2)
+        return wide.mul_(narrow).sum(1)
 
     def _one_hot(self, ids: Tensor, cols: Tensor) -> Tensor:
         """A one-hot factor turns the convolution into a rotation by its bucket; one FFT per example at the end."""
@@ -457,7 +461,7 @@ class _MatrixSketch:
         signed = grads.reshape(n, len(rows.signs), -1).float() * cols.signs
         tables = (table.tolist() for table in (rows.parts, rows.buckets, rows.signs))
         for r, (part, bucket, sign) in enumerate(zip(*tables, strict=True)):
-            slots = m * (cols.parts + part) + (cols.buckets + bucket) % m
+            slots = m * (cols.n_parts * part + cols.parts) + (cols.buckets + bucket) % m
             sketched.index_add_(1, slots, signed[:, r], alpha=sign)
         return self._packed(torch.fft.rfft(sketched.unflatten(1, (-1, m)), norm="ortho"))
 

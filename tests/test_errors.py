@@ -233,7 +233,7 @@ def test_factors_hashed_in_blocks_need_their_share_of_the_bound(seed: int) -> No
 
 def test_gradients_in_one_part_have_twice_the_variance_and_the_bars_know(seed: int) -> None:
     """The first 16 rows, as of a vocabulary's first tokens, lie in one of the two halves of a row."""
-    r, c, dim, n = 256, 64, 512, 2
+    r, c, dim, n = 320, 64, 512, 2
     generator = torch.Generator().manual_seed(3)
     rows, cols = torch.randn(n, 5, r, generator=generator), torch.randn(n, 5, c, generator=generator)
     errors: dict[str, tuple[float, float]] = {}
@@ -273,9 +273,13 @@ def noise_of(name: str, parameters: Mapping[str, Tensor], dim: int) -> tuple[flo
     """A part's noise and the number of parts; written out here, not read from the library."""
 
     def hashed(parameter: Tensor) -> tuple[float, int]:
-        short, long = sorted(parameter.shape) if parameter.ndim > 1 else (dim, 0)
-        parts = 2 if 2 * short <= dim and dim % 32 == long % 32 == 0 else 1
-        blocks = [-(-length // (dim // parts)) for length in (short, long // parts) if length]
+        if parameter.ndim < 2:
+            return 1 / dim, 1
+        short, long = sorted(parameter.shape)
+        even = dim % 64 == long % 32 == 0
+        of_long, of_short = 1 + (even and 2 * short <= dim), 1 + (even and 2 * long <= dim)
+        parts = of_long * of_short
+        blocks = [-(-length // (dim // parts)) for length in (short / of_short, long / of_long)]
         return (1 + sum(1 - 1 / n for n in blocks)) * parts / dim, parts
 
     if name == POOLED:

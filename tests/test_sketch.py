@@ -131,6 +131,7 @@ CASES = [
     Case("two parts, one token", factors, 96, 30, 64, tokens=1, parts=2),
     Case("one-hot in two parts", one_hot, 32, 20, 64, tokens=6, parts=2),
     Case("dense in two parts", dense, 20, 64, 64, parts=2),
+    Case("four parts", factors, 32, 20, 64, parts=2),  # the shorter factor's halves are drawn anew each time
     Case("one-hot", one_hot, 30, 20, 32),
     Case("one-hot below", one_hot, 100, 20, 13, tokens=6),
     Case("dense", dense, 20, 12, 33),
@@ -206,7 +207,9 @@ def slow_tensor_sketch(gradient: Gradient, rows: Any, cols: Any, dim: int) -> np
     sketched = np.zeros((len(matrices), rows.n_parts * cols.n_parts, dim // (rows.n_parts * cols.n_parts)))
     for n, r, c in np.ndindex(*matrices.shape):
         bucket = (rows.buckets[r] + cols.buckets[c]) % sketched.shape[-1]
-        sketched[n, rows.parts[r] + cols.parts[c], bucket] += rows.signs[r] * cols.signs[c] * matrices[n, r, c]
+        sketched[n, rows.parts[r] * cols.n_parts + cols.parts[c], bucket] += (
+            rows.signs[r] * cols.signs[c] * matrices[n, r, c]
+        )
     return sketched.reshape(len(matrices), dim)
 
 
@@ -221,7 +224,7 @@ def test_fourier_path_equals_a_slow_sketch_in_the_time_domain(
     gradient = make(3, 5, r, c, 1)
     projection = TensorSketch(dim, seed=3).projection("weight", torch.empty(r, c))
     assert projection.noise.variance > 0
-    assert projection.noise.parts == (2 if max(r, c) >= 32 else 1)
+    assert projection.noise.parts == {32: 4, 96: 2}.get(max(r, c), 1)
     slow = slow_tensor_sketch(gradient, projection._rows, projection._cols, dim)
     fast = projection(gradient).double().numpy()
     assert fast.shape == slow.shape == (3, dim)
