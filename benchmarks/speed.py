@@ -22,13 +22,13 @@ Result = dict[str, Any]
 def paper_shape(small: bool = False) -> Result:
     """The paper's model at τ = 6."""
     shape = _shape(small)
-    return _side_by_side(looped_gpt(**shape), looped_gpt(**NARROW), rounds=2 if small else 5)
+    return _side_by_side(looped_gpt(**shape), looped_gpt(**NARROW), rounds=2 if small else 11)
 
 
 def with_biases(small: bool = False) -> Result:
     """The same with a bias in every linear layer, as GPT-2 has them."""
     shape = _shape(small)
-    return _side_by_side(looped_gpt(**shape, bias=True), looped_gpt(**NARROW, bias=True), rounds=2 if small else 3)
+    return _side_by_side(looped_gpt(**shape, bias=True), looped_gpt(**NARROW, bias=True), rounds=2 if small else 7)
 
 
 def hugging_face_gpt2(small: bool = False) -> Result:
@@ -37,7 +37,7 @@ def hugging_face_gpt2(small: bool = False) -> Result:
         reference(looped_gpt2(**NARROW), dim=64)()
     except NotImplementedError as error:
         refusal = str(error)
-    work, rounds = looped_gpt2(**_shape(small)), 2 if small else 3
+    work, rounds = looped_gpt2(**_shape(small)), 2 if small else 7
     return _side_by_side(work, looped_gpt2(**NARROW), rounds, witness=False) | {"reference_raises": refusal}
 
 
@@ -49,7 +49,7 @@ def deep_and_checkpointed(small: bool = False) -> Result:
         "ours, checkpointed": ours(work, DIM, activation_checkpointing=True),
         "reference": reference(work, DIM),
     }
-    seconds = interleaved(calls, rounds=2)
+    seconds = interleaved(calls, rounds=2 if small else 3)
     names = ("ours", "reference")
     return _summary(seconds, {f"checkpointed / {name}": ("ours, checkpointed", name) for name in names})
 

@@ -14,8 +14,8 @@ from captum_sdi.sketch import Outer
 STAGES = {
     "gather": ("index_select", "gather", "index_copy", "scatter"),
     "FFT": ("fft",),
-    "sum": ("sum", "add_", "add"),
     "signs and product": ("mul", "bmm", "mm", "complex"),
+    "sum": ("sum", "add"),
     "copies and allocation": ("empty", "zero", "fill", "copy", "clone", "cat", "resize", "contiguous"),
 }
 

@@ -451,7 +451,9 @@ class _MatrixSketch:
                 block = ids[i, j : j + tokens]
                 values = self._cols.count_sketch(cols[i, j : j + tokens]) * self._rows.signs[block][:, None, None]
                 source = (offsets - self._rows.buckets[block][:, None, None]) % m
-                sketched[i].index_add_(0, self._rows.parts[block], values.gather(-1, source.expand_as(values)))
+                rotated = values.gather(-1, source.expand_as(values))
+                for part in range(self._rows.n_parts):  # not index_add_, which rounds differently each time on a GPU
+                    sketched[i, part] += (rotated * (self._rows.parts[block] == part)[:, None, None]).sum(0)
         return self._packed(torch.fft.rfft(sketched.flatten(1, 2), norm="ortho"))
 
     def _dense(self, grads: Tensor) -> Tensor:

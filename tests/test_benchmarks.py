@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("psutil", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
 pytest.importorskip("sdi", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
@@ -60,3 +61,16 @@ def test_a_layer_at_a_time_is_exact(script) -> None:
     work = subjects.looped_gpt(**paper_table.SMALL | {"width": 16, "seq": 6})
     exact = peers.ours_exact(work)().trajectories
     torch.testing.assert_close(paper_table._exact(work).float(), exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
+
+
+def test_the_largest_batch_is_one_that_need_not_be_halved(script) -> None:
+    """Ours goes on in halves where the memory does not suffice: that must not count as fitting."""
+    paper_table, peers, subjects = script("paper_table"), script("peers"), script("subjects")
+    work = subjects.looped_gpt(**paper_table.SMALL | {"width": 16, "seq": 6})
+
+    def crowded(module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        if len((*args, *kwargs.values())[0]) > 5:
+            raise torch.OutOfMemoryError
+
+    work.model.register_forward_pre_hook(crowded, with_kwargs=True)
+    assert paper_table._largest(work, lambda work: peers.ours(work, 16)) == 5
