@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from captum_sdi.batches import BatchReader, LossFn, Settings, default_loss, example_losses, select
 from captum_sdi.sketch import Exact, Gradient, canonical_name
-from captum_sdi.tape import LoopSpec, Tape, called_modules, evaluating, find_module
+from captum_sdi.tape import LoopSpec, Tape, called_modules, evaluating, find_module, frozen
 
 PRESETS = {
     "albert": LoopSpec(modules=("albert_layer_groups",), anchors=("albert_layer_groups",)),
@@ -229,6 +229,7 @@ def _watch(model: nn.Module, batch: Any, forward_kwargs: Settings | None) -> lis
             stack.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
             stack.callback(module.register_forward_hook(lambda *_: _ignore(running.pop())).remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(frozen(model))  # nothing is kept for a backward pass
         # With gradients, to see which calls the model itself runs without; hooks are not called in compiled code.
         with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             model(*parsed.args, **parsed.kwargs)

@@ -13,6 +13,7 @@ the backward pass, hands it to the layer's rule together with the gradient that 
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import functools
 import sys
@@ -179,6 +180,7 @@ class Tape:
         self._step, self._loop_calls, self._pass = -1, 0, -1
         self._first_called: nn.Module | None = None
         self._consume: Consumer | None = None
+        self._at: object = None
         self.called: set[str] = set()
         self.called_without_grad: set[str] = set()
 
@@ -191,7 +193,7 @@ class Tape:
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(evaluating(self.model))
-            stack.enter_context(_frozen(self.model))
+            stack.enter_context(frozen(self.model))
             for module in self._loop:
                 stack.callback(module.register_forward_pre_hook(self._on_loop_call).remove)
             for module in self._anchors:
@@ -313,6 +315,7 @@ class Tape:
         if not self._anchors:
             self._first_called = module if self._first_called is None else self._first_called
             self._step += module is self._first_called
+        self._release(self._step)
 
     def _on_anchor(self, module: nn.Module, args: object) -> None:
         if self._phase == "forward":
@@ -355,12 +358,21 @@ class Tape:
             if self._consume is None or torch._C._current_graph_task_id() != self._pass:
                 raise ValueError(_NESTED.format(self._describe(module)))
             bin = use.bin(self._loop_calls)
+            self._release((bin,))
             # A model spread over devices may hand its activations on to the next one.
             activation, backprop = activation.to(device), backprop.reshape(shape).to(device)
             for local, examples, gradient in rule.gradients(module, activation, backprop, tuple(parameters)):
                 self._consume(parameters[local], examples, bin, gradient)
 
         return self._tap(output, activation.detach(), rule.fresh_output, report)
+
+    def _release(self, at: object) -> None:
+        """Once per loop step of a checkpointed pass on a CPU, memory that is free goes back to the system."""
+        # glibc keeps it, and takes the small nodes of the graph out of the gaps that the activations left, so that
+        # the next step's activations do not fit there any more: what checkpointing frees would be lost again.
+        if self._checkpointed and at != self._at and self._dummy.device.type == "cpu":
+            self._at = at
+            _heap_trimmer()(0)
 
     def _tap(self, output: Tensor, activation: Tensor, fresh: bool, report: Callable[..., None]) -> Tensor:
         base = output._base if output._is_view() else None
@@ -403,6 +415,15 @@ class Tape:
 
     def _describe(self, module: nn.Module) -> str:
         return _described(self._names.get(id(module), "?"), module, self._owners[id(module)][1].values())
+
+
+@functools.cache
+def _heap_trimmer() -> Callable[[int], int]:
+    """The malloc_trim of glibc; where there is none, a function that does nothing."""
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # musl, macOS, Windows
+        return lambda _: 0
 
 
 def _resolve(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
@@ -503,8 +524,12 @@ def _only_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient, so that the backward pass forms none."""
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, so that the backward pass forms none.
+
+    Args:
+        model: Given back as it was.
+    """
     active = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in active:
         parameter.requires_grad_(False)

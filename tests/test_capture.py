@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from captum_sdi import Exact, LoopSpec, SDIInfluence
+from captum_sdi import Exact, LoopSpec, SDIInfluence, find_loop
 from captum_sdi.batches import Collator, Stream, TokenCrossEntropy
 from captum_sdi.engine import Engine
 from captum_sdi.features import Side
@@ -873,3 +873,36 @@ def test_lora_on_a_looped_block(layers: str | None, merged: bool) -> None:
     expected = torch.einsum("qtd,nd->qnt", whole[:, 2:], whole.sum(1))
     assert torch.allclose(scores.trajectories, expected)
     assert not any(p.requires_grad for n, p in model.named_parameters() if n not in names)
+
+
+# --- what a pass holds --------------------------------------------------------------------------------------------
+
+
+def test_finding_the_loop_keeps_no_activation() -> None:
+    """It runs a forward pass in gradient mode; with many loop steps its activations would outweigh those to come."""
+    model, saved = CASES[0].model(torch.float64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape), lambda _: None):
+        find_loop(model, Collator()(rows(2, seed=1)))
+    assert not saved
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_free_memory_goes_back_once_per_loop_step(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr("captum_sdi.tape._heap_trimmer", lambda: returned.append)
+    n_steps = 3
+
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(n_steps):
+                x = self.core(x)
+            return x
+
+    capture(Looped().double(), [data()], checkpointing=checkpointing)
+    # The rehearsal is two forward passes, the batch a forward and a backward pass.
+    assert len(returned) == (4 * n_steps if checkpointing else 0)
