@@ -6,8 +6,8 @@ point is SDI_t = ⟨g, φ_t⟩. Sketched features carry their own error bar (Pha
 
     Var[⟨g, φ⟩] = Σ_l noise_l · (‖g_l‖² ‖φ_l‖² + ⟨g_l, φ_l⟩²)
 
-where ``noise_l`` is 1/d for a sketched parameter and 0 for one that is kept exactly. A row in two parts counts as two
-parameters of d/2 numbers each: gradients that lie in one part have twice the variance of those spread over both. Steps
+where ``noise_l`` is 1/d for a sketched parameter and 0 for one that is kept exactly. A row in m parts counts as m
+parameters of d/m numbers each: gradients that lie in one part have m times the variance of those spread over all. Steps
 share their hashes, so the variance of a sum over steps is this formula at the summed φ; checkpoints do not, so their
 variances add (with η²).
 """

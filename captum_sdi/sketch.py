@@ -17,8 +17,8 @@ h(r) - h(r') = h'(c') - h'(c) mod d. One random permutation h makes every differ
 factor may keep its order: the shorter one is permuted (`_Permutation`), the longer one read as it lies in memory
 (`_Rotation`). Where a factor fits into d/2 buckets the other one is dealt out to two parts of the row, each a
 TensorSketch of half the matrix with half the buckets: entries still share a number with one in d others, and the
-factor that fits is hashed and transformed once for both, at half the length. This file is the only source of
-randomness in a score.
+factor that fits is hashed and transformed once for both, at half the length. It takes a d that is a multiple of 64 and
+a longer factor of a multiple of 32. This file is the only source of randomness in a score.
 """
 
 from __future__ import annotations
@@ -214,9 +214,9 @@ def pack_spectrum(spectrum: Tensor, dim: int) -> Tensor:
         >>> torch.allclose(x @ y, X @ Y)
         True
     """
-    packed = torch.view_as_real(spectrum).flatten(-2) * math.sqrt(2)
-    # Frequency zero is real, as is Nyquist: one of the two, or the copy of the only one, takes the place of a zero.
-    packed[..., 1] = packed[..., dim - dim % 2 * dim]
+    packed = torch.view_as_real(spectrum).flatten(-2) * math.sqrt(2)  # real and imaginary parts in turn
+    # Frequency zero has no imaginary part, and Nyquist, the last of an even dim, neither: its real part fills the gap.
+    packed[..., 1] = packed[..., 0 if dim % 2 else dim]
     packed[..., :2] /= math.sqrt(2)
     return packed[..., 1:] if dim % 2 else packed[..., :dim]
 

@@ -180,7 +180,7 @@ class Tape:
         self._step, self._loop_calls, self._pass = -1, 0, -1
         self._first_called: nn.Module | None = None
         self._consume: Consumer | None = None
-        self._at: object = None
+        self._released: tuple[str | None, int] | None = None
         self.called: set[str] = set()
         self.called_without_grad: set[str] = set()
 
@@ -358,7 +358,7 @@ class Tape:
             if self._consume is None or torch._C._current_graph_task_id() != self._pass:
                 raise ValueError(_NESTED.format(self._describe(module)))
             bin = use.bin(self._loop_calls)
-            self._release((bin,))
+            self._release(bin)
             # A model spread over devices may hand its activations on to the next one.
             activation, backprop = activation.to(device), backprop.reshape(shape).to(device)
             for local, examples, gradient in rule.gradients(module, activation, backprop, tuple(parameters)):
@@ -366,12 +366,13 @@ class Tape:
 
         return self._tap(output, activation.detach(), rule.fresh_output, report)
 
-    def _release(self, at: object) -> None:
+    def _release(self, step: int) -> None:
         """Once per loop step of a checkpointed pass on a CPU, memory that is free goes back to the system."""
+        now = self._phase, step
         # glibc keeps it, and takes the small nodes of the graph out of the gaps that the activations left, so that
         # the next step's activations do not fit there any more: what checkpointing frees would be lost again.
-        if self._checkpointed and at != self._at and self._dummy.device.type == "cpu":
-            self._at = at
+        if self._checkpointed and now != self._released and self._dummy.device.type == "cpu":
+            self._released = now
             _heap_trimmer()(0)
 
     def _tap(self, output: Tensor, activation: Tensor, fresh: bool, report: Callable[..., None]) -> Tensor:

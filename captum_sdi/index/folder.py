@@ -260,8 +260,8 @@ class SketchIndex:
         Returns:
             Views of it, ``(n, 1, width)`` per parameter.
         """
-        parts = rows.unsqueeze(1).split([width for _, width, *_ in self.manifest.rows], dim=-1)
-        named = {name: part for (name, *_), part in zip(self.manifest.rows, parts, strict=True)}
+        columns = rows.unsqueeze(1).split([width for _, width, *_ in self.manifest.rows], dim=-1)
+        named = {name: row for (name, *_), row in zip(self.manifest.rows, columns, strict=True)}
         noise = {name: Noise(variance, parts) for name, _, variance, parts in self.manifest.rows}
         return StepFeatures(named, noise, torch.zeros(len(rows), dtype=torch.long))
 

@@ -20,7 +20,7 @@ from captum_sdi.sketch import Sketch, canonical_name
 from captum_sdi.tape import LoopSpec
 
 NAME, RATE = "manifest.json", "learning rate"
-_FORMAT = {"format": "captum_sdi.SketchIndex", "format_version": 1}
+_FORMAT = {"format": "captum_sdi.SketchIndex", "format_version": 2}
 
 
 @dataclass
