@@ -102,11 +102,10 @@ def _memory_goals(results: Results) -> list[Goal]:
 
 
 def _held_goals(results: Results) -> list[Goal]:
-    found = results["held"]["examples"]
-    growth = [found[who][-1] / max(found[who][0], 1) for who in ("reference", "ours, checkpointed")]
-    most, least = found["values"][-1], found["values"][0]
-    what = f"memory while scoring {most} train examples / while scoring {least}"
-    return [(what, _number(growth[0]), 1.1, _range([growth[1]]))]
+    found = results["held"]
+    sketches = {who: found[who][-1] / found["one sketch"] for who in ("reference", "ours, checkpointed")}
+    what = f"memory held per train example, τ = {found['values'][-1]} / one sketch of its gradient"
+    return [(what, _number(sketches["reference"]), 1.0, _range([sketches["ours, checkpointed"]]))]
 
 
 def _times(results: Results) -> str:
@@ -168,18 +167,16 @@ def _peaks(results: Results) -> str:
     text = "### Peak memory above the baseline, MB\n"
     for axis, title in (("tau", "loop steps τ, four examples a side"), ("batch", "examples a side, τ = 4")):
         found = results["memory"][axis]
-        rows = [(who, *map(_megabytes, found[who])) for who in ("ours", "ours, checkpointed", "reference")]
+        rows = [(who, *map(_whole, found[who])) for who in ("ours", "ours, checkpointed", "reference")]
         text += f"\n{title}:\n\n" + _table(("", *map(str, found["values"])), rows) + "\n"
     return text.rstrip()
 
 
 def _held(results: Results) -> str:
-    text = "### Memory while scoring, MB\n"
-    for axis, title in (("examples", "train examples"), ("tau", "loop steps")):
-        found = results["held"][axis]
-        rows = [(who, *map(_megabytes, found[who])) for who in ("ours, checkpointed", "reference")]
-        text += f"\n{title}:\n\n" + _table(("", *map(str, found["values"])), rows) + "\n"
-    return text.rstrip()
+    found = results["held"]
+    rows = [(who, *map(_whole, found[who])) for who in ("ours, checkpointed", "reference")]
+    title = f"### Memory held per train example while scoring, KB (one sketch: {_whole(found['one sketch'])})\n\n"
+    return title + _table(("loop steps τ", *map(str, found["values"])), rows)
 
 
 def _slopes(results: Results) -> str:
@@ -260,5 +257,5 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {deviation:.3f}"
 
 
-def _megabytes(value: float) -> str:
+def _whole(value: float) -> str:
     return f"{value:.0f}"
