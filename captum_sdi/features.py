@@ -280,8 +280,7 @@ class Featurizer:
         noise = {name: projection.noise for name, projection in self._projections.items()}
         if not self._sketch.pool:
             return noise
-        # Rows of one part and of two add up, and nothing tells them apart afterwards.
-        return {POOLED: Noise(max(each.variance / each.parts for each in noise.values()))}
+        return {POOLED: max(noise.values(), key=lambda each: each.variance)}
 
     def _check_finite(self, finite: Tensor, what: str, side: Side, positions: Sequence[int]) -> None:
         if not finite.all():

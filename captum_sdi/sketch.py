@@ -26,6 +26,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -172,7 +173,10 @@ class TensorSketch:
         if parameter.numel() <= self.dim and not self.pool:
             return _Identity(parameter, torch.float32)
         generator = _generator(self.seed, canonical_name(name), checkpoint)
-        return (_CountSketch if parameter.ndim < 2 else _MatrixSketch)(self.dim, parameter, generator)
+        if parameter.ndim < 2:
+            return _CountSketch(self.dim, parameter, generator)
+        # Rows of several parts cannot be pooled with others: how noisy a sum is would be known no more.
+        return _MatrixSketch(self.dim, parameter, generator, in_parts=not self.pool)
 
 
 Sketch = TensorSketch | Exact
@@ -274,11 +278,11 @@ class _Hash:
 
 
 class _Rotation(_Hash):
-    """A long factor: blocks of ``n_buckets`` neighbours stay neighbours, each block randomly rotated.
+    """A long factor: its entries stay in order, in blocks of ``n_buckets``, each block randomly rotated.
 
     Nothing is gathered, so a count-sketch reads its entries in order. Entries of one block never collide, entries of
-    two blocks do with probability 1/n_buckets on average, as under independent permutations. Several parts take turns
-    at chunks of 16 entries, so that each gets its share of every head or gate of a layer.
+    two blocks do with probability 1/n_buckets, as under independent permutations. Several parts take turns at chunks
+    of 16 entries, so that each gets its share of every head or gate of a layer.
     """
 
     def __init__(self, n_buckets: int, n_parts: int, length: int, draw: torch.Generator, device: torch.device) -> None:
@@ -288,28 +292,28 @@ class _Rotation(_Hash):
         turns = entries // chunk
         places = turns // n_parts * chunk + entries % chunk  # within the part
         self.n_blocks = _n_blocks(n_buckets, length // n_parts)
-        shifts = chunk * torch.randint(0, n_buckets // chunk, (self.n_blocks,), generator=draw, device=_CPU)
+        shifts = torch.randint(0, n_buckets, (self.n_blocks,), generator=draw, device=_CPU)
         shifts[0] = 0  # rotating all blocks alike would change no collision
         signs = _signs(length, draw)
         self.parts, self.signs = (turns % n_parts).to(device), signs.to(device)
         self.buckets = ((places + shifts[places // n_buckets]) % n_buckets).to(device)
         self._dealt_signs = self._dealt(signs).contiguous().to(device)
-        self._pieces = _pieces((shifts // chunk).tolist(), n_buckets // chunk, length // n_parts // chunk)
+        self._pieces = _pieces(shifts.tolist(), n_buckets, length // n_parts)
 
     def _dealt(self, values: Tensor) -> Tensor:
         """``(..., length)`` to ``(..., n_parts, length // n_parts // chunk, chunk)``, a view."""
         return values.unflatten(-1, (-1, self.n_parts, self._chunk)).transpose(-3, -2)
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        dealt, signs = self._dealt(values.float()), self._dealt_signs
-        shape = *values.shape[:-1], self.n_parts, self._n_buckets // self._chunk, self._chunk
+        dealt, m = self._dealt(values.float()), self._n_buckets
+        size = dealt.shape[-2] * self._chunk
+        shape = *values.shape[:-1], self.n_parts, max(size, m)
         sketched = torch.empty(shape, dtype=torch.float32, device=values.device)
-        size = min(dealt.shape[-2], shape[-2])
-        torch.mul(dealt[..., :size, :], signs[:, :size], out=sketched[..., :size, :])
-        sketched[..., size:, :] = 0
-        for buckets, chunks in self._pieces:
-            sketched[..., buckets, :].addcmul_(dealt[..., chunks, :], signs[:, chunks])
-        return sketched.flatten(-2)
+        torch.mul(dealt, self._dealt_signs, out=sketched[..., :size].unflatten(-1, (-1, self._chunk)))
+        sketched[..., size:] = 0
+        for buckets, entries in self._pieces:
+            sketched[..., buckets].add_(sketched[..., entries])
+        return sketched[..., :m]
 
 
 def _pieces(shifts: list[int], n_buckets: int, length: int) -> list[tuple[slice, slice]]:
@@ -388,14 +392,15 @@ class _MatrixSketch:
 
     dtype = torch.float32
 
-    def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
+    def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator, in_parts: bool) -> None:
         self.width, self.device = dim, parameter.device
         lengths = len(parameter), parameter[0].numel()
         short, long = sorted(lengths)
         # Parts share the other factor's hash, which must fit into their buckets: else it would collide with itself.
-        even = dim % (4 * _CHUNK) == long % (2 * _CHUNK) == 0
+        even = in_parts and dim % (4 * _CHUNK) == long % (2 * _CHUNK) == 0
         of_long, of_short = (2 if even and 2 * other <= dim else 1 for other in (short, long))
         self._n_buckets = n_buckets = dim // (of_long * of_short)
+        self._buffer = max(dim, long)
         shorter = _Permutation(n_buckets, of_short, short, generator, parameter.device)
         longer = _Rotation(n_buckets, of_long, long, generator, parameter.device)
         self._rows: _Hash
@@ -423,21 +428,21 @@ class _MatrixSketch:
 
     def _outer(self, rows: Tensor, cols: Tensor) -> Tensor:
         """``Σ_p FFT(rows_p) ⊙ FFT(cols_p)`` of each part, for so many tokens at a time that they stay in the cache."""
-        n, p = rows.shape[:2]
-        at_once = _tokens_at_once(self.width, rows.device)
-        if n > 1 and n * p > at_once:
-            size = max(1, at_once // p)
-            return torch.cat([self._outer(*part) for part in zip(rows.split(size), cols.split(size), strict=True)])
-        if p > at_once:
-            parts = zip(rows.split(at_once, 1), cols.split(at_once, 1), strict=True)
-            return torch.stack([self._outer(*part) for part in parts]).sum(0)
+        at_once = _tokens_at_once(self._buffer, rows.device)
+        examples = max(1, at_once // rows.shape[1])
+        return torch.cat(
+            [
+                reduce(torch.add, map(self._product, some_rows.split(at_once, 1), some_cols.split(at_once, 1)))
+                for some_rows, some_cols in zip(rows.split(examples), cols.split(examples), strict=True)
+            ]
+        )
+
+    def _product(self, rows: Tensor, cols: Tensor) -> Tensor:
+        """Summed over tokens: every part of the rows with every part of the columns."""
         # One factor orthonormal, one not: their product is the orthonormal transform of the convolution.
-        left = torch.fft.rfft(self._rows.count_sketch(rows), norm="ortho")
-        right = torch.fft.rfft(self._cols.count_sketch(cols))
-        narrow, wide = sorted((left, right), key=lambda spectrum: spectrum.shape[-2])
-        if narrow.shape[-2] > 1:  # every part of the rows with every part of the columns
-            return (left.unsqueeze(-2) * right.unsqueeze(-3)).sum(1).flatten(1, 2)
-        return wide.mul_(narrow).sum(1)
+        left = torch.fft.rfft(self._rows.count_sketch(rows), norm="ortho").unsqueeze(-2)
+        right = torch.fft.rfft(self._cols.count_sketch(cols)).unsqueeze(-3)
+        return (left * right).sum(1).flatten(1, 2)
 
     def _one_hot(self, ids: Tensor, cols: Tensor) -> Tensor:
         """A one-hot factor turns the convolution into a rotation by its bucket; one FFT per example at the end."""
@@ -445,7 +450,7 @@ class _MatrixSketch:
         shape = n, self._rows.n_parts, self._cols.n_parts, m
         sketched = torch.zeros(shape, dtype=self.dtype, device=cols.device)
         offsets = torch.arange(m, device=cols.device)
-        tokens = _tokens_at_once(self.width, cols.device)
+        tokens = _tokens_at_once(self._buffer, cols.device)
         for i in range(n):
             for j in range(0, p, tokens):
                 block = ids[i, j : j + tokens]
@@ -457,15 +462,9 @@ class _MatrixSketch:
         return self._packed(torch.fft.rfft(sketched.flatten(1, 2), norm="ortho"))
 
     def _dense(self, grads: Tensor) -> Tensor:
-        """Entry (r, c) goes to bucket h(r) + h'(c) of its part with sign s(r) s'(c)."""
-        n, m, rows, cols = grads.shape[0], self._n_buckets, self._rows, self._cols
-        sketched = torch.zeros(n, self.width, dtype=self.dtype, device=grads.device)
-        signed = grads.reshape(n, len(rows.signs), -1).float() * cols.signs
-        tables = (table.tolist() for table in (rows.parts, rows.buckets, rows.signs))
-        for r, (part, bucket, sign) in enumerate(zip(*tables, strict=True)):
-            slots = m * (cols.n_parts * part + cols.parts) + (cols.buckets + bucket) % m
-            sketched.index_add_(1, slots, signed[:, r], alpha=sign)
-        return self._packed(torch.fft.rfft(sketched.unflatten(1, (-1, m)), norm="ortho"))
+        """A matrix is one token for each of its rows."""
+        ids = torch.arange(len(self._rows.signs), device=grads.device).expand(len(grads), -1)
+        return self._one_hot(ids, grads.reshape(*ids.shape, -1))
 
 
 def _flat(grads: Tensor) -> Tensor:
@@ -473,8 +472,8 @@ def _flat(grads: Tensor) -> Tensor:
     return grads.reshape(grads.shape[0], -1)
 
 
-def _tokens_at_once(dim: int, device: torch.device) -> int:
-    """How many tokens' (token, dim) buffers are processed at once."""
+def _tokens_at_once(width: int, device: torch.device) -> int:
+    """How many tokens' (token, width) buffers are processed at once."""
     # Small ones spend their time on starting operations, large ones leave a CPU's cache; a GPU wants large launches.
-    budget = 2**20 if device.type == "cpu" else 2**24
-    return max(1, budget // dim)
+    budget = 3 * 2**19 if device.type == "cpu" else 3 * 2**23
+    return max(1, budget // width)
