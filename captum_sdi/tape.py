@@ -366,9 +366,9 @@ class Tape:
 
         return self._tap(output, activation.detach(), rule.fresh_output, report)
 
-    def _release(self, step: int) -> None:
+    def _release(self, place: int) -> None:
         """Once per loop step of a checkpointed pass on a CPU, memory that is free goes back to the system."""
-        now = self._phase, step
+        now = self._phase, place
         # glibc keeps it, and takes the small nodes of the graph out of the gaps that the activations left, so that
         # the next step's activations do not fit there any more: what checkpointing frees would be lost again.
         if self._checkpointed and now != self._released and self._dummy.device.type == "cpu":
@@ -391,7 +391,9 @@ class Tape:
             if isinstance(chosen, str):
                 out = set(self._owners[id(module)][1].values())
                 raise ValueError(_uncovered([(self._describe(module), chosen)], self.without(out)))
-            rule = self._rules[key] = chosen
+            rule = chosen
+            if output[:1].any():  # of zeros nothing can be told: looked at again at the next call
+                self._rules[key] = rule
         assert activation is not None
         for what, tensor in (("was given", activation), ("returned", output)):
             if tensor.shape[:1] != (self._batch_size,):

@@ -16,8 +16,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from captum_sdi import Exact, TensorSketch
+from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.rules import Rule, choose_rule, why_uncovered
+from captum_sdi.rules import _per_example as PER_EXAMPLE
 from captum_sdi.sketch import Dense
 
 N = 3
@@ -243,6 +244,47 @@ def test_what_no_rule_covers_says_why(make: Any, activation: Any, match: str) ->
     reason = choose_rule(module, x, output)
     assert isinstance(reason, str)
     assert match in reason
+
+
+def test_a_state_of_zeros_does_not_make_a_layer_look_affine() -> None:
+    layer, zeros = Elementwise(lambda x, w: x * nn.functional.softplus(w)), torch.zeros(N, 5, 4)
+    rule = choose_rule(layer, zeros, layer(zeros))
+    assert isinstance(rule, Rule) and rule.name == "per example"
+
+
+def test_a_layer_that_mixes_examples_is_found_after_a_state_of_zeros() -> None:
+    mixing = Elementwise(lambda x, w: (x - x.mean(0)) * (1 + w))
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.Sequential(mixing)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros_like(x)
+            for _ in range(3):
+                state = self.core(state) + x
+            return state
+
+    def squares(output: Tensor, labels: Tensor) -> Tensor:
+        return (output - labels).square().sum(1)
+
+    squares.reduction = "none"  # type: ignore[attr-defined]
+    rows = [(torch.randn(4), torch.randn(4)) for _ in range(N)]
+    sdi = SDIInfluence(Loop(), rows, loop="core", loss_fn=squares, batch_size=N)
+    with pytest.raises(ValueError, match="something else than in the batch"):
+        sdi.influence((torch.randn(2, 4), torch.randn(2, 4)))
+
+
+def test_running_out_of_memory_is_not_taken_for_an_unknown_layer() -> None:
+    def fail(x: Tensor, w: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = torch.ones(N, 4)
+    with pytest.raises(torch.OutOfMemoryError):
+        choose_rule(Elementwise(fail), x, x)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(PER_EXAMPLE(Elementwise(fail), x, x, ["weight"]))
 
 
 def test_a_rule_leaves_the_activation_and_the_parameters_alone() -> None:
