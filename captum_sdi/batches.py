@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -259,9 +260,8 @@ def check_order(loader: DataLoader[Any], argument: str) -> None:
     Raises:
         ValueError: It shuffles, or drops its last batch.
     """
-    samplers = (loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    shuffled = any(isinstance(s, RandomSampler | SubsetRandomSampler | WeightedRandomSampler) for s in samplers)
-    if shuffled or any(getattr(sampler, "shuffle", False) is True for sampler in samplers):
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if not isinstance(loader.dataset, IterableDataset) and _shuffles(getattr(sampler, "sampler", sampler)):
         raise ValueError(
             f"{argument} shuffles, but an example is known by its position: results could not be matched to "
             "examples. Build the DataLoader with shuffle=False."
@@ -271,6 +271,21 @@ def check_order(loader: DataLoader[Any], argument: str) -> None:
             f"{argument} has drop_last=True and would leave examples out without a word. Build the DataLoader with "
             "drop_last=False."
         )
+
+
+def _shuffles(sampler: Any) -> bool:
+    if isinstance(sampler, SequentialSampler):
+        return False
+    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
+        return True
+    if getattr(sampler, "shuffle", False) is True:
+        return True
+    orders = []
+    for seed in (0, 1):  # a sampler of somebody else's, as one that groups by length: does it draw?
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            orders.append([str(each) for each in sampler])
+    return orders[0] != orders[1]
 
 
 class Stream:

@@ -239,19 +239,23 @@ class Featurizer:
         Raises:
             ValueError: A loss or gradient is not finite.
         """
-        for scale in _LOSS_SCALES if self._in_float16() else (1.0,):
-            rows, n_steps = self._swept(raw, side, by_step, positions, scale)
-            finite = torch.stack([row.flatten(1).sum(1).isfinite().cpu() for row in rows.values()]).all(0)
+        kept, n_steps = self._swept(raw, side, by_step, positions, _LOSS_SCALES[0] if self._in_float16() else 1.0)
+        finite = _finite(kept)
+        for scale in _LOSS_SCALES[1:] if self._in_float16() else ():
             if finite.all():
                 break
+            # Each example at the first scale that suits it, whatever its neighbours in the batch need.
+            rows, _ = self._swept(raw, side, by_step, positions, scale)
+            kept = {name: torch.where(finite[:, None, None], kept[name], row) for name, row in rows.items()}
+            finite = _finite(kept)
         self._check_finite(finite, "gradient", side, positions)
-        return StepFeatures(rows, self._noise(), torch.full((len(finite),), n_steps))
+        return StepFeatures(kept, self._noise(), torch.full((len(finite),), n_steps))
 
     def _swept(
         self, raw: Any, side: Side, by_step: bool, positions: Sequence[int], scale: float
     ) -> tuple[dict[str, Tensor], int]:
         """Rows of a batch and the number of its loop steps, from one forward and one backward pass."""
-        _, losses = self.forward(raw, side)
+        losses = self.forward(raw, side)[1]  # the logits need not outlive the loss's own backward
         self._check_finite(losses.detach().isfinite(), "loss", side, positions)
         n_steps = self._tape.n_steps
         rows = self._zeros(len(losses), FIRST_STEP + n_steps if by_step else 1)
@@ -289,6 +293,11 @@ class Featurizer:
                 f"The {what} of {side.name} example(s) {bad} is not finite at checkpoint {self._checkpoint!r}. "
                 "Look at these examples and that checkpoint, or leave one of them out."
             )
+
+
+def _finite(rows: dict[str, Tensor]) -> Tensor:
+    """``(n,)`` which examples' rows are finite."""
+    return torch.stack([row.flatten(1).sum(1).isfinite() for row in rows.values()]).all(0)
 
 
 def _listed(names: Sequence[str], at_most: int = 5) -> str:

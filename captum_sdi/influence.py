@@ -458,12 +458,15 @@ class SDIInfluence(TracInCPBase):
             search, _ = self._search(tests, column > 0, aggregate, what is not None)
             _check_column(search.n_columns, column)
             return search.top(column, k, proponents)
-        ranked = Running()
+        ranked, widths = Running(), set()
 
         def rank(i: int, _: Tensor, eta: float, scores: Scores) -> None:
-            ranked.add(i, eta * _column(scores.values, column))
+            widths.add(scores.values.shape[-1])
+            inside = column < scores.values.shape[-1]  # a checkpoint may make the test side run fewer steps
+            ranked.add(i, eta * scores.values[..., column] if inside else torch.zeros_like(scores.values[..., 0]))
 
         self._pairs(tests, rank, column > 0, aggregate, what)
+        _check_column(max(widths), column)
         return top_k(ranked.result(), k, proponents)
 
     def _reranked(
@@ -485,8 +488,9 @@ class SDIInfluence(TracInCPBase):
                 start += tested.size
 
         exact.sweep(self.checkpoints, (trains, self._train), visit)
-        order, _ = top_k(_column(values.result(), column), k, proponents)
-        best = values.result().gather(1, order.unsqueeze(-1).expand(-1, -1, values.result().shape[-1]))
+        scores = values.result()
+        order, _ = top_k(_column(scores, column), k, proponents)
+        best = scores.gather(1, order.unsqueeze(-1).expand(-1, -1, scores.shape[-1]))
         return step_influence(shortlist.gather(1, order), best, torch.zeros_like(best), depths.result())
 
     # --- the index ---
@@ -534,7 +538,7 @@ class SDIInfluence(TracInCPBase):
         total = n_batches if outer_bar or n_batches is None else n_batches * n_checkpoints
 
         def visit(position: int, eta: float) -> None:
-            with self._bar(f"{text} batch" if show_progress and outer_bar else None, total) as inner:
+            with self._bar(f"{text} batch" if show_progress and outer_bar else None, total) as batches:
                 if indexed is None:
                     blocks = self._engine.blocks(stream, self._train, by_step)
                 else:
@@ -546,11 +550,11 @@ class SDIInfluence(TracInCPBase):
                     variances.add(i, eta**2 * scores.variances)
                     if position == 0:
                         depths.add(i, features.n_steps)
-                    (inner if outer_bar else whole).update()
-            whole.update(int(outer_bar))
+                    (batches if outer_bar else outer).update()
+            outer.update(int(outer_bar))
 
         outer_text, outer_total = (f"{text} checkpoint", n_checkpoints) if outer_bar else (f"{text} batch", total)
-        with self._bar(outer_text if show_progress else None, outer_total) as whole:
+        with self._bar(outer_text if show_progress else None, outer_total) as outer:
             self._engine.sweep(self.checkpoints, (stream, self._train), visit)
         return values.result(), variances.result(), depths.result()
 

@@ -430,7 +430,7 @@ def coverage_check(
     expected = [torch.zeros_like(c) if g is None else g.to(c).flatten() for c, g in zip(captured, grads, strict=True)]
     table = _compared(names, captured, expected)
     tolerance = 1e-3 if all(p.dtype in (torch.float32, torch.float64) for p in targets.values()) else 5e-2
-    if not max(table.differences) < tolerance:
+    if not all(difference < tolerance for difference in table.differences):  # NaN is not
         raise ValueError(
             "What was captured differs from the gradient of an ordinary backward pass: a parameter is used outside "
             f"its layer's call, or the model is not deterministic.\n{table}\nLeave that layer out with layers=[...]."

@@ -162,7 +162,7 @@ def pair_scores(test: StepFeatures, train: StepFeatures) -> Scores:
         Values and variances ``(q, n, b)``.
     """
     with _full_precision(test):
-        return _contract("qblw,nlw->lqnb", "qb", "n", test, train)
+        return _contract("qb", "n", test, train)
 
 
 def self_scores(features: StepFeatures) -> Scores:
@@ -175,7 +175,7 @@ def self_scores(features: StepFeatures) -> Scores:
         Values and variances ``(n, 1 + b)``, or ``(n, 1)`` when there is one bin.
     """
     with _full_precision(features):
-        return _contract("nblw,nlw->lnb", "nb", "n", with_total(features), features.summed())
+        return _contract("nb", "n", with_total(features), features.summed())
 
 
 def step_matrices(test: StepFeatures, train: StepFeatures) -> Tensor:
@@ -197,7 +197,7 @@ def step_matrices(test: StepFeatures, train: StepFeatures) -> Tensor:
 
 
 class Running:
-    """Sums over checkpoints of blocks of scores, one block per batch; the last axis may grow with the depth.
+    """Sums over checkpoints of blocks of scores, one block per batch, which may differ in depth.
 
     Args:
         axis: The axis along which the blocks follow each other.
@@ -217,17 +217,24 @@ class Running:
         if i == len(self._blocks):
             self._blocks.append(block)
         else:
-            self._blocks[i] = torch.stack(self._equally_wide([self._blocks[i], block])).sum(0)
+            self._blocks[i] = torch.stack(_equally_large([self._blocks[i], block])).sum(0)
 
     def result(self) -> Tensor:
         """All blocks together."""
-        return torch.cat(self._equally_wide(self._blocks), dim=self._axis) if self._blocks else torch.empty(1, 0)
+        return (
+            torch.cat(_equally_large(self._blocks, self._axis), dim=self._axis) if self._blocks else torch.empty(1, 0)
+        )
 
-    def _equally_wide(self, blocks: list[Tensor]) -> list[Tensor]:
-        if self._axis == blocks[0].ndim - 1:
-            return blocks
-        width = max(block.shape[-1] for block in blocks)
-        return [F.pad(block, (0, width - block.shape[-1])) for block in blocks]
+
+def _equally_large(blocks: list[Tensor], but: int | None = None) -> list[Tensor]:
+    """Zeros behind the shallower ones, along every axis but one."""
+    sizes = [max(along) for along in zip(*(block.shape for block in blocks), strict=True)]
+
+    def missing(block: Tensor) -> list[int]:  # from the last axis to the first, before and behind, as F.pad wants them
+        axes = reversed(range(block.ndim))
+        return [n for axis in axes for n in (0, 0 if axis == but else sizes[axis] - block.shape[axis])]
+
+    return [F.pad(block, missing(block)) for block in blocks]
 
 
 class TopK:
@@ -328,7 +335,7 @@ def step_influence(indices: Tensor | None, values: Tensor, variances: Tensor, n_
         trajectories=values[..., first:],
         prelude=values[..., 1 + PRELUDE],
         coda=values[..., 1 + CODA],
-        n_steps=n_steps,
+        n_steps=n_steps.to(values.device),
         score_errors=errors[..., 0],
         trajectory_errors=errors[..., first:],
     )
@@ -340,15 +347,15 @@ def _picked(tensor: Tensor, order: Tensor) -> Tensor:
     return tensor.gather(1, index)
 
 
-def _contract(equation: str, test_axes: str, train_axes: str, test: StepFeatures, train: StepFeatures) -> Scores:
+def _contract(test_axes: str, train_axes: str, test: StepFeatures, train: StepFeatures) -> Scores:
     """The module's formula; ``l`` runs over the parts of parameters whose rows can be stacked."""
-    out = equation.split("l")[-1]
+    out = "nb" if test_axes == "nb" else "qnb"
     values, variances = [], []
     for names in _alike(test):
         noise = test.noise[names[0]]
         phi, g = (torch.stack([side.rows[name] for name in names], dim=-2) for side in (test, train))
         phi, g = (row.unflatten(-1, (noise.parts, -1)).flatten(-3, -2) for row in (phi, g.squeeze(1)))
-        inner = torch.einsum(equation, phi, g)
+        inner = torch.einsum(f"{test_axes}lw,{train_axes}lw->l{out}", phi, g)
         values.append(inner.sum(0))
         if noise.variance == 0:
             variances.append(torch.zeros_like(values[-1]))

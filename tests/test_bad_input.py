@@ -15,6 +15,7 @@ from cases import CASES, looped_gpt, rows
 from reference import spread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch, coverage_check
 from captum_sdi.batches import Collator
@@ -256,6 +257,15 @@ def test_a_loader_that_shuffles_or_drops(kwargs: dict[str, Any]) -> None:
     refused("inputs (shuffles|has drop_last)", a_model(), TRAIN, call=lambda sdi: sdi.influence(loader))
 
 
+def test_a_sampler_that_draws_is_one_that_shuffles() -> None:
+    sampler = LengthGroupedSampler(2, lengths=[len(row["input_ids"]) for row in TRAIN])
+    loader = DataLoader(TRAIN, batch_size=2, collate_fn=Collator(), sampler=sampler)
+    refused("train_dataset shuffles", a_model(), loader)
+    backwards = DataLoader(TRAIN, batch_size=2, collate_fn=Collator(), sampler=[4, 3, 2, 1, 0])
+    scores = SDIInfluence(a_model(), backwards).influence(TEST)
+    assert torch.allclose(scores.flip(1), SDIInfluence(a_model(), TRAIN, batch_size=2).influence(TEST), atol=1e-6)
+
+
 class Restless(IterableDataset):
     """Yields what `passes` says, one list per pass."""
 
@@ -364,6 +374,21 @@ def test_coverage_check_sees_a_weight_used_beside_its_layer() -> None:
     with unchanged(model), pytest.raises(ValueError, match=r"differs from the gradient(.|\n)*up.weight"):
         coverage_check(model, batch, layers=None, loop="up", loss_fn=loss)
     assert max(coverage_check(Plain(), batch, layers=None, loss_fn=loss).differences) < 1e-5
+
+
+def test_coverage_check_does_not_pass_what_is_not_a_number() -> None:
+    class Infinite(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(4, 1, bias=False)
+            nn.init.zeros_(self.last.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.last(x).square().sqrt()  # its slope at zero: 0 times infinity
+
+    batch = tuple(torch.stack(column) for column in zip(*tensors(), strict=True))
+    with pytest.raises(ValueError, match=r"nan"):
+        coverage_check(Infinite(), batch, layers=None, loop="up", loss_fn=nn.MSELoss(reduction="none"))
 
 
 def test_a_model_in_which_nothing_repeats_is_one_step() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES, Case, rows
 from reference import Truth, spread, truth
 from safetensors.torch import save_file
@@ -123,6 +124,30 @@ def test_depth_may_differ_from_batch_to_batch() -> None:
         expected = torch.stack([steps_of_q @ g.sum(0) for g in train])
         assert_close(steps.trajectories[q, :, : depths[q]], expected, torch.float64)
         assert not steps.trajectories[q, :, depths[q] :].any()
+        matrix, deep = sdi.step_matrix(TEST)[q], max(1 + len(row["input_ids"]) % 3 for row in TRAIN)
+        by_step = [case.gradients(model, row, None, n_loops=1 + len(row["input_ids"]) % 3)[2:] for row in TRAIN]
+        padded = torch.stack([F.pad(g, (0, 0, 0, deep - len(g))) @ steps_of_q.T for g in by_step])
+        assert_close(matrix[..., : depths[q]], padded, torch.float64)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_checkpoints_may_differ_in_depth(indexed: bool, tmp_path: Path) -> None:
+    """A step that a checkpoint does not run counts as zero there, also when it is what training examples rank by."""
+
+    def deepen(model: nn.Module, depth: int) -> float:
+        model.config.n_loops = depth
+        return 1.0
+
+    index = {"index": tmp_path / "index"} if indexed else {}
+    sdi = SDIInfluence(CASES[0].model(), TRAIN, [2, 4], deepen, batch_size=2, sketch=TensorSketch(64), **index)
+    whole = sdi.step_influence(TEST)
+    assert whole.trajectories.shape == (3, 5, 4)
+    best = sdi.step_influence(TEST, k=2, rank_by=3)
+    expected = whole.trajectories[..., 3].sort(dim=1, descending=True)
+    assert torch.equal(best.indices, expected.indices[:, :2])
+    torch.testing.assert_close(best.trajectories[..., 3], expected.values[:, :2])
+    with pytest.raises(ValueError, match="rank_by=4, but the test side runs 4 loop steps"):
+        sdi.step_influence(TEST, k=2, rank_by=4)
 
 
 @pytest.mark.parametrize("layers", ["loop", None])

@@ -114,6 +114,33 @@ def test_scaling_gradients_never_makes_them_overflow() -> None:
     assert found > LEAST[torch.float16], f"cosine with the float64 model {found}"
 
 
+def test_scaling_one_example_changes_no_other() -> None:
+    """The second example's gradient overflows at the scale that the first one's needs."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.core(self.core(x))
+
+    def scaled(output: Tensor, labels: Tensor) -> Tensor:
+        return (output.float() * labels).sum(1)
+
+    scaled.reduction = "none"  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    model, inputs, labels = Loop().half(), torch.randn(3, 4).half(), torch.randn(3, 4)
+    train = list(zip(inputs[:2], labels[:2] * torch.tensor([[2e-7], [1e3]]), strict=True))
+    alone, together = (
+        SDIInfluence(model, train, loop="core", loss_fn=scaled, sketch=Exact(), batch_size=n).influence(
+            (inputs[2:], labels[2:])
+        )
+        for n in (1, 2)
+    )
+    assert torch.equal(alone, together)
+
+
 # --- where the model is ---
 
 

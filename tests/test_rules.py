@@ -249,7 +249,8 @@ def test_what_no_rule_covers_says_why(make: Any, activation: Any, match: str) ->
 def test_a_state_of_zeros_does_not_make_a_layer_look_affine() -> None:
     layer, zeros = Elementwise(lambda x, w: x * nn.functional.softplus(w)), torch.zeros(N, 5, 4)
     rule = choose_rule(layer, zeros, layer(zeros))
-    assert isinstance(rule, Rule) and rule.name == "per example"
+    assert isinstance(rule, Rule)
+    assert rule.name == "per example"
 
 
 def test_a_layer_that_mixes_examples_is_found_after_a_state_of_zeros() -> None:
