@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from captum_sdi.index.search import Search
 from captum_sdi.index.shards import SUFFIX, Shard
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.processes import Processes
+from captum_sdi.sketch import Noise
 
 RESULTS = Path(__file__).with_suffix(".json")
 
@@ -128,7 +130,8 @@ def asked(model: LoopedGPTForCausalLM, train: Any, tests: Any, index: Path) -> d
 def simulated(folder: Path, n: int, width: int, dtype: str, clusters: int = 0) -> SketchIndex:
     """An index of random rows; around so many centres, as gradients are that resemble each other."""
     sketch = {"kind": "TensorSketch", "dim": width, "seed": 0, "pool": True}
-    manifest = Manifest({"sketch": sketch}, dtype, [("", width, 1 / width)], {"simulated": {}}, examples=n)
+    rows = [("", width, *astuple(Noise(1 / width)))]
+    manifest = Manifest({"sketch": sketch}, dtype, rows, {"simulated": {}}, examples=n)
     index = SketchIndex(folder, manifest)
     index.folder("simulated").mkdir(parents=True)
     manifest.save(folder)
@@ -136,16 +139,16 @@ def simulated(folder: Path, n: int, width: int, dtype: str, clusters: int = 0) -
     centres = torch.randn(max(clusters, 1), width, generator=generator) * (clusters > 0)
     size = max(1, 2**26 // (width * index.dtype.itemsize) // index.piece) * index.piece  # as a builder's are
     for start in range(0, n, size):
-        rows = torch.randn(min(size, n - start), width, generator=generator)
-        rows += centres[torch.randint(0, len(centres), (len(rows),), generator=generator)]
-        none = torch.zeros(len(rows), 8, dtype=torch.uint8)
-        Shard.write(index.folder("simulated"), start, rows, none, index.dtype, manifest.owner("simulated"))
+        block = torch.randn(min(size, n - start), width, generator=generator)
+        block += centres[torch.randint(0, len(centres), (len(block),), generator=generator)]
+        none = torch.zeros(len(block), 8, dtype=torch.uint8)
+        Shard.write(index.folder("simulated"), start, block, none, index.dtype, manifest.owner("simulated"))
     index.scan()
     return index
 
 
 def searching(index: SketchIndex, tests: Tensor, faiss: Faiss | None = None) -> Search:
-    features = StepFeatures({"": tests.unsqueeze(1)}, {"": 1 / index.width}, torch.zeros(len(tests)))
+    features = StepFeatures({"": tests.unsqueeze(1)}, {"": Noise(1 / index.width)}, torch.zeros(len(tests)))
     return Search(index, Processes(tests.device), ["simulated"], [1.0], [features], torch.float32, faiss)
 
 
@@ -184,7 +187,7 @@ def watch():
 index = SketchIndex.open({folder!r})
 search = searching(index, torch.randn(16, index.width))
 peaks, done, before = [own()], threading.Event(), own()
-threading.Thread(target=watch).start()
+threading.Thread(target=watch, daemon=True).start()  # or a failure below would not end the process
 began = time.perf_counter(); assert not index.verify(); verified = time.perf_counter() - began
 began = time.perf_counter(); search.top(0, 10, True); took = time.perf_counter() - began
 done.set()

@@ -81,9 +81,11 @@ def _measure(who: str, shape: dict[str, int]) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    call()
-    finished.set()
-    watcher.join()
+    try:
+        call()
+    finally:  # or the thread would never end, and with it the process
+        finished.set()
+        watcher.join()
     return (max(seen) - baseline) / 1e6
 
 

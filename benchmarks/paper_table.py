@@ -7,8 +7,8 @@ A looped GPT-2 of 135 million parameters, τ = 32, sequence 128, sketches of 204
 * errors over ten draws, examples against themselves (SDI 0.0388 ± 0.0030, TracIn 0.0220 ± 0.0052), against gradients
   that are exact and are computed for one layer at a time.
 
-`--checkpoint FOLDER` measures a trained model in place of random weights; `--small` shrinks everything for a CPU, which
-has no limit to set, so that the largest batch is left out.
+`--checkpoint FOLDER` measures a trained model, in float32, in place of random weights; `--small` shrinks everything for
+a CPU, which has no limit to set, so that the largest batch is left out. Results are written after every section.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import peers
 import torch
 from environment import environment
 from peers import Call
-from subjects import Workload, looped_gpt, losses, tokens
+from subjects import Workload, looped_gpt, losses, of_looped_gpt, tokens
 from timing import interleaved, quartiles
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from captum_sdi.models import LoopedGPTForCausalLM
 
 FULL = {"width": 768, "tau": 32, "seq": 128, "vocab": 50257, "batch": 10}
 SMALL = {"width": 64, "tau": 4, "seq": 16, "vocab": 128, "batch": 4}
-MOST = 4096  # examples in a batch, where nothing else ends the search
+MOST = 4096  # examples in a batch: the search goes no further
 
 
 def main() -> None:
@@ -42,34 +42,64 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--checkpoint", help="a folder that LoopedGPTForCausalLM.save_pretrained wrote")
-    parser.add_argument("--limit-gb", type=float, default=48.0, help="memory of the card that is imitated")
+    parser.add_argument("--limit-gb", type=float, default=48.0, help="memory of the card that is imitated, GiB")
     parser.add_argument("--dim", type=int, default=2048)
     parser.add_argument("--draws", type=int, default=10)
     parser.add_argument("--out", type=Path, default=Path("paper_table.json"))
     options = parser.parse_args()
+    if options.draws < 2:
+        parser.error(f"--draws={options.draws}: a standard deviation takes 2 or more")
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers turn TF32 on by an environment variable
     device = torch.device(options.device)
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.limit_gb * 2**30 / total), device)
+        device, options.limit_gb = _imitated(device, options.limit_gb)
     work = _workload(SMALL if options.small else FULL, options.checkpoint, device)
     methods = _methods(options.dim)
-    results = {
-        "environment": environment(),
-        "settings": {name: str(value) for name, value in vars(options).items() if name not in ("out", "checkpoint")},
-        "largest batch": {name: _largest(work, method) for name, method in methods.items()}
-        if device.type == "cuda"
-        else "not searched: a CPU has no memory limit to set",
-        "seconds over a forward pass": _overheads(work, methods, device),
-        "errors": _errors(work, options.dim, options.draws),
+    sections: dict[str, Callable[[], Any]] = {
+        "largest batch": lambda: (
+            {name: _largest(work, method) for name, method in methods.items()}
+            if device.type == "cuda"
+            else "not searched: a CPU has no memory limit to set"
+        ),
+        "seconds over a forward pass": lambda: _overheads(work, methods, device),
+        "errors": lambda: _errors(work, options.dim, options.draws),
     }
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1))
+    results = {"environment": environment(), "settings": _settings(options, work)}
+    for name, measure in sections.items():
+        results[name] = measure()
+        options.out.write_text(json.dumps(results, indent=1) + "\n")  # each takes long, and the next one may fail
+        print(name, json.dumps(results[name], indent=1), flush=True)
+
+
+def _imitated(device: torch.device, limit: float) -> tuple[torch.device, float]:
+    """The device by its number, and the limit it was given: no more GiB than it has."""
+    # A limit is refused for a device without a number; environment() names the current one.
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    return device, min(limit, total)
 
 
 def _workload(shape: dict[str, int], checkpoint: str | None, device: torch.device) -> Workload:
-    work = looped_gpt(**shape)
-    model = LoopedGPTForCausalLM.from_pretrained(checkpoint).eval() if checkpoint else work.model
-    return dataclasses.replace(work, model=model.to(device), train=work.train.to(device), test=work.test.to(device))
+    if checkpoint:
+        # Without a dtype, transformers 5 would keep that of the file.
+        model = LoopedGPTForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        work = of_looped_gpt(model, shape["batch"], min(shape["seq"], model.config.n_positions))
+    else:
+        work = looped_gpt(**shape)
+    return dataclasses.replace(
+        work, model=work.model.to(device), train=work.train.to(device), test=work.test.to(device)
+    )
+
+
+def _settings(options: argparse.Namespace, work: Workload) -> dict[str, Any]:
+    """What was asked for, and of which model: where the checkpoint is None, weights are random."""
+    config = work.model.config
+    shape = {name: value for name, value in config.to_dict().items() if name.startswith("n_") or name == "vocab_size"}
+    asked = {name: value for name, value in vars(options).items() if name != "out"}
+    measured = {"tau": config.n_loops, "sequence": work.train.shape[1], "model": shape}
+    return asked | measured | {"matmul precision": torch.get_float32_matmul_precision()}
 
 
 def _methods(dim: int) -> dict[str, Callable[[Workload], Call]]:
@@ -82,11 +112,12 @@ def _methods(dim: int) -> dict[str, Callable[[Workload], Call]]:
 
 
 def _largest(work: Workload, method: Callable[[Workload], Call]) -> int:
-    """The largest batch of train examples, against one test example, by doubling and then halving the gap."""
+    """The largest batch of train examples up to MOST, against one test example: by doubling, then halving the gap."""
     fits, fails = 0, 1
     while fails <= MOST and _fits(work, method, fails):
         fits, fails = fails, 2 * fails
-    while fails - fits > 1 and fits:
+    fails = min(fails, MOST + 1)
+    while fails - fits > 1:
         middle = (fits + fails) // 2
         fits, fails = (middle, fails) if _fits(work, method, middle) else (fits, middle)
     return fits

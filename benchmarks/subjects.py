@@ -47,8 +47,12 @@ def looped_gpt(
         initializer_range=0.05,  # at GPT-2's 0.02 the steps of an untrained loop are nearly alike
         **settings,
     )
-    model = LoopedGPTForCausalLM(config).eval()
-    entry = f"prelude.{config.n_prelude - 1}"
+    return of_looped_gpt(LoopedGPTForCausalLM(config).eval(), batch, seq)
+
+
+def of_looped_gpt(model: LoopedGPTForCausalLM, batch: int, seq: int) -> Workload:
+    """A given model, and tokens of its own vocabulary."""
+    entry, vocab = f"prelude.{model.config.n_prelude - 1}", model.config.vocab_size
     return Workload(model, ("core",), entry, tokens(batch, seq, vocab, 1), tokens(batch, seq, vocab, 2))
 
 

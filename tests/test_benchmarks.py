@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import threading
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+
+from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 
 pytest.importorskip("psutil", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
 pytest.importorskip("sdi", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
@@ -74,3 +78,118 @@ def test_the_largest_batch_is_one_that_need_not_be_halved(script, monkeypatch: p
 
     work.model.register_forward_pre_hook(crowded, with_kwargs=True)
     assert paper_table._largest(work, lambda work: peers.ours(work, 16)) == 5
+
+
+@pytest.mark.parametrize("most", [5, 8])
+def test_the_search_for_the_largest_batch_stops_where_it_should(
+    script, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    paper_table = script("paper_table")
+    tried = []
+    monkeypatch.setattr(paper_table, "MOST", most)
+    monkeypatch.setattr(paper_table, "_fits", lambda work, method, batch: not tried.append(batch))
+    assert paper_table._largest(None, None) == max(tried) == most
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 3), ("cuda:1", 1)])
+@pytest.mark.parametrize(("limit", "fraction"), [(48.0, 0.75), (80.0, 1.0)])
+def test_a_card_is_limited_by_its_number(
+    script, monkeypatch: pytest.MonkeyPatch, name: str, number: int, limit: float, fraction: float
+) -> None:
+    current, limits = [3], {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=64 * 2**30))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.update({device.index: share})
+    )
+    device, given = script("paper_table")._imitated(torch.device(name), limit)
+    assert (device, given) == (torch.device("cuda", number), min(limit, 64.0))
+    assert limits == {number: fraction}
+    assert current[-1] == number
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A checkpoint that is smaller than `SMALL`, and not of float32."""
+    config = LoopedGPTConfig(vocab_size=7, n_positions=6, n_embd=16, n_head=2, n_loops=3)
+    LoopedGPTForCausalLM(config).bfloat16().save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+def test_a_checkpoint_is_given_its_own_tokens(script, monkeypatch: pytest.MonkeyPatch, trained: Path) -> None:
+    paper_table = script("paper_table")
+    monkeypatch.delattr(paper_table, "looped_gpt")  # no model of the paper's size, to be thrown away
+    work = paper_table._workload(paper_table.SMALL | {"batch": 50}, str(trained), torch.device("cpu"))
+    assert work.train.shape == work.test.shape == (50, 6)
+    assert work.train.max() == work.test.max() == 6
+    assert {parameter.dtype for parameter in work.model.parameters()} == {torch.float32}
+
+
+def test_a_section_is_written_before_the_next_one_fails(
+    script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trained: Path
+) -> None:
+    paper_table, out = script("paper_table"), tmp_path / "out.json"
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    torch.set_float32_matmul_precision("high")  # as a container of NVIDIA's says
+    monkeypatch.setattr(paper_table, "_overheads", lambda *_: {"ours": 2.5})
+    monkeypatch.setattr(paper_table, "_errors", fails)
+    monkeypatch.setattr("sys.argv", ["", "--small", "--device=cpu", f"--checkpoint={trained}", f"--out={out}"])
+    with pytest.raises(RuntimeError, match="out of luck"):
+        paper_table.main()
+    results = json.loads(out.read_text())
+    assert results["seconds over a forward pass"] == {"ours": 2.5}
+    settings = results["settings"]
+    assert settings["matmul precision"] == torch.get_float32_matmul_precision() == "highest"
+    assert (settings["checkpoint"], settings["tau"], settings["sequence"]) == (str(trained), 3, 6)
+    assert settings["model"].items() >= {"n_embd": 16, "n_loops": 3, "vocab_size": 7}.items()
+
+
+def test_one_draw_has_no_standard_deviation(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["", "--small", "--device=cpu", "--draws=1", f"--out={tmp_path / 'out.json'}"])
+    with pytest.raises(SystemExit):
+        script("paper_table").main()
+    assert "--draws=1: a standard deviation takes 2 or more" in capsys.readouterr().err
+
+
+def test_nobody_watches_a_call_that_failed(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = script("memory")
+
+    def fails(work, dim: int):
+        def call() -> None:
+            if work.train.shape[1] == 4:  # and not the narrow model that comes first
+                raise MemoryError
+
+        return call
+
+    monkeypatch.setitem(memory.CALLS, "fails", fails)
+    # A thread that is left over fails this test and does not keep it from ending.
+    monkeypatch.setattr(threading, "Thread", partial(threading.Thread, daemon=True))
+    before = threading.active_count()
+    with pytest.raises(MemoryError):
+        memory._measure("fails", {"width": 16, "tau": 2, "seq": 4})
+    assert threading.active_count() == before
+
+
+def test_no_number_is_not_agreement(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, subjects = script("speed"), script("subjects")
+    work, nan = subjects.looped_gpt(**speed.NARROW), torch.full((4, 4), torch.nan)
+    monkeypatch.setattr(speed, "tracincp", lambda work: lambda: nan)
+    with pytest.raises(AssertionError, match="differ by nan"):
+        speed._check_exact(work, witness=False)
+    with pytest.raises(AssertionError, match="nan standard errors"):
+        speed._check_sketched({"ours": speed.ours(work, 64)}, nan)
+
+
+def test_a_simulated_index_can_be_searched(script, tmp_path: Path) -> None:
+    index = script("index")
+    simulated, tests = index.simulated(tmp_path, 70, 64, "float32"), torch.randn(2, 64)
+    rows = torch.cat([shard.rows for shard in simulated.shards["simulated"]])
+    reopened = index.SketchIndex.open(tmp_path)  # as the processes that `million` starts do
+    positions, scores = index.searching(reopened, tests).top(0, 3, True)
+    torch.testing.assert_close((scores, positions), tuple((tests @ rows.T).topk(3)))
+    values = torch.cat([pairs.values for *_, pairs in index.searching(reopened, tests).scores()], dim=1)
+    torch.testing.assert_close(values[..., 0], tests @ rows.T)
