@@ -344,15 +344,17 @@ class _Permutation(_Hash):
         entries = torch.arange(length, device=_CPU)
         sources, weights = slots.new_zeros(self.n_blocks, size), signs.new_zeros(self.n_blocks, size)
         sources[entries // size, slots], weights[entries // size, slots] = entries, signs
-        self._sources, self._weights = sources.to(device), weights.to(device)
+        self._blocks = list(zip(sources.to(device), weights.to(device), strict=True))
 
     def count_sketch(self, values: Tensor) -> Tensor:
-        values, size = values.float(), self._sources.shape[1]
-        first, *others = (values.gather(-1, block.expand(*values.shape[:-1], size)) for block in self._sources)
-        sketched = first.mul_(self._weights[0])
-        for gathered, weights in zip(others, self._weights[1:], strict=True):
-            sketched.addcmul_(gathered, weights)
+        values, (first, *others) = values.float(), self._blocks
+        sketched = self._gathered(values, *first)
+        for block in others:
+            sketched += self._gathered(values, *block)
         return sketched.unflatten(-1, (self.n_parts, -1))
+
+    def _gathered(self, values: Tensor, sources: Tensor, weights: Tensor) -> Tensor:
+        return values.gather(-1, sources.expand(*values.shape[:-1], -1)).mul_(weights)
 
 
 _CHUNK = 16
