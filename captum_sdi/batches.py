@@ -20,6 +20,7 @@ import hashlib
 import inspect
 import itertools
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -109,10 +110,7 @@ class BatchReader:
             return kwargs
         unknown = set(kwargs) - self._accepted
         if unknown - self._dropped:
-            warnings.warn(
-                f"{type(self._model).__name__}.forward does not take {sorted(unknown)}: dropped from every batch.",
-                stacklevel=2,
-            )
+            warn(f"{type(self._model).__name__}.forward does not take {sorted(unknown)}: dropped from every batch.")
             self._dropped |= unknown
         return {key: value for key, value in kwargs.items() if key not in unknown}
 
@@ -134,17 +132,18 @@ def batch_size(raw: Any) -> int:
         >>> batch_size({"input_ids": torch.zeros(4, 7), "labels": torch.zeros(4, 7)})
         4
     """
+    hint = " Tokenize texts first, into input_ids and labels." if _holds_text(raw) else ""
     if isinstance(raw, Mapping):
         leaves = {str(key): value for key, value in raw.items()}
     elif isinstance(raw, Sequence) and not isinstance(raw, str) and len(raw) > 1:
         leaves = {f"batch[{i}]": value for i, value in enumerate(raw)}
     else:
         raise TypeError(
-            f"A batch must be a tuple (inputs..., labels) or a mapping of model inputs, got {_described(raw)}."
+            f"A batch must be a tuple (inputs..., labels) or a mapping of model inputs, got {_described(raw)}.{hint}"
         )
     sizes = {name: len(t) for name, value in leaves.items() for t in _tensors(value) if t.ndim > 0}
     if not sizes:
-        raise ValueError(f"The batch holds no tensor with an example axis: {list(leaves)}.")
+        raise ValueError(f"The batch holds no tensor with an example axis: {list(leaves)}.{hint}")
     if len(set(sizes.values())) > 1:
         raise ValueError(
             f"The batch's tensors disagree on the number of examples (their first axis): {sizes}. "
@@ -294,15 +293,16 @@ class Stream:
     Args:
         loader: A DataLoader, or any iterable of batches.
         argument: Named in errors.
+        loss_fn: What the batches are for: the default loss predicts nothing from one token.
 
     Raises:
         ValueError: The loader shuffles or drops its last batch.
     """
 
-    def __init__(self, loader: Iterable[Any], argument: str) -> None:
+    def __init__(self, loader: Iterable[Any], argument: str, loss_fn: LossFn | None = None) -> None:
         if isinstance(loader, DataLoader):
             check_order(loader, argument)
-        self._loader, self._argument = loader, argument
+        self._loader, self._argument, self._loss_fn = loader, argument, loss_fn
         self._peeked: tuple[Any, Iterator[Any]] | None = None
         self._seen: list[bytes] | None = None
 
@@ -346,17 +346,17 @@ class Stream:
             seen.append(fingerprint(raw))
             if self._seen is not None and self._seen[len(seen) - 1 : len(seen)] != seen[-1:]:
                 raise ValueError(self._changed(f"batch {len(seen) - 1} is another one"))
-            empty += [start + i for i in untargeted(_parts(raw)[2])] if self._seen is None else []
+            empty += [start + i for i in untargeted(raw, self._loss_fn)] if self._seen is None else []
             yield start, raw
             start += batch_size(raw)
         if self._seen is not None and len(seen) != len(self._seen):
             raise ValueError(self._changed(f"it ended after {len(seen)} batches instead of {len(self._seen)}"))
         self._seen = seen
         if empty:
-            warnings.warn(
-                f"{self._argument}: example(s) {empty} have no target (all labels are {IGNORED}); their influence "
-                "is zero.",
-                stacklevel=2,
+            shown = f"{empty[:10]}{f' and {len(empty) - 10} more' * (len(empty) > 10)}"
+            warn(
+                f"{self._argument}: example(s) {shown} have no target (no label but {IGNORED} to predict); their "
+                "influence is zero."
             )
 
     @property
@@ -443,10 +443,16 @@ class Collator:
             A batch: a dict for mapping rows, else what `torch.utils.data.default_collate` makes of them.
 
         Raises:
-            ValueError: Rows have different keys, or are ragged tuples.
+            ValueError: Rows have different keys, are ragged tuples, or are batches.
         """
         if not isinstance(rows[0], Mapping):
             return self._collated_tuples(rows)
+        if _is_batch(rows[0]):
+            raise ValueError(
+                f"A row is one example, but input_ids and labels of this one are of shape "
+                f"{tuple(rows[0]['labels'].shape)}: it is a batch. Pass the rows themselves, or "
+                "DataLoader(batches, batch_size=None)."
+            )
         keys = set(rows[0])
         for i, row in enumerate(rows):
             if set(row) != keys:
@@ -516,7 +522,7 @@ class TokenCrossEntropy:
         Raises:
             ValueError: There are no labels, or they do not fit the logits.
         """
-        logits = _logits(output)
+        logits = token_logits(output)
         if not isinstance(labels, Tensor):
             raise ValueError(
                 "There are no labels and no loss_fn to do without them: put 'labels' into the batch (last in a "
@@ -530,9 +536,32 @@ class TokenCrossEntropy:
         if self.shift and labels.ndim > 1:
             logits, labels = logits[:, :-1], labels[:, 1:]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORED, reduction="none")
         losses, targets = losses.view(len(labels), -1), (labels != IGNORED).view(len(labels), -1)
         return losses.sum(1) / targets.sum(1).clamp(min=1)
+
+
+def token_logits(output: Any) -> Tensor:
+    """The logits in what a language model returned.
+
+    Args:
+        output: Logits, or something with ``logits``, or a tuple that begins with them.
+
+    Returns:
+        ``(n, ..., v)``.
+
+    Raises:
+        ValueError: There are none.
+    """
+    logits = getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping):
+        logits = output.get("logits")
+    if logits is None and isinstance(output, Sequence) and output:
+        logits = output[0]
+    logits = output if logits is None else logits
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise ValueError(f"The default loss needs logits, but the model returned {_described(output)}. Pass loss_fn=.")
+    return logits
 
 
 def default_loss(model: nn.Module) -> TokenCrossEntropy:
@@ -572,42 +601,147 @@ def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argumen
         parts = ((output[i : i + 1], _map(operator.itemgetter(slice(i, i + 1)), labels)) for i in range(size))
         return torch.stack([loss_fn(*part).reshape(()) for part in parts])
     if losses.ndim == 0 or losses.shape[0] != size:
-        advice = " (a scalar is possible only where the model returns a tensor)" if losses.ndim == 0 else ""
+        scalar = f" (a scalar is possible only where the model returns a tensor, not {_described(output)})"
         raise ValueError(
-            f"{argument} returned a tensor of shape {tuple(losses.shape)} for {size} example(s). Return one value per "
-            f"example, first axis = example{advice}, e.g. with reduction='none'."
+            f"{argument} returned a tensor of shape {tuple(losses.shape)} for a batch of {size}. Return one value per "
+            f"example, of shape ({size},), such as the mean over each one's own targets{scalar * (losses.ndim == 0)}."
         )
     return losses.reshape(size, -1).sum(1)
 
 
-def untargeted(labels: Any) -> list[int]:
+def targets(raw: Any, loss_fn: LossFn | None = None) -> Tensor | None:
+    """The labels that are predicted.
+
+    Args:
+        raw: A batch.
+        loss_fn: Its loss.
+
+    Returns:
+        Integer labels ``(n, ...)``, without each example's first where the loss predicts next tokens; None where there
+        are none.
+    """
+    labels = _parts(raw)[2]
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
+        return None
+    shifted = isinstance(loss_fn, TokenCrossEntropy) and loss_fn.shift and labels.ndim > 1
+    return labels[:, 1:] if shifted else labels
+
+
+def untargeted(raw: Any, loss_fn: LossFn | None = None) -> list[int]:
     """Positions of the examples in which nothing is predicted.
 
     Args:
-        labels: The batch's labels.
+        raw: A batch.
+        loss_fn: Its loss.
 
     Returns:
-        Those whose integer labels are all -100.
+        Those whose targets are all -100.
     """
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
+    labels = targets(raw, loss_fn)
+    if labels is None:
         return []
     return (labels.reshape(len(labels), -1) == IGNORED).all(1).nonzero().flatten().tolist()
 
 
-def first_targeted(raw: Any) -> int:
+def first_targeted(raw: Any, loss_fn: LossFn | None = None) -> int | None:
     """Position of the first example in which something is predicted.
 
     Args:
         raw: A batch.
+        loss_fn: Its loss.
 
     Returns:
-        The position; 0 when there is none.
+        The position; None when there is none.
     """
-    empty = set(untargeted(_parts(raw)[2]))
-    return next((i for i in range(batch_size(raw)) if i not in empty), 0)
+    empty = set(untargeted(raw, loss_fn))
+    return next((i for i in range(batch_size(raw)) if i not in empty), None)
+
+
+def check_ids(name: str, ids: Any, size: int, side: str, positions: Sequence[int]) -> None:
+    """Refuses ids of tokens or labels that do not exist, which a GPU would not name.
+
+    Args:
+        name: "input_ids" or "labels", of which -100 is one.
+        ids: Of a batch; what is no tensor on the CPU is not looked at, as a GPU would have to be waited for.
+        size: How many there are.
+        side: Named in the error.
+        positions: Of the batch's examples.
+
+    Raises:
+        TypeError: The ids are no integers.
+        ValueError: An id is negative or too large.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim == 0 or ids.device.type != "cpu":
+        return
+    if ids.is_floating_point():
+        raise TypeError(f"{name} must be the integer ids of tokens, got {ids.dtype} for {side} example {positions[0]}.")
+    bad = (ids < 0) | (ids >= size)
+    ignored = ""
+    if name == "labels":
+        bad, ignored = bad & (ids != IGNORED), f", or {IGNORED} where nothing is predicted"
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} of {side} example {positions[first[0]]} hold {ids[first]}, but the model knows 0 to {size - 1}"
+            f"{ignored}. Does the tokenizer, or what pads, belong to another model?"
+        )
+
+
+def check_gradient(losses: Tensor, argument: str) -> None:
+    """Refuses losses that no gradient leads back from: every influence would be zero.
+
+    Args:
+        losses: From a pass in which the model's parameters require a gradient.
+        argument: Named in the error.
+
+    Raises:
+        ValueError: They do not require a gradient.
+    """
+    if not losses.requires_grad:
+        raise ValueError(
+            f"The loss does not require a gradient: {argument} or the model's forward probably cuts it off with "
+            ".detach(), .item() or torch.no_grad(). Compute the loss from the model's output by differentiable "
+            "operations alone."
+        )
 
 
 # --- helpers ---
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """Calls the model on a batch.
+
+    Args:
+        model: The model.
+        batch: From `BatchReader`.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        TypeError: Its forward does not take the batch's arguments.
+    """
+    try:
+        return model(*batch.args, **batch.kwargs)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(
+            f"{type(model).__name__} could not be called with {len(batch.args)} positional argument(s) and the "
+            f"keywords {list(batch.kwargs)}: {error}. What it needs comes from the batch and forward_kwargs=."
+        ) from error
+
+
+def warn(message: str) -> None:
+    """Warns of the line that called this library, however deep inside it the cause was seen.
+
+    Args:
+        message: What to say.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("captum", "captum_sdi"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _forward_keys(model: nn.Module) -> set[str] | None:
@@ -625,18 +759,6 @@ def _parts(raw: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     return tuple(raw[:-1]), {}, raw[-1]
 
 
-def _logits(output: Any) -> Tensor:
-    logits = getattr(output, "logits", None)
-    if logits is None and isinstance(output, Mapping):
-        logits = output.get("logits")
-    if logits is None and isinstance(output, Sequence) and output:
-        logits = output[0]
-    logits = output if logits is None else logits
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise ValueError(f"The default loss needs logits, but the model returned {_described(output)}. Pass loss_fn=.")
-    return logits
-
-
 def _map(apply: Callable[[Tensor], Any], value: Any) -> Any:
     """``apply`` on every tensor inside."""
     if isinstance(value, Tensor):
@@ -652,6 +774,17 @@ def _tensors(value: Any) -> Iterable[Tensor]:
     found: list[Tensor] = []
     _map(found.append, value)
     return found
+
+
+def _holds_text(value: Any) -> bool:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, str) or any(map(_holds_text, inside))
+
+
+def _is_batch(row: Mapping[str, Any]) -> bool:
+    """Whether a mapping holds several rows of tokens; input ids alone have two axes in a row of multiple choice."""
+    ids, labels = row.get("input_ids"), row.get("labels")
+    return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.shape == labels.shape
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

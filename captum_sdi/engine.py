@@ -10,17 +10,28 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.batches import Stream, TokenCrossEntropy, batch_size, first_targeted, select
+from captum_sdi.batches import (
+    Stream,
+    TokenCrossEntropy,
+    batch_size,
+    check_ids,
+    first_targeted,
+    select,
+    targets,
+    token_logits,
+    warn,
+)
 from captum_sdi.checkpoints import checkpoint_names
 from captum_sdi.features import Featurizer, Side, StepFeatures, concatenate
-from captum_sdi.loop import find_loop, target_parameters
+from captum_sdi.loop import FoundLoop, find_loop, target_parameters
 from captum_sdi.preserve import preserved
 from captum_sdi.scores import Scores, pair_scores, with_total
 from captum_sdi.sketch import Sketch
@@ -58,6 +69,7 @@ class Engine:
         self._load, self._activation_checkpointing = load, activation_checkpointing
         self._featurizer: Featurizer | None = None
         self._fitting = sys.maxsize  # how many examples fit into a GPU's memory, once that is known
+        self._n_labels: dict[tuple[int, int], int] = {}
         self._rehearsed: set[tuple[int, int]] = set()
         if loop is not None or layers != "loop":
             self._targets(loop or LoopSpec(("",)))
@@ -144,7 +156,7 @@ class Engine:
             found.append(size)
 
         def visit(*_: object) -> None:
-            self._rehearse(raw, side)
+            self._rehearse(raw, side, range(batch_size(raw)))
             find_executable_batch_size(attempt, starting_batch_size=batch_size(raw))()
 
         self.sweep([None], (stream, side), visit)
@@ -180,7 +192,7 @@ class Engine:
         Returns:
             The features.
         """
-        self._rehearse(raw, side)
+        self._rehearse(raw, side, positions)
         parts: list[StepFeatures] = []
         dtype = self.dtype
         done = 0
@@ -273,18 +285,31 @@ class Engine:
     def _prepared(self, stream: Stream, side: Side) -> Featurizer:
         if self._featurizer is None:
             if self.loop is None:
-                self.loop = find_loop(self.model, stream.peek(), forward_kwargs=side.forward_kwargs)
+                self._check_ids(raw := stream.peek(), side, range(batch_size(raw)))
+                self.loop = find_loop(self.model, raw, forward_kwargs=side.forward_kwargs)
             targets = self._targets(self.loop)
             self._featurizer = Featurizer(self.model, targets, self.loop, self.sketch, self._activation_checkpointing)
         return self._featurizer
 
-    def _rehearse(self, raw: Any, side: Side) -> None:
-        """Runs a side's first example alone, once per object."""
-        settings = (id(side.loss_fn), id(side.forward_kwargs))
+    def _rehearse(self, raw: Any, side: Side, positions: Sequence[int]) -> None:
+        """Checks a batch's ids, and once per side runs its first example alone."""
+        self._check_ids(raw, side, positions)
+        settings = _settings(side)
         if settings in self._rehearsed:
             return
-        example = select(raw, [first_targeted(raw)])
-        losses, again = self.featurizer.forward(example, side)[1].detach(), self.featurizer.check_uses(example, side)
+        first = first_targeted(raw, side.loss_fn)
+        if first is None:
+            return  # nothing to see in their losses; a later batch's turn
+        example = select(raw, [first])
+        if isinstance(side.loss_fn, TokenCrossEntropy):  # how many labels there are, before one that is not
+            output, _ = self.featurizer.forward(example, replace(side, loss_fn=lambda *_: torch.zeros(1)))
+            self._n_labels[settings] = token_logits(output).shape[-1]
+            self._check_ids(raw, side, positions)
+        _, losses = self.featurizer.forward(example, side)
+        self.featurizer.check_finite(losses.isfinite(), "loss", side, [positions[first]])
+        if not losses.requires_grad:
+            self.featurizer.check_gradient(example, side)
+        again = self.featurizer.check_uses(example, side)
         # Sums in another order from call to call, as on some GPU kernels, are no randomness.
         if not torch.allclose(losses, again, rtol=1e-3 if self.is_coarse else 1e-5, equal_nan=True):
             raise ValueError(
@@ -292,8 +317,21 @@ class Engine:
                 f"{again.item():.6g}. Fix its randomness, e.g. with a seeded state in forward_kwargs=."
             )
         if isinstance(side.loss_fn, TokenCrossEntropy):
-            self._check_default_loss(example, side, losses)
+            self._check_default_loss(example, side, losses.detach())
+        if not self._rehearsed and self.featurizer.n_steps == 1 and not isinstance(self.loop, FoundLoop):
+            warn(
+                f"Nothing repeats: {self.loop} runs once in the first {side.name} example. It is taken as one loop "
+                "step, and influence as TracIn. Name the repeated module in loop=, or pass None to look for it."
+            )
         self._rehearsed.add(settings)
+
+    def _check_ids(self, raw: Any, side: Side, positions: Sequence[int]) -> None:
+        """Refuses token ids that the model does not know, and labels, once its logits have been seen."""
+        n_ids, n_labels = _vocabulary_size(self.model), self._n_labels.get(_settings(side))
+        if n_ids is not None and isinstance(raw, Mapping):
+            check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, positions)
+        if n_labels is not None:
+            check_ids("labels", targets(raw, side.loss_fn), n_labels, side.name, positions)
 
     @property
     def is_coarse(self) -> bool:
@@ -310,6 +348,20 @@ class Engine:
                 f"model's own loss {own.item():.6g}. Pass loss_fn= with the loss you trained with: "
                 "(output, labels) to one value per example."
             )
+
+
+def _settings(side: Side) -> tuple[int, int]:
+    """What a side's rehearsal holds for."""
+    return id(side.loss_fn), id(side.forward_kwargs)
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """How many token ids the model's input embedding knows; None where it does not say."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
 def _learning_rate(returned: Any, checkpoint: str) -> float:

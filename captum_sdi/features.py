@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_sdi.batches import BatchReader, LossFn, Settings, example_losses
+from captum_sdi.batches import BatchReader, LossFn, Settings, check_gradient, example_losses, run
+from captum_sdi.loop import requiring_grad
 from captum_sdi.sketch import Gradient, Noise, Projection, Sketch, canonical_name
 from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape
 
@@ -36,6 +37,8 @@ class Side:
     name: str
     loss_fn: LossFn
     forward_kwargs: Settings | None
+    argument: str = "loss_fn"
+    """Which argument the loss came from, named in errors."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,11 @@ class Featurizer:
         """
         batch = self.read(raw, side.forward_kwargs)
 
-        def run() -> tuple[Any, Tensor]:
-            output = self._model(*batch.args, **batch.kwargs)
-            return output, example_losses(side.loss_fn, output, batch.labels, batch.size, f"{side.name} loss_fn")
+        def losses() -> tuple[Any, Tensor]:
+            output = run(self._model, batch)
+            return output, example_losses(side.loss_fn, output, batch.labels, batch.size, side.argument)
 
-        result = self._tape.forward(run, batch.size)
+        result = self._tape.forward(losses, batch.size)
         silent = [name for name in self._names if name not in self._tape.called]
         dark = [name for name in silent if name in self._tape.called_without_grad]
         if dark:
@@ -191,6 +194,20 @@ class Featurizer:
             )
         return losses.detach()
 
+    def check_gradient(self, raw: Any, side: Side) -> None:
+        """A forward pass that tells a loss of no parameter at all from one of none that is targeted.
+
+        Args:
+            raw: A batch as the loader yields it.
+            side: Its loss and forward keywords.
+
+        Raises:
+            ValueError: The loss depends on no parameter in a way that a gradient could follow.
+        """
+        every = {name: p for name, p in self._model.named_parameters() if p.is_floating_point()}
+        with requiring_grad(every):
+            check_gradient(self.forward(raw, side)[1], side.argument)
+
     def own_loss(self, raw: Any, side: Side) -> Tensor | None:
         """The loss that the model itself computes from labels, inside `installed`.
 
@@ -205,9 +222,14 @@ class Featurizer:
         if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
             return None
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            output = self._model(*batch.args, **batch.kwargs, labels=batch.labels)
+            output = self._model(*batch.args, **batch.kwargs, labels=batch.labels.long())
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
         return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+
+    @property
+    def n_steps(self) -> int:
+        """How many loop steps the last forward pass ran, inside `installed`."""
+        return self._tape.n_steps
 
     def targets(self) -> dict[str, Tensor]:
         """The targeted parameters by name, inside `installed`."""
@@ -248,7 +270,7 @@ class Featurizer:
             rows, _ = self._swept(raw, side, by_step, positions, scale)
             kept = {name: torch.where(finite[:, None, None], kept[name], row) for name, row in rows.items()}
             finite = _finite(kept)
-        self._check_finite(finite, "gradient", side, positions)
+        self.check_finite(finite, "gradient", side, positions)
         return StepFeatures(kept, self._noise(), torch.full((len(finite),), n_steps))
 
     def _swept(
@@ -256,7 +278,7 @@ class Featurizer:
     ) -> tuple[dict[str, Tensor], int]:
         """Rows of a batch and the number of its loop steps, from one forward and one backward pass."""
         losses = self.forward(raw, side)[1]  # the logits need not outlive the loss's own backward
-        self._check_finite(losses.detach().isfinite(), "loss", side, positions)
+        self.check_finite(losses.detach().isfinite(), "loss", side, positions)
         n_steps = self._tape.n_steps
         rows = self._zeros(len(losses), FIRST_STEP + n_steps if by_step else 1)
 
@@ -286,7 +308,18 @@ class Featurizer:
             return noise
         return {POOLED: max(noise.values(), key=lambda each: each.variance)}
 
-    def _check_finite(self, finite: Tensor, what: str, side: Side, positions: Sequence[int]) -> None:
+    def check_finite(self, finite: Tensor, what: str, side: Side, positions: Sequence[int]) -> None:
+        """Names the examples whose loss or gradient is not finite, inside `installed`.
+
+        Args:
+            finite: ``(n,)`` which of them are.
+            what: "loss" or "gradient".
+            side: Of the examples.
+            positions: Of the examples.
+
+        Raises:
+            ValueError: Some are not.
+        """
         if not finite.all():
             bad = [positions[i] for i in (~finite).nonzero().flatten().tolist()]
             raise ValueError(

@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from captum.influence import TracInCPBase
 from captum.influence._utils.common import KMostInfluentialResults
 from captum.log import log_usage
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from captum_sdi.batches import Collator, LossFn, Settings, Stream, default_loss
 from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint
@@ -67,7 +67,8 @@ class SDIInfluence(TracInCPBase):
             Captum. None: the model's current weights with η = 1.
         checkpoints_load_func: ``(model, checkpoint)`` to the learning rate; loads in place.
         layers: ``"loop"``: the loop's trainable parameters. None: every trainable parameter, as in Captum; uses before
-            and after the loop are reported as prelude and coda. Or a list of module names, counted in full.
+            and after the loop are reported as prelude and coda. Or a list of module names, whose parameters count in
+            full, frozen ones too.
         loss_fn: ``(output, labels)`` to losses; see `captum_sdi.batches`. None: next-token cross-entropy, averaged
             over each example's targets and compared once with the model's own loss where it has one.
         batch_size: Examples per batch of a Dataset. It changes the time and the memory, never a score. ``"auto"``: the
@@ -141,11 +142,12 @@ class SDIInfluence(TracInCPBase):
         test_loss = _checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
         self._train = Side("train", train_loss, forward_kwargs)
-        self._test = Side("test", test_loss, test_kwargs)
+        test_argument = "loss_fn" if test_loss_fn is None else "test_loss_fn"
+        self._test = Side("test", test_loss, test_kwargs, test_argument)
         self._engine = Engine(model, self._load, layers, as_loop(loop), sketch, activation_checkpointing)
         self._index = None if index is None else TrainIndex(index, index_dtype, self._engine, self._train, search)
         if auto and not isinstance(train_dataset, DataLoader):
-            self.batch_size = self._engine.largest_batch(Stream(train_loader, "train_dataset"), self._train)
+            self.batch_size = self._engine.largest_batch(self._trains(), self._train)
             self.train_dataloader = self._loader(train_dataset, self.batch_size, "train_dataset")
 
     @property
@@ -182,7 +184,7 @@ class SDIInfluence(TracInCPBase):
         """
         if self._index is None:
             raise ValueError("build_index() needs a folder to write to: SDIInfluence(..., index='folder').")
-        trains, names = Stream(self.train_dataloader, "train_dataset"), checkpoint_names(self.checkpoints)
+        trains, names = self._trains(), checkpoint_names(self.checkpoints)
 
         def visit(i: int, eta: float) -> None:
             self._complete(trains, names[i], eta, show_progress, thorough=i == 0)
@@ -271,8 +273,10 @@ class SDIInfluence(TracInCPBase):
         """
         stream = self._stream(inputs)
         _check_k(k, rerank)
-        if rank_by is not None and (k is None or rank_by < 0):
-            raise ValueError(f"rank_by={rank_by} is a 0-based loop step to rank the top k by: pass k=, and 0 or more.")
+        if rank_by is not None and (k is None or not _is_int(rank_by) or rank_by < 0):
+            raise ValueError(
+                f"rank_by={rank_by!r} is a 0-based loop step to rank the top k by: pass k=, and an int of 0 or more."
+            )
         if k is None:
             return self._all_steps(stream, aggregate, show_progress)
         column = 0 if rank_by is None else 1 + FIRST_STEP + rank_by
@@ -300,7 +304,7 @@ class SDIInfluence(TracInCPBase):
             ValueError: An index is not in the training set.
         """
         tests = self._stream(inputs)
-        trains = Stream(self.train_dataloader, "train_dataset")
+        trains = self._trains()
         wanted = None if indices is None else _as_indices(indices)
         matrices, found = Running(), Running()
 
@@ -368,7 +372,8 @@ class SDIInfluence(TracInCPBase):
         Raises:
             ValueError: A learning rate is negative.
         """
-        stream, side = self._stream(inputs), self._test if test else self._train
+        side = self._test if test else self._train
+        stream = self._stream(inputs, side)
         width = self.sketch.dim if isinstance(self.sketch, TensorSketch) else 0
         columns: list[Tensor] = []
 
@@ -399,7 +404,7 @@ class SDIInfluence(TracInCPBase):
             for i, positions, scores in search.scores():
                 receive(i, positions, 1.0, scores)
             return n_steps
-        trains = Stream(self.train_dataloader, "train_dataset")
+        trains = self._trains()
         total = None if self.train_dataloader_len is None else self.train_dataloader_len * len(self.checkpoints)
         with self._bar(what, total) as bar:
 
@@ -475,7 +480,7 @@ class SDIInfluence(TracInCPBase):
         """Sketches shortlist, exact gradients of the shortlisted train examples decide."""
         shortlist = self._ranked(tests, rerank, proponents, column, aggregate, what)[0].sort(dim=1).values
         exact = Engine(self.model, self._load, self.layers, self.loop, Exact(), self._activation_checkpointing)
-        trains, values, depths = Stream(self.train_dataloader, "train_dataset"), Running(axis=0), Running(axis=0)
+        trains, values, depths = self._trains(), Running(axis=0), Running(axis=0)
 
         def visit(position: int, eta: float) -> None:
             start = 0
@@ -504,7 +509,7 @@ class SDIInfluence(TracInCPBase):
     def _search(self, tests: Stream, by_step: bool, aggregate: bool, show_progress: bool) -> tuple[Search, Tensor]:
         """The test examples beside the index, completed where rows are missing, and their depths ``(q,)``."""
         assert self._index is not None
-        trains, names = Stream(self.train_dataloader, "train_dataset"), checkpoint_names(self.checkpoints)
+        trains, names = self._trains(), checkpoint_names(self.checkpoints)
         tested: list[StepFeatures] = []
         etas: list[float] = []
 
@@ -529,7 +534,7 @@ class SDIInfluence(TracInCPBase):
 
     def _self(self, inputs: Any, by_step: bool, show_progress: bool, outer_bar: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Values and variances ``(n, b)`` of every example against itself, and depths ``(n,)``."""
-        stream = Stream(self.train_dataloader, "train_dataset") if inputs is None else self._stream(inputs)
+        stream = self._trains() if inputs is None else self._stream(inputs, self._train)
         indexed = self._index if inputs is None and not by_step else None
         names = checkpoint_names(self.checkpoints)
         values, variances, depths = Running(axis=0), Running(axis=0), Running(axis=0)
@@ -573,16 +578,22 @@ class SDIInfluence(TracInCPBase):
         if isinstance(data, DataLoader):
             Stream(data, argument)  # refuses a shuffled one
             return data
-        if not isinstance(batch_size, int):
+        if not _is_int(batch_size):
             raise CaptumError(f"since the `{argument}` argument was a `Dataset`, `batch_size` must be an int.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if not hasattr(data, "__getitem__") and not isinstance(data, Iterable):
-            raise TypeError(f"{argument} must be a Dataset or a DataLoader, got {type(data).__name__}.")
+        if not isinstance(data, IterableDataset) and not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            raise TypeError(
+                f"{argument} must be a Dataset or a DataLoader, got {type(data).__name__}. Of rows that come one after "
+                "the other make a list, or an IterableDataset that can be read again."
+            )
         return DataLoader(data, batch_size, shuffle=False, collate_fn=self._collate)
 
-    def _stream(self, inputs: Any) -> Stream:
-        """Test examples in any of the forms they come in."""
+    def _trains(self) -> Stream:
+        return Stream(self.train_dataloader, "train_dataset", self._train.loss_fn)
+
+    def _stream(self, inputs: Any, side: Side | None = None) -> Stream:
+        """Examples in any of the forms they come in, for the test side if no other is named."""
         if inputs is None:
             raise CaptumError(
                 "`inputs` argument is required. If you wish to calculate self influence scores, please use the "
@@ -592,8 +603,10 @@ class SDIInfluence(TracInCPBase):
         if isinstance(ids, Tensor) and ids.ndim == 1:
             raise ValueError("inputs is one row of a dataset, not a batch of rows: pass it in a list, [row].")
         if isinstance(inputs, tuple | Mapping) or (isinstance(inputs, list) and not _are_rows(inputs)):
-            return Stream([inputs], "inputs")
-        return Stream(self._loader(inputs, self.batch_size or 1, "inputs"), "inputs")
+            loader: Iterable[Any] = [inputs]
+        else:
+            loader = self._loader(inputs, self.batch_size or 1, "inputs")
+        return Stream(loader, "inputs", (side or self._test).loss_fn)
 
 
 def _check_placement(model: nn.Module) -> None:
@@ -654,14 +667,18 @@ def _checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
 
 
 def _check_k(k: Any, rerank: Any) -> None:
-    if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
+    if k is not None and (not _is_int(k) or k < 1):
         raise ValueError(f"k must be an int of at least 1, or None for all training examples; got {k!r}.")
     if rerank is None:
         return
-    if k is None or not isinstance(rerank, int) or isinstance(rerank, bool) or rerank < k:
+    if k is None or not _is_int(rerank) or rerank < k:
         raise ValueError(
             f"rerank={rerank!r} is how many candidates exact gradients decide among: pass k=, and at least k."
         )
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _top_k_text(proponents: bool) -> str:

@@ -20,7 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.batches import BatchReader, LossFn, Settings, default_loss, example_losses, select
+from captum_sdi.batches import (
+    BatchReader,
+    LossFn,
+    Settings,
+    check_gradient,
+    default_loss,
+    example_losses,
+    run,
+    select,
+)
 from captum_sdi.sketch import Exact, Gradient, canonical_name
 from captum_sdi.tape import LoopSpec, Tape, called_modules, evaluating, find_module, frozen
 
@@ -232,7 +241,7 @@ def _watch(model: nn.Module, batch: Any, forward_kwargs: Settings | None) -> lis
         stack.enter_context(frozen(model))  # nothing is kept for a backward pass
         # With gradients, to see which calls the model itself runs without; hooks are not called in compiled code.
         with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            model(*parsed.args, **parsed.kwargs)
+            run(model, parsed)
     return calls
 
 
@@ -405,7 +414,8 @@ def coverage_check(
         The table.
 
     Raises:
-        ValueError: Captured and ordinary gradients differ by more than 1e-3 (5e-2 below float32) in some parameter.
+        ValueError: Captured and ordinary gradients differ by more than 1e-3 (5e-2 below float32) in some parameter, or
+            the loss has none or is not finite.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -420,13 +430,15 @@ def coverage_check(
     loss_fn = loss_fn or default_loss(model)
 
     def loss() -> Tensor:
-        output = model(*parsed.args, **parsed.kwargs)
-        return example_losses(loss_fn, output, parsed.labels, parsed.size).sum()
+        return example_losses(loss_fn, run(model, parsed), parsed.labels, parsed.size).sum()
 
     targets = {name: p for name, p in model.named_parameters() if name in set(names)}
     captured = _captured(Tape(model, targets, spec), targets, loss, parsed.size)
-    with evaluating(model), _requiring_grad(targets), torch.enable_grad():
-        grads = torch.autograd.grad(loss(), list(targets.values()), allow_unused=True)
+    with evaluating(model), requiring_grad(targets), torch.enable_grad():
+        check_gradient(total := loss(), "loss_fn")
+        if not total.isfinite():
+            raise ValueError(f"The loss of the batch is {total.item()}: look at its examples and the model's weights.")
+        grads = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
     expected = [torch.zeros_like(c) if g is None else g.to(c).flatten() for c, g in zip(captured, grads, strict=True)]
     table = _compared(names, captured, expected)
     tolerance = 1e-3 if all(p.dtype in (torch.float32, torch.float64) for p in targets.values()) else 5e-2
@@ -446,9 +458,14 @@ def as_loop(loop: str | Sequence[str] | LoopSpec | None) -> LoopSpec | None:
 
     Returns:
         A LoopSpec, or None when it is to be found.
+
+    Raises:
+        TypeError: It is something else.
     """
     if loop is None or isinstance(loop, LoopSpec):
         return loop
+    if not isinstance(loop, Sequence):
+        raise TypeError(f"loop= must be a module's name, several names, a LoopSpec or None, got {loop!r}.")
     return LoopSpec(modules=(loop,) if isinstance(loop, str) else tuple(loop))
 
 
@@ -475,8 +492,12 @@ def _compared(names: Sequence[str], captured: Sequence[Tensor], expected: Sequen
 
 
 @contextmanager
-def _requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Frozen targets (named in ``layers``) need a gradient for the comparison, too."""
+def requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Parameters that are frozen require a gradient for a while, as targets named in ``layers`` need one to compare.
+
+    Args:
+        targets: By name; given back as they were.
+    """
     frozen = [p for p in targets.values() if not p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -18,11 +18,13 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from captum_sdi.features import StepFeatures
@@ -31,7 +33,7 @@ from captum_sdi.tape import CODA, FIRST_STEP, PRELUDE
 _VERSION = {"format": "captum_sdi.StepInfluence", "version": "1"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # tensors have no one truth value, and too many numbers
 class StepInfluence:
     """Influence split by the loop step of the test side at which it acts.
 
@@ -94,7 +96,13 @@ class StepInfluence:
 
         Args:
             path: The file to write; an existing one is replaced.
+
+        Raises:
+            FileNotFoundError: Its folder does not exist.
         """
+        folder = Path(path).absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._fields() if value is not None}
         save_file({name: value.clone() for name, value in tensors.items()}, os.fspath(path), metadata=_VERSION)
 
@@ -109,18 +117,35 @@ class StepInfluence:
             The result, on the CPU.
 
         Raises:
-            ValueError: The file holds something else.
+            ValueError: The file holds something else, or is of a newer version.
         """
-        tensors = load_file(os.fspath(path))
+        name = os.fspath(path)
+        try:
+            with safe_open(name, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no dict
+        except SafetensorError as error:
+            raise ValueError(
+                f"{name} is not a saved StepInfluence: {error}. Pass a file written by StepInfluence.save."
+            ) from error
+        if metadata.get("format") == _VERSION["format"] and int(metadata["version"]) > int(_VERSION["version"]):
+            raise ValueError(
+                f"{name} was saved by a newer captum_sdi, in version {metadata['version']} of the format; this one "
+                f"reads {_VERSION['version']}. Update captum_sdi."
+            )
         names = {field.name for field in dataclasses.fields(cls)}
         missing, unknown = sorted(names - {"indices"} - set(tensors)), sorted(set(tensors) - names)
-        if missing or unknown:
+        if missing or unknown or metadata.get("format") != _VERSION["format"]:
             raise ValueError(
-                f"{os.fspath(path)} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}. "
+                f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}. "
                 "Pass a file written by StepInfluence.save."
             )
         fields: dict[str, Any] = {"indices": None, **tensors}
         return cls(**fields)
+
+    def __repr__(self) -> str:
+        shapes = (f"{name}={value if value is None else tuple(value.shape)}" for name, value in self._fields())
+        return f"StepInfluence({', '.join(shapes)})"
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
         return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))

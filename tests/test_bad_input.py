@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch, coverage_check
-from captum_sdi.batches import Collator
+from captum_sdi.batches import Collator, TokenCrossEntropy
 from captum_sdi.models import LoopedGPTForCausalLM
 
 TRAIN, TEST = rows(5, seed=1), rows(2, seed=2)
@@ -161,10 +162,113 @@ def test_an_example_without_a_target_has_no_influence_and_is_named_once(batch_si
     assert scores[:, [0, 1, 3]].all()
 
 
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("labels", [[3], [3, -100, -100]])
+def test_an_example_whose_first_token_alone_has_a_label_has_no_target(place: int, labels: list[int]) -> None:
+    row = {"input_ids": torch.tensor([3] * len(labels)), "labels": torch.tensor(labels)}
+    train = [*TRAIN[:place], row, *TRAIN[place:4]]
+    for batch_size in (1, 2):
+        with pytest.warns(UserWarning, match=rf"train_dataset: example\(s\) \[{place}\] have no target") as caught:
+            scores = SDIInfluence(a_model(), train, batch_size=batch_size).influence(TEST)
+        assert [warning.filename for warning in caught] == [__file__]
+        assert scores.any(0).tolist() == [i != place for i in range(5)]
+
+
+def test_labels_of_one_position_are_targets_where_nothing_is_shifted() -> None:
+    model, row = CASES[3].model(), {"input_ids": torch.tensor([3]), "labels": torch.tensor([4])}
+    assert SDIInfluence(model, [row, *TRAIN]).influence(TEST).all()
+
+
+def test_many_examples_without_a_target_are_not_all_listed() -> None:
+    row = {"input_ids": torch.tensor([3]), "labels": torch.tensor([3])}
+    with pytest.warns(UserWarning, match=r"8, 9, 10\] and 5 more have no target"):
+        SDIInfluence(a_model(), [TRAIN[0], *[row] * 15]).influence(TEST)
+
+
+def cut(output: Any, labels: Tensor) -> Tensor:
+    """A loss that no gradient leads back from."""
+    return output.logits.detach().sum((1, 2))
+
+
+def constant(output: Any, labels: Tensor) -> Tensor:
+    return torch.zeros(len(labels))
+
+
+cut.reduction = constant.reduction = "none"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("loss", [cut, constant])
+def test_a_loss_without_a_gradient(loss: Any) -> None:
+    match = r"loss does not require a gradient: {} or.*\.detach\(\)"
+    refused(match.format("loss_fn"), a_model(), TRAIN, loss_fn=loss)
+    refused(match.format("test_loss_fn"), a_model(), TRAIN, test_loss_fn=loss)
+    with pytest.raises(ValueError, match=match.format("loss_fn")):
+        coverage_check(a_model(), Collator()(TRAIN), loss_fn=loss)
+
+
+def test_a_model_whose_output_is_detached() -> None:
+    class Detached(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    mse = nn.MSELoss(reduction="none")
+    refused("model's forward probably cuts", Detached(), tensors(), loss_fn=mse, call=lambda s: s.self_influence())
+
+
+def test_a_loss_of_other_parameters_than_the_targeted_ones_is_no_error() -> None:
+    class Two(Plain):
+        def forward(self, x: Tensor) -> Any:
+            return self.up(x), super().forward(x)
+
+    def first(output: Any, labels: Tensor) -> Tensor:
+        return output[0].sum(1)
+
+    first.reduction = "none"  # type: ignore[attr-defined]
+    assert not SDIInfluence(Two(), tensors(), loss_fn=first, layers=["down"], loop="down").self_influence().any()
+
+
+def test_weights_that_are_not_finite_are_not_blamed_on_the_loss() -> None:
+    model = a_model()
+    model.core.blocks[0].ln_1.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"loss of test example\(s\) \[0\] is not finite at checkpoint 'current'"):
+        SDIInfluence(model, TRAIN).influence(TEST)
+    with pytest.raises(ValueError, match="The loss of the batch is nan"):
+        coverage_check(model, Collator()(TRAIN))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("key", ["input_ids", "labels"])
+@pytest.mark.parametrize(("place", "id"), [(0, 11), (3, 11), (3, -1)])
+def test_ids_that_the_model_does_not_know(key: str, place: int, id: int, batch_size: int) -> None:
+    train = [{name: value.clone() for name, value in row.items()} for row in TRAIN]
+    train[place][key][-1] = id
+    ignored = ", or -100" if key == "labels" else r"\."
+    match = rf"{key} of train example {place} hold {id}, but the model knows 0 to 10{ignored}"
+    refused(match, a_model(), train, batch_size=batch_size)
+
+
+def test_a_label_that_is_not_predicted_may_be_anything() -> None:
+    train = [{**row, "labels": torch.cat([torch.tensor([-1]), row["labels"][1:]])} for row in TRAIN]
+    sdi = SDIInfluence(a_model(), train, loss_fn=TokenCrossEntropy())
+    assert torch.equal(sdi.influence(TEST), SDIInfluence(a_model(), TRAIN).influence(TEST))
+
+
+def test_ids_of_other_types() -> None:
+    def as_type(dtype: torch.dtype) -> list[dict[str, Tensor]]:
+        return [{name: value.to(dtype) for name, value in row.items()} for row in TRAIN]
+
+    refused(r"input_ids must be the integer ids.*torch.float32 for train example 0", a_model(), as_type(torch.float32))
+    expected = SDIInfluence(a_model(), TRAIN).self_influence()
+    assert torch.equal(SDIInfluence(a_model(), as_type(torch.int32)).self_influence(), expected)
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
-        (lambda output, labels: output.logits.mean(), r"of shape \(\).*a scalar is possible only where the model"),
+        (
+            lambda output, labels: output.logits.mean(),
+            r"^loss_fn .*of shape \(\) for a batch of 1.*of shape \(1,\).*not CausalLMOutput",
+        ),
         (lambda output, labels: output.logits.sum((0, 2)), r"of shape \(.*Return one value per example"),
         (lambda output, labels: 3.0, "must return a tensor, got float"),
     ],
@@ -225,6 +329,39 @@ def test_a_batch_whose_leaves_disagree() -> None:
 @pytest.mark.parametrize("batch", [torch.zeros(2, 3), (torch.zeros(2, 3),), 7])
 def test_a_batch_of_the_wrong_type(batch: Any) -> None:
     refused("must be a", a_model(), TRAIN, call=lambda sdi: sdi.influence(batch))
+
+
+@pytest.mark.parametrize("texts", [["a", "b"], [{"text": "a"}, {"text": "b"}]])
+def test_texts(texts: list[Any]) -> None:
+    refused("Tokenize texts first", a_model(), texts)
+    refused("Tokenize texts first", a_model(), TRAIN, call=lambda sdi: sdi.influence(texts))
+
+
+def test_a_list_of_batches_where_rows_are_meant() -> None:
+    batches = [Collator()(TRAIN[:3]), Collator()(TRAIN[3:])]
+    match = r"of shape \(3, 9\): it is a batch.*DataLoader\(batches, batch_size=None\)"
+    refused(match, a_model(), batches)
+    refused(match, a_model(), TRAIN, call=lambda sdi: sdi.influence(batches))
+    loader = DataLoader(batches, batch_size=None)
+    scores = SDIInfluence(a_model(), loader).influence(loader)
+    assert torch.allclose(scores, SDIInfluence(a_model(), TRAIN).influence(TRAIN))
+
+
+def test_a_generator() -> None:
+    refused("train_dataset must be a Dataset.*got generator.*make a list", a_model(), (row for row in TRAIN))
+    refused("inputs must be .*got generator", a_model(), TRAIN, call=lambda sdi: sdi.influence(row for row in TEST))
+
+
+def test_forward_keywords_that_do_not_fit() -> None:
+    class Strict(Plain):
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return scale * super().forward(x)
+
+    kwargs: dict[str, Any] = {"loss_fn": nn.MSELoss(reduction="none"), "call": lambda sdi: sdi.self_influence()}
+    refused(r"Strict could not be called.*'scale'.*forward_kwargs=", Strict(), tensors(), **kwargs)
+    match = r"Strict could not be called.*\['scale', 'sale'\].*'sale'.*forward_kwargs="
+    for loop in (None, "up"):
+        refused(match, Strict(), tensors(), loop=loop, forward_kwargs={"scale": 1.0, "sale": 2.0}, **kwargs)
 
 
 def test_a_row_where_a_batch_is_meant() -> None:
@@ -401,6 +538,15 @@ def test_a_model_in_which_nothing_repeats_is_one_step() -> None:
     assert not steps.coda.any()
 
 
+@pytest.mark.parametrize("loop", ["", "second"])
+def test_a_named_loop_that_does_not_repeat(loop: str) -> None:
+    model = nn.Sequential(OrderedDict(first=nn.Linear(4, 6), second=nn.Linear(6, 4)))
+    sdi = SDIInfluence(model, tensors(), loss_fn=nn.MSELoss(reduction="none"), loop=loop)
+    with pytest.warns(UserWarning, match=rf"Nothing repeats: .*'{loop}'.* runs once in the first train") as caught:
+        sdi.step_self_influence()
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_model_on_meta() -> None:
     with torch.device("meta"):
         model = Plain()
@@ -466,6 +612,10 @@ def test_k_below_one(k: Any) -> None:
 def test_rank_by() -> None:
     refused("pass k=", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, rank_by=0))
     refused("pass k=", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, k=2, rank_by=-1))
+    for step in (2.0, "1", True):
+        refused(
+            "an int of 0", a_model(), TRAIN, call=lambda sdi, step=step: sdi.step_influence(TEST, k=2, rank_by=step)
+        )
     refused("runs 3 loop steps", a_model(), TRAIN, call=lambda sdi: sdi.step_influence(TEST, k=2, rank_by=3))
 
 
@@ -488,10 +638,13 @@ def test_batch_size() -> None:
     refused("batch_size must be at least 1, got 0", a_model(), TRAIN, batch_size=0)
     with pytest.raises(AssertionError, match="`batch_size` must be an int"):
         SDIInfluence(a_model(), TRAIN, batch_size=None)
+    with pytest.raises(AssertionError, match="`batch_size` must be an int"):
+        SDIInfluence(a_model(), TRAIN, batch_size=True)
 
 
 def test_loop_specs() -> None:
     with pytest.raises(TypeError, match="must be a tuple of module names, got 'core'"):
         LoopSpec(modules="core")  # type: ignore[arg-type]
+    refused("loop= must be a module's name.*got 5", a_model(), TRAIN, loop=5)
     with pytest.raises(ValueError, match="names no module"):
         LoopSpec(modules=())

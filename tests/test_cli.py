@@ -378,7 +378,10 @@ def test_an_index_of_other_settings_is_refused(here: Path, capsys: pytest.Captur
         ('{"input_ids": []}', '"input_ids" is empty: leave the line out'),
         ('{"input_ids": [1], "labels": [1, 2]}', "there are {'input_ids': 1, 'labels': 2}"),
         ('{"input_ids": [1], "labels": null}', '"labels" must be a list of integers, one per token; it is null'),
-        ('{"input_ids": [11]}', '"input_ids" holds 11, but the model knows the token ids 0 to 10: the file is another'),
+        (
+            '{"input_ids": [11]}',
+            '"input_ids" holds 11, but the model knows the token ids 0 to 10: the file seems to be another',
+        ),
         ('{"input_ids": [-1]}', '"input_ids" holds -1, but the model knows the token ids 0 to 10.'),
         ('{"input_ids": [1], "labels": [12]}', '"labels" holds 12, but the model knows the token ids 0 to 10'),
         ('{"input_ids": [1], "attention_mask": [2]}', '"attention_mask" must be 0 or 1 per token; it is [2]'),
@@ -408,6 +411,7 @@ def test_text_needs_a_tokenizer(here: Path, capsys: pytest.CaptureFixture) -> No
     assert run(INDEX, tokenizer="run/checkpoint-5") == 0
 
 
+@pytest.mark.filterwarnings("ignore:train_dataset. example")
 def test_what_is_cut_or_predicts_nothing_is_counted(here: Path, capsys: pytest.CaptureFixture) -> None:
     _write(here / "train.jsonl", [{"text": text} for text in ("a b c d", "a b c", "a", "a " * 20)])
     line = INDEX.replace(" --quiet", "")

@@ -314,6 +314,22 @@ def test_scores_come_back_from_disk(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="not a saved StepInfluence: missing fields"):
         StepInfluence.load(tmp_path / "other.safetensors")
+    newer = {"format": "captum_sdi.StepInfluence", "version": "10"}
+    save_file({"weight": torch.zeros(2)}, tmp_path / "newer.safetensors", newer)
+    with pytest.raises(ValueError, match="saved by a newer captum_sdi, in version 10"):
+        StepInfluence.load(tmp_path / "newer.safetensors")
+    (tmp_path / "words").write_text("no tensors")
+    with pytest.raises(ValueError, match="words is not a saved StepInfluence"):
+        StepInfluence.load(tmp_path / "words")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*missing to save scores in"):
+        result.save(tmp_path / "missing" / "scores")
+
+
+def test_a_result_is_itself_and_prints_its_shapes() -> None:
+    result = SDIInfluence(CASES[0].model(), TRAIN).step_influence(TEST, k=2)
+    assert result in [result]
+    assert result != result.to("cpu")
+    assert repr(result).startswith("StepInfluence(indices=(3, 2), influence_scores=(3, 2), trajectories=(3, 2, 3), ")
 
 
 @pytest.mark.parametrize("sketch", [Exact(), TensorSketch(64)])

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from captum.influence._utils.common import KMostInfluentialResults
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
@@ -521,6 +522,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "self-influence": (lambda: plotting.plot_trajectories(make_self_influence()), r"use plot_self_influence"),
     "no self-influence": (lambda: plotting.plot_self_influence(make_result()), r"\(n, t\).* use plot_trajectories"),
     "words": (lambda: plotting.plot_trajectories("scores.pt"), r"result must be numbers.*got str"),  # type: ignore[arg-type]
+    "what influence returns": (
+        lambda: plotting.plot_trajectories(KMostInfluentialResults(torch.zeros(3, 2), torch.ones(3, 2))),
+        "result must hold trajectories, got KMostInfluentialResults. Use step_influence",
+    ),
     "test": (lambda: plotting.plot_trajectories(make_result(), 3), r"test=3 is out of range: .* has 3, so pass 0 to 2"),
     "test below 0": (lambda: plotting.plot_heatmap(make_result(), -1), r"test=-1 is out of range"),
     "test no integer": (lambda: plotting.plot_heatmap(make_result(), 0.5), r"test takes integers .*0\.5"),  # type: ignore[arg-type]

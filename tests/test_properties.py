@@ -27,6 +27,8 @@ from captum_sdi.batches import Collator
 
 Row = dict[str, Tensor]
 
+pytestmark = pytest.mark.filterwarnings("ignore:Nothing repeats")  # depths of one step are drawn, too
+
 # --- padding ---
 
 TRAIN, TEST = rows(5, seed=1, longest=10), rows(3, seed=2, longest=9)

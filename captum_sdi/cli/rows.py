@@ -120,7 +120,7 @@ class Encoder:
                 if not 0 <= number < self.vocab_size and (name, number) != ("labels", IGNORED):
                     raise ValueError(
                         f'"{name}" holds {number}, but the model knows the token ids 0 to {self.vocab_size - 1}'
-                        + f": the {whose} is another model's?" * (number >= 0)
+                        + f": the {whose} seems to be another model's" * (number >= 0)
                     )
 
 

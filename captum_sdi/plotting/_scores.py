@@ -62,6 +62,10 @@ class Scores:
 
 def read(result: Result, texts: Sequence[str] | None = None, of_itself: bool = False) -> Scores:
     """Checks a result, and the texts of its training examples; plain trajectories have no errors, prelude or coda."""
+    if isinstance(result, tuple):  # Captum's KMostInfluentialResults: an array of indices and totals, no steps
+        raise ValueError(
+            f"result must hold trajectories, got {type(result).__name__}. Use step_influence, not influence."
+        )
     given: dict[str, Any] = vars(result) if isinstance(result, StepInfluence) else {}
     trajectories = array("result.trajectories", given["trajectories"]) if given else array("result", result)
     if trajectories.ndim not in ((2,) if of_itself else (3,) if given else (2, 3)) or not trajectories.size:
