@@ -48,7 +48,7 @@ def held(small: bool = False) -> dict[str, Any]:
     for who, (few, many) in sizes.items():
         peaks = [[_peak(who, shape | {"tau": tau, "n": n}) for n in (few, many)] for tau in taus]
         found[who] = [1000 * (most - least) / (many - few) for least, most in peaks]
-    matrices = [p for p in looped_gpt(width=64).model.core.parameters() if p.ndim == 2]  # type: ignore[operator, union-attr]
+    matrices = [p for p in looped_gpt(width=64).model.get_submodule("core").parameters() if p.ndim == 2]
     return found | {"one sketch": len(matrices) * DIM * 4 / 1000}
 
 

@@ -301,11 +301,14 @@ class Engine:
         if first is None:
             return  # nothing to see in their losses; a later batch's turn
         example = select(raw, [first])
-        if isinstance(side.loss_fn, TokenCrossEntropy):  # how many labels there are, before one that is not
-            output, _ = self.featurizer.forward(example, replace(side, loss_fn=lambda *_: torch.zeros(1)))
-            self._n_labels[settings] = token_logits(output).shape[-1]
-            self._check_ids(raw, side, positions)
-        _, losses = self.featurizer.forward(example, side)
+
+        def checked(output: Any, labels: Any) -> Tensor:
+            if isinstance(side.loss_fn, TokenCrossEntropy):  # how many labels there are, before one that is not
+                self._n_labels[settings] = token_logits(output).shape[-1]
+                self._check_ids(raw, side, positions)
+            return side.loss_fn(output, labels)
+
+        _, losses = self.featurizer.forward(example, replace(side, loss_fn=checked))
         self.featurizer.check_finite(losses.isfinite(), "loss", side, [positions[first]])
         if not losses.requires_grad:
             self.featurizer.check_gradient(example, side)

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_sdi.batches import BatchReader, LossFn, Settings, check_gradient, example_losses, run
-from captum_sdi.loop import requiring_grad
 from captum_sdi.sketch import Gradient, Noise, Projection, Sketch, canonical_name
-from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape
+from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape, requiring_grad
 
 POOLED = ""
 """The name of the one row that all parameters share with ``TensorSketch(pool=True)``."""
@@ -261,9 +260,10 @@ class Featurizer:
         Raises:
             ValueError: A loss or gradient is not finite.
         """
-        kept, n_steps = self._swept(raw, side, by_step, positions, _LOSS_SCALES[0] if self._in_float16() else 1.0)
+        first, *smaller = _LOSS_SCALES if self._in_float16() else (1.0,)
+        kept, n_steps = self._swept(raw, side, by_step, positions, first)
         finite = _finite(kept)
-        for scale in _LOSS_SCALES[1:] if self._in_float16() else ():
+        for scale in smaller:
             if finite.all():
                 break
             # Each example at the first scale that suits it, whatever its neighbours in the batch need.

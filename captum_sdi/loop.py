@@ -12,8 +12,8 @@ import itertools
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from captum_sdi.batches import (
     select,
 )
 from captum_sdi.sketch import Exact, Gradient, canonical_name
-from captum_sdi.tape import LoopSpec, Tape, called_modules, evaluating, find_module, frozen
+from captum_sdi.tape import LoopSpec, Tape, called_modules, evaluating, find_module, frozen, requiring_grad
 
 PRESETS = {
     "albert": LoopSpec(modules=("albert_layer_groups",), anchors=("albert_layer_groups",)),
@@ -489,20 +489,3 @@ def _compared(names: Sequence[str], captured: Sequence[Tensor], expected: Sequen
         float((c - e).norm()) / max(norm, floor) for c, e, norm in zip(captured, expected, norms, strict=True)
     ]
     return Coverage(tuple(names), tuple(float(c.norm()) for c in captured), tuple(norms), tuple(differences))
-
-
-@contextmanager
-def requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Parameters that are frozen require a gradient for a while, as targets named in ``layers`` need one to compare.
-
-    Args:
-        targets: By name; given back as they were.
-    """
-    frozen = [p for p in targets.values() if not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)

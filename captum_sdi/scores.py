@@ -137,8 +137,8 @@ class StepInfluence:
         missing, unknown = sorted(names - {"indices"} - set(tensors)), sorted(set(tensors) - names)
         if missing or unknown or metadata.get("format") != _VERSION["format"]:
             raise ValueError(
-                f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}. "
-                "Pass a file written by StepInfluence.save."
+                f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
+                f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
         fields: dict[str, Any] = {"indices": None, **tensors}
         return cls(**fields)

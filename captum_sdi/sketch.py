@@ -418,6 +418,8 @@ class _MatrixSketch:
     def __call__(self, gradient: Gradient) -> Tensor:
         if isinstance(gradient, Dense):
             return self._dense(gradient.grads)
+        if not gradient.cols.shape[1]:  # no token: MKL transforms no empty tensor
+            return torch.zeros(len(gradient.cols), self.width, dtype=self.dtype, device=gradient.cols.device)
         if gradient.rows.is_floating_point():
             return self._packed(self._outer(gradient.rows, gradient.cols))
         return self._one_hot(gradient.rows, gradient.cols)

@@ -544,6 +544,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Parameters that are frozen require a gradient for a while, as targets named in ``layers`` need one to compare.
+
+    Args:
+        targets: By name; given back as they were.
+    """
+    still = [p for p in targets.values() if not p.requires_grad]
+    for parameter in still:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in still:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no key-value cache: a looped block would append to the cache of its previous iteration.
 

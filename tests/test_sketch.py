@@ -287,6 +287,12 @@ def test_token_ids_are_one_hot_rows(r: int, c: int, dim: int, p: int, pool: bool
     assert_same(projection(gradient), projection(Outer(F.one_hot(gradient.rows, r).float(), gradient.cols)))
 
 
+@pytest.mark.parametrize("make", [lambda p: torch.randn(2, p, 40), lambda p: torch.zeros(2, p, dtype=torch.long)])
+def test_no_token_is_a_gradient_of_zeros(make: Callable[[int], Tensor]) -> None:
+    project = TensorSketch(64).projection("w", torch.empty(40, 50))
+    assert torch.equal(project(Outer(make(0), torch.randn(2, 0, 50))), torch.zeros(2, 64))
+
+
 def test_a_parameter_with_more_axes_is_a_matrix_of_its_first_axis_and_the_others() -> None:
     grads = torch.randn(2, 6, 3, 4)
     sketch = TensorSketch(16)
