@@ -26,14 +26,13 @@ import torch
 from torch import Tensor
 
 from captum_sdi import Exact, Faiss, SDIInfluence, TensorSketch, __version__
-from captum_sdi.features import StepFeatures
+from captum_sdi.features import Noise, StepFeatures
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.manifest import Manifest
+from captum_sdi.index.processes import Processes
 from captum_sdi.index.search import Search
 from captum_sdi.index.shards import SUFFIX, Shard
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-from captum_sdi.processes import Processes
-from captum_sdi.sketch import Noise
 
 RESULTS = Path(__file__).with_suffix(".json")
 

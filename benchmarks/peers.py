@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from captum_sdi import Exact, SDIInfluence, StepInfluence, TensorSketch
-from captum_sdi.sketch import Sketch
+from captum_sdi.sketch.base import Sketch
 
 Call = Callable[[], Any]
 

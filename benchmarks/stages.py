@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from captum_sdi import TensorSketch
-from captum_sdi.sketch import Outer
+from captum_sdi.features import Outer
 
 # Parts of the names of operations, by the stage they serve.
 STAGES = {

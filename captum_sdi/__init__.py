@@ -20,14 +20,16 @@ al., arXiv 2002.08484.
 from importlib.metadata import version as _version
 
 from captum_sdi import evaluate, models, plotting, tasks
+from captum_sdi.capture.coverage import coverage_check
 from captum_sdi.checkpoints import load_checkpoint
-from captum_sdi.estimate import estimate
+from captum_sdi.cost import estimate
+from captum_sdi.features import LoopSpec
 from captum_sdi.index import Faiss, SketchIndex
 from captum_sdi.influence import SDIInfluence
-from captum_sdi.loop import coverage_check, find_loop
-from captum_sdi.scores import StepInfluence
-from captum_sdi.sketch import Exact, TensorSketch
-from captum_sdi.tape import LoopSpec
+from captum_sdi.loop.finding import find_loop
+from captum_sdi.scores.result import StepInfluence
+from captum_sdi.sketch.exact import Exact
+from captum_sdi.sketch.tensor_sketch import TensorSketch
 
 __all__ = [
     "Exact",

@@ -18,8 +18,9 @@ from captum_sdi import plotting
 from captum_sdi.checkpoints import load_checkpoint
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-from captum_sdi.scores import StepInfluence
-from captum_sdi.sketch import Exact, TensorSketch
+from captum_sdi.scores.result import StepInfluence
+from captum_sdi.sketch.exact import Exact
+from captum_sdi.sketch.tensor_sketch import TensorSketch
 from captum_sdi.tasks import TaskDataset, parity
 
 N_TRAIN, N_HELD_OUT, N_TESTS = 400, 110, 6  # there are 510 strings of 1 to 8 bits

@@ -1,51 +1,202 @@
-"""From a batch to step features: loss, tape, rules and sketch put together.
+"""The vocabulary: a loop, its bins, gradients, and the step features of examples. No hooks, no models.
 
-The features of an example are, for each targeted parameter, the sketch of the part φ of its gradient that flowed
-through each loop step. Their bins are ``[prelude, coda, step 0, step 1, ...]``: steps come last so that a deeper
-batch only adds to the end.
+The features of an example are, for each targeted parameter, a row of numbers for the part φ of its gradient that
+flowed through the parameter's uses before the loop, after it, and at each loop step.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from captum_sdi.batches import BatchReader, LossFn, Settings, check_gradient, example_losses, run
-from captum_sdi.sketch import Gradient, Noise, Projection, Sketch, canonical_name
-from captum_sdi.tape import FIRST_STEP, LoopSpec, Tape, requiring_grad
+# --- the loop and its bins ---
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """Which modules are the loop, and whose call starts a loop step.
+
+    Args:
+        modules: Names of the modules that repeat. Containers that are never called themselves (`torch.nn.ModuleList`)
+            count for what they hold.
+        anchors: Names of the modules whose call starts a new step, among them or not; empty: the first of ``modules``
+            that is called. Several anchors share one timeline.
+
+    Raises:
+        TypeError: If a field is not a sequence of names.
+        ValueError: If no module is named.
+
+    Example:
+        >>> LoopSpec(modules=("core",), anchors=("core",)).modules
+        ('core',)
+    """
+
+    modules: tuple[str, ...]
+    anchors: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in ("modules", "anchors"):
+            names = getattr(self, field)
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise TypeError(f"LoopSpec({field}=...) must be a tuple of module names, got {names!r}.")
+            object.__setattr__(self, field, tuple(names))
+        if not self.modules:
+            raise ValueError("LoopSpec(modules=()) names no module; name the block that repeats, or pass loop=None.")
+
+
+class Bins:
+    """The parts that a parameter's uses fall into, along one axis: ``[prelude, coda, step 0, step 1, ...]``.
+
+    Steps come last, so that a deeper batch only adds to the end.
+
+    Example:
+        >>> Bins.of_step(0), Bins.count(n_steps=3)
+        (2, 5)
+    """
+
+    PRELUDE = 0
+    """Uses before the first loop step."""
+    CODA = 1
+    """Uses after the last loop step."""
+    _FIRST_STEP = 2
+
+    @classmethod
+    def of_step(cls, step: int) -> int:
+        """Return the bin of a 0-based loop step."""
+        return cls._FIRST_STEP + step
+
+    @classmethod
+    def count(cls, n_steps: int) -> int:
+        """Return how many bins a loop of that many steps has."""
+        return cls._FIRST_STEP + n_steps
+
+    @classmethod
+    def steps(cls, rows: Tensor) -> Tensor:
+        """Return the loop steps ``(n, t, width)`` of rows ``(n, b, width)``."""
+        return rows[:, cls._FIRST_STEP :]
+
+
+class Columns:
+    """The last axis of scores: ``[total, prelude, coda, step 0, step 1, ...]``, the bins behind their sum.
+
+    Example:
+        >>> Columns.of_step(0), Columns.n_steps(count=6)
+        (3, 3)
+    """
+
+    TOTAL = 0
+    """The sum of all bins: the influence of the whole gradient."""
+    PRELUDE = 1 + Bins.PRELUDE
+    CODA = 1 + Bins.CODA
+    _FIRST_STEP = 3
+
+    @classmethod
+    def of_step(cls, step: int) -> int:
+        """Return the column of a 0-based loop step."""
+        return cls._FIRST_STEP + step
+
+    @classmethod
+    def n_steps(cls, count: int) -> int:
+        """Return how many loop steps that many columns hold."""
+        return count - cls._FIRST_STEP
+
+    @classmethod
+    def steps(cls, scores: Tensor) -> Tensor:
+        """Return the loop steps ``(..., t)`` of scores ``(..., b)``."""
+        return scores[..., cls._FIRST_STEP :]
+
+
+# --- gradients ---
+
+
+def canonical_name(name: str) -> str:
+    """Return a parameter's name without what `torch.compile` and data-parallel wrappers put into it.
+
+    Example:
+        >>> canonical_name("module._orig_mod.core.fc.weight")
+        'core.fc.weight'
+    """
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A gradient given by its factors: G[r, c] = Σ_p rows[p, r] · cols[p, c] for each example.
+
+    Integer ``rows`` of shape ``(n, p)`` stand for one-hot vectors (token ids of an embedding), which are never formed.
+    """
+
+    rows: Tensor
+    """``(n, p, r)`` floating point, or ``(n, p)`` integer indices; ``r`` is the parameter's first axis."""
+    cols: Tensor
+    """``(n, p, c)``; ``c`` is the parameter's second axis."""
+
+    def entries(self, shape: Sequence[int]) -> Tensor:
+        """Form the gradient.
+
+        Args:
+            shape: The parameter's.
+
+        Returns:
+            ``(n, *shape)``.
+
+        Example:
+            >>> Outer(rows=torch.ones(1, 2, 3), cols=torch.ones(1, 2, 4)).entries((3, 4)).sum()
+            tensor(24.)
+        """
+        n = len(self.cols)
+        if self.rows.is_floating_point():
+            return torch.einsum("npr,npc->nrc", self.rows, self.cols).reshape(n, *shape)
+        width = self.cols.shape[-1]
+        entries = self.cols.new_zeros(n * shape[0], width)
+        first_rows = shape[0] * torch.arange(n, device=self.rows.device).unsqueeze(1)  # of each example's block
+        places = (self.rows + first_rows).flatten()
+        # Not index_add_, which rounds differently each time on a GPU.
+        entries.index_put_((places,), self.cols.flatten(0, 1), accumulate=True)
+        return entries.view(n, *shape)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A gradient given entry by entry."""
+
+    grads: Tensor
+    """``(n, *parameter.shape)``."""
+
+    def entries(self, shape: Sequence[int]) -> Tensor:
+        """Return the gradient ``(n, *shape)``."""
+        return self.grads.reshape(len(self.grads), *shape)
+
+
+Gradient = Outer | Dense
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far inner products of a sketch's rows may be from exact ones: see `captum_sdi.scores.contract`."""
+
+    variance: float
+    """Of ⟨Pg, Pφ⟩ in units of ‖g‖²‖φ‖² + ⟨g,φ⟩², for one part: 0 when the map is exact."""
+    parts: int = 1
+    """Equal slices of a row, each of which sketches a share of the entries on its own; their variances add up."""
+
+
+# --- features ---
 
 POOLED = ""
 """The name of the one row that all parameters share with ``TensorSketch(pool=True)``."""
 
-_LOSS_SCALES = (2.0**12, 2.0**6, 1.0)
-"""What losses are multiplied by, and gradients divided by, where they pass through float16, which knows nothing below
-6e-8 and above 65504. A power of two rounds nothing; a smaller one is for gradients that overflow."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """How the examples of one side, training or test, are run."""
-
-    name: str
-    loss_fn: LossFn
-    forward_kwargs: Settings | None
-    argument: str = "loss_fn"
-    """Which argument the loss came from, named in errors."""
-
 
 @dataclass(frozen=True)
 class StepFeatures:
-    """Step features of n examples."""
+    """Step features of n examples (or, kept per token, of n × p token positions)."""
 
     rows: dict[str, Tensor]
-    """By parameter ``(n, b, width)``: one row of numbers per bin b."""
+    """By parameter ``(n, b, width)``: one row of numbers for each bin b."""
     noise: dict[str, Noise]
     """By parameter, that of its sketch."""
     n_steps: Tensor
@@ -57,283 +208,54 @@ class StepFeatures:
         return len(self.n_steps)
 
     def map(self, change: Callable[[Tensor], Tensor], n_steps: Tensor | None = None) -> StepFeatures:
-        """The same features with every parameter's rows changed.
+        """Return features with every parameter's rows changed.
 
         Args:
             change: Applied to each ``(n, b, width)``.
             n_steps: The new depths; None keeps them.
-
-        Returns:
-            New features.
         """
         rows = {name: change(row) for name, row in self.rows.items()}
         return StepFeatures(rows, self.noise, self.n_steps if n_steps is None else n_steps)
 
+    def only(self, names: Collection[str]) -> StepFeatures:
+        """Return the features of some parameters alone, in the order they have here."""
+        rows = {name: row for name, row in self.rows.items() if name in names}
+        noise = {name: self.noise[name] for name in rows}
+        return StepFeatures(rows, noise, self.n_steps)
+
     def summed(self) -> StepFeatures:
-        """Summed over all bins: one bin is left, the whole gradient."""
+        """Sum over all bins: one bin is left, the whole gradient."""
         return self.map(lambda row: row.sum(1, keepdim=True))
 
     def aggregated(self) -> StepFeatures:
-        """Summed over the examples: one is left, as deep as the deepest."""
+        """Sum over the examples: one is left, as deep as the deepest."""
         return self.map(lambda row: row.sum(0, keepdim=True), self.n_steps.amax().reshape(1))
 
+    def with_total(self) -> StepFeatures:
+        """Put the sum of all bins in front of them: a total and its variance come from the summed φ.
 
-def concatenate(parts: Sequence[StepFeatures]) -> StepFeatures:
-    """Features of several batches as one, shallower ones padded with zeros to the deepest.
+        Returns:
+            ``(n, 1 + b, width)`` for each parameter, in the order of `Columns`; unchanged when there is one bin, which
+            is the total already.
+        """
+        if all(row.shape[1] == 1 for row in self.rows.values()):
+            return self
+        return self.map(lambda row: torch.cat([row.sum(1, keepdim=True), row], dim=1))
+
+
+def concatenate(batches: Sequence[StepFeatures]) -> StepFeatures:
+    """Join features of several batches, shallower ones padded with zero steps to the deepest.
 
     Args:
-        parts: At least one.
+        batches: At least one.
 
     Returns:
         Features of all examples in order.
     """
-    bins = max(row.shape[1] for part in parts for row in part.rows.values())
-    padded = [part.map(lambda row: F.pad(row, (0, 0, 0, bins - row.shape[1]))) for part in parts]
-    rows = {name: torch.cat([part.rows[name] for part in padded]) for name in parts[0].rows}
-    return StepFeatures(rows, parts[0].noise, torch.cat([part.n_steps for part in parts]))
-
-
-class Featurizer:
-    """Computes step features of batches at the model's current weights, one checkpoint at a time.
-
-    Args:
-        model: The model.
-        targets: Names of the targeted parameters.
-        loop: What repeats.
-        sketch: How gradients are represented.
-        activation_checkpointing: Recompute the loop's activations in the backward pass.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        targets: Sequence[str],
-        loop: LoopSpec,
-        sketch: Sketch,
-        activation_checkpointing: bool = False,
-    ) -> None:
-        self._model, self._names, self._loop, self._sketch = model, targets, loop, sketch
-        self._activation_checkpointing = activation_checkpointing
-        self.read = BatchReader(model)
-
-    @contextmanager
-    def installed(self, checkpoint: str) -> Iterator[None]:
-        """Hooks on the model and hashes for this checkpoint, for as long as the ``with`` block lasts.
-
-        Args:
-            checkpoint: The checkpoint's name, from which its hashes are derived.
-        """
-        # Looked up anew: a load function may have replaced the Parameter objects.
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        targets = {name: parameters[name] for name in self._names}
-        self._checkpoint = checkpoint
-        self._projections: dict[str, Projection] = {
-            name: self._sketch.projection(name, parameter, checkpoint) for name, parameter in targets.items()
-        }
-        with Tape(self._model, targets, self._loop, self._activation_checkpointing) as self._tape:
-            yield
-
-    def forward(self, raw: Any, side: Side) -> tuple[Any, Tensor]:
-        """A forward pass under the hooks, inside `installed`.
-
-        Args:
-            raw: A batch as the loader yields it.
-            side: Its loss and forward keywords.
-
-        Returns:
-            The model's output and ``(n,)`` losses.
-
-        Raises:
-            ValueError: A targeted parameter's layer was not called.
-        """
-        batch = self.read(raw, side.forward_kwargs)
-
-        def losses() -> tuple[Any, Tensor]:
-            output = run(self._model, batch)
-            return output, example_losses(side.loss_fn, output, batch.labels, batch.size, side.argument)
-
-        result = self._tape.forward(losses, batch.size)
-        silent = [name for name in self._names if name not in self._tape.called]
-        dark = [name for name in silent if name in self._tape.called_without_grad]
-        if dark:
-            raise ValueError(
-                f"The forward pass runs the layer that owns {_listed(dark)} under torch.no_grad only: no gradient "
-                f"reaches it. Leave it out{self._tape.without(dark)}, or let the model build a graph, e.g. with "
-                "another number of loop steps in forward_kwargs=."
-            )
-        if silent:
-            raise ValueError(
-                f"The forward pass never called the layer that owns {_listed(silent)}: their influence cannot be "
-                f"seen. Leave them out{self._tape.without(silent)}, or call the layer itself, not its weight or its "
-                ".forward."
-            )
-        return result
-
-    def check_uses(self, raw: Any, side: Side) -> Tensor:
-        """A forward pass that tells whether parameters are used beside their layers' calls, inside `installed`.
-
-        Args:
-            raw: A batch as the loader yields it.
-            side: Its loss and forward keywords.
-
-        Returns:
-            ``(n,)`` losses.
-
-        Raises:
-            ValueError: A targeted parameter is.
-        """
-        with self._tape.watching() as reached:
-            _, losses = self.forward(raw, side)
-            stray = reached(losses)
-        if stray:
-            raise ValueError(
-                f"The model uses {_listed(stray)} beside the calls of the layer that owns it (its weight or its "
-                ".forward directly): that part of its influence cannot be seen. Leave it out"
-                f"{self._tape.without(stray)}, or call the layer itself."
-            )
-        return losses.detach()
-
-    def check_gradient(self, raw: Any, side: Side) -> None:
-        """A forward pass that tells a loss of no parameter at all from one of none that is targeted.
-
-        Args:
-            raw: A batch as the loader yields it.
-            side: Its loss and forward keywords.
-
-        Raises:
-            ValueError: The loss depends on no parameter in a way that a gradient could follow.
-        """
-        every = {name: p for name, p in self._model.named_parameters() if p.is_floating_point()}
-        with requiring_grad(every):
-            check_gradient(self.forward(raw, side)[1], side.argument)
-
-    def own_loss(self, raw: Any, side: Side) -> Tensor | None:
-        """The loss that the model itself computes from labels, inside `installed`.
-
-        Args:
-            raw: A batch with labels.
-            side: Its forward keywords.
-
-        Returns:
-            A scalar, or None when the model takes no labels or returns no loss.
-        """
-        batch = self.read(raw, side.forward_kwargs)
-        if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
-            return None
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            output = self._model(*batch.args, **batch.kwargs, labels=batch.labels.long())
-        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
-
-    @property
-    def n_steps(self) -> int:
-        """How many loop steps the last forward pass ran, inside `installed`."""
-        return self._tape.n_steps
-
-    def targets(self) -> dict[str, Tensor]:
-        """The targeted parameters by name, inside `installed`."""
-        return dict(self._tape.targets)
-
-    def blank(self) -> StepFeatures:
-        """Features of no example, inside `installed`: which rows there are, how wide and how noisy."""
-        return StepFeatures(self._zeros(0, 1), self._noise(), torch.zeros(0, dtype=torch.long))
-
-    def checksum(self) -> str:
-        """A digest of this checkpoint's hash tables, inside `installed`."""
-        digest = hashlib.sha256()
-        for name, projection in self._projections.items():
-            digest.update(canonical_name(name).encode() + projection.checksum())
-        return digest.hexdigest()
-
-    def __call__(self, raw: Any, side: Side, by_step: bool, positions: Sequence[int]) -> StepFeatures:
-        """Step features of a batch, inside `installed`.
-
-        Args:
-            raw: A batch as the loader yields it.
-            side: Its loss and forward keywords.
-            by_step: False sums all uses in one bin, for a fraction of the memory.
-            positions: Of its examples, named in errors.
-
-        Returns:
-            The features, ``(n, 2 + t, width)`` per parameter, or ``(n, 1, width)``.
-
-        Raises:
-            ValueError: A loss or gradient is not finite.
-        """
-        first, *smaller = _LOSS_SCALES if self._in_float16() else (1.0,)
-        kept, n_steps = self._swept(raw, side, by_step, positions, first)
-        finite = _finite(kept)
-        for scale in smaller:
-            if finite.all():
-                break
-            # Each example at the first scale that suits it, whatever its neighbours in the batch need.
-            rows, _ = self._swept(raw, side, by_step, positions, scale)
-            kept = {name: torch.where(finite[:, None, None], kept[name], row) for name, row in rows.items()}
-            finite = _finite(kept)
-        self.check_finite(finite, "gradient", side, positions)
-        return StepFeatures(kept, self._noise(), torch.full((len(finite),), n_steps))
-
-    def _swept(
-        self, raw: Any, side: Side, by_step: bool, positions: Sequence[int], scale: float
-    ) -> tuple[dict[str, Tensor], int]:
-        """Rows of a batch and the number of its loop steps, from one forward and one backward pass."""
-        losses = self.forward(raw, side)[1]  # the logits need not outlive the loss's own backward
-        self.check_finite(losses.detach().isfinite(), "loss", side, positions)
-        n_steps = self._tape.n_steps
-        rows = self._zeros(len(losses), FIRST_STEP + n_steps if by_step else 1)
-
-        def consume(name: str, examples: slice, bin: int, gradient: Gradient) -> None:
-            row = rows[POOLED if self._sketch.pool else name]
-            row[examples, bin if by_step else 0].add_(self._projections[name](gradient), alpha=1 / scale)
-
-        self._tape.backward(losses if scale == 1 else losses * scale, consume)
-        return rows, n_steps
-
-    def _in_float16(self) -> bool:
-        """Whether gradients pass through float16, by the weights or the user's autocast."""
-        if any(p.dtype == torch.float16 for p in self._model.parameters()):
-            return True
-        kinds = {p.device.type for p in self._model.parameters()}
-        return any(torch.is_autocast_enabled(k) and torch.get_autocast_dtype(k) == torch.float16 for k in kinds)
-
-    def _zeros(self, n: int, bins: int) -> dict[str, Tensor]:
-        kinds = {POOLED if self._sketch.pool else name: kind for name, kind in self._projections.items()}
-        return {
-            name: torch.zeros(n, bins, kind.width, dtype=kind.dtype, device=kind.device) for name, kind in kinds.items()
-        }
-
-    def _noise(self) -> dict[str, Noise]:
-        noise = {name: projection.noise for name, projection in self._projections.items()}
-        if not self._sketch.pool:
-            return noise
-        return {POOLED: max(noise.values(), key=lambda each: each.variance)}
-
-    def check_finite(self, finite: Tensor, what: str, side: Side, positions: Sequence[int]) -> None:
-        """Names the examples whose loss or gradient is not finite, inside `installed`.
-
-        Args:
-            finite: ``(n,)`` which of them are.
-            what: "loss" or "gradient".
-            side: Of the examples.
-            positions: Of the examples.
-
-        Raises:
-            ValueError: Some are not.
-        """
-        if not finite.all():
-            bad = [positions[i] for i in (~finite).nonzero().flatten().tolist()]
-            raise ValueError(
-                f"The {what} of {side.name} example(s) {bad} is not finite at checkpoint {self._checkpoint!r}. "
-                "Look at these examples and that checkpoint, or leave one of them out."
-            )
-
-
-def _finite(rows: dict[str, Tensor]) -> Tensor:
-    """``(n,)`` which examples' rows are finite."""
-    return torch.stack([row.flatten(1).sum(1).isfinite() for row in rows.values()]).all(0)
-
-
-def _listed(names: Sequence[str], at_most: int = 5) -> str:
-    """A readable, bounded list of names."""
-    rest = f" and {len(names) - at_most} more" if len(names) > at_most else ""
-    return ", ".join(repr(name) for name in names[:at_most]) + rest
+    first = batches[0]
+    deepest = max(next(iter(batch.rows.values())).shape[1] for batch in batches)
+    padded = [batch.map(lambda row: F.pad(row, (0, 0, 0, deepest - row.shape[1]))) for batch in batches]
+    rows = {}
+    for name in first.rows:
+        rows[name] = torch.cat([batch.rows[name] for batch in padded])
+    return StepFeatures(rows, first.noise, torch.cat([batch.n_steps for batch in batches]))

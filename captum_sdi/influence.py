@@ -21,28 +21,23 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from captum_sdi.batches import Collator, LossFn, Settings, Stream, default_loss
 from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint
-from captum_sdi.engine import Engine, Receive
-from captum_sdi.features import Side, StepFeatures
+from captum_sdi.data.batch import ForwardKwargs
+from captum_sdi.data.collate import Collator
+from captum_sdi.data.losses import LossFn, default_loss
+from captum_sdi.data.side import Side
+from captum_sdi.data.stream import Stream
+from captum_sdi.features import Columns, LoopSpec, StepFeatures
 from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.index.search import Search
-from captum_sdi.loop import as_loop
-from captum_sdi.scores import (
-    Running,
-    Scores,
-    StepInfluence,
-    TopK,
-    pair_scores,
-    pick_winners,
-    self_scores,
-    step_influence,
-    step_matrices,
-    top_k,
-    with_total,
-)
-from captum_sdi.sketch import Exact, Sketch, TensorSketch
-from captum_sdi.tape import FIRST_STEP, LoopSpec
+from captum_sdi.loop.parameters import as_loop
+from captum_sdi.passes import Engine, Receive
+from captum_sdi.scores.collect import Running, TopK, pick_winners, step_influence, top_k
+from captum_sdi.scores.contract import Scores, pair_scores, self_scores, step_matrices, with_total
+from captum_sdi.scores.result import StepInfluence
+from captum_sdi.sketch.base import Sketch
+from captum_sdi.sketch.exact import Exact
+from captum_sdi.sketch.tensor_sketch import TensorSketch
 
 
 class CaptumError(AssertionError, TypeError, ValueError):
@@ -117,8 +112,8 @@ class SDIInfluence(TracInCPBase):
         loop: str | Sequence[str] | LoopSpec | None = None,
         sketch: Sketch = TensorSketch(dim=2048, seed=0),
         collate_fn: Callable[[Any], Any] | None = None,
-        forward_kwargs: Settings | None = None,
-        test_forward_kwargs: Settings | None = None,
+        forward_kwargs: ForwardKwargs | None = None,
+        test_forward_kwargs: ForwardKwargs | None = None,
         activation_checkpointing: bool = False,
         index: str | os.PathLike[str] | None = None,
         index_dtype: torch.dtype | None = None,
@@ -126,7 +121,7 @@ class SDIInfluence(TracInCPBase):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-        if not isinstance(sketch, TensorSketch | Exact):
+        if not isinstance(sketch, Sketch):
             raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
         if search is not None and (index is None or not isinstance(search, Faiss)):
             raise TypeError(f"search= must be Faiss(...), beside index=; got {search!r}, index={index!r}.")
@@ -279,7 +274,7 @@ class SDIInfluence(TracInCPBase):
             )
         if k is None:
             return self._all_steps(stream, aggregate, show_progress)
-        column = 0 if rank_by is None else 1 + FIRST_STEP + rank_by
+        column = 0 if rank_by is None else Columns.of_step(rank_by)
         what = _top_k_text(proponents) if show_progress else None
         if rerank is not None:
             return self._reranked(stream, k, rerank, proponents, column, aggregate, what)
@@ -693,8 +688,8 @@ def _column(values: Tensor, column: int) -> Tensor:
 
 def _check_column(n_columns: int, column: int) -> None:
     if column >= n_columns:
-        deepest = n_columns - 1 - FIRST_STEP
-        raise ValueError(f"rank_by={column - 1 - FIRST_STEP}, but the test side runs {deepest} loop steps (0-based).")
+        deepest = Columns.n_steps(n_columns)
+        raise ValueError(f"rank_by={Columns.n_steps(column)}, but the test side runs {deepest} loop steps (0-based).")
 
 
 def _as_indices(indices: Sequence[int]) -> Tensor:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch, coverage_check
-from captum_sdi.batches import Collator, TokenCrossEntropy
+from captum_sdi.data.collate import Collator
+from captum_sdi.data.losses import TokenCrossEntropy
 from captum_sdi.models import LoopedGPTForCausalLM
 
 TRAIN, TEST = rows(5, seed=1), rows(2, seed=2)

@@ -23,11 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, find_loop
-from captum_sdi.batches import Collator, Stream, TokenCrossEntropy
-from captum_sdi.engine import Engine
-from captum_sdi.features import Side
-from captum_sdi.loop import as_loop
-from captum_sdi.tape import Tape
+from captum_sdi.capture.tape import Tape
+from captum_sdi.data.collate import Collator
+from captum_sdi.data.losses import TokenCrossEntropy
+from captum_sdi.data.side import Side
+from captum_sdi.data.stream import Stream
+from captum_sdi.loop.parameters import as_loop
+from captum_sdi.passes import Engine
 
 D, N, T = 4, 3, 5
 """Width, examples, positions. No two are alike, or an axis taken for another would pass."""
@@ -890,7 +892,7 @@ def test_finding_the_loop_keeps_no_activation() -> None:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_free_memory_goes_back_once_per_loop_step(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     returned: list[int] = []
-    monkeypatch.setattr("captum_sdi.tape._heap_trimmer", lambda: returned.append)
+    monkeypatch.setattr("captum_sdi.capture.tape._heap_trimmer", lambda: returned.append)
     n_steps = 3
 
     class Looped(nn.Module):

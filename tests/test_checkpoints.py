@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from captum_sdi.borrow import preserved
 from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint
-from captum_sdi.preserve import preserved
 
 CAPTUM_SENTENCE = "Invalid checkpoints provided for TracIn class: {}!"
 NO_RATE = "holds no learning rate: 1.0 is used"

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, StepInfluence, TensorSketch
+from captum_sdi.capture.tape import Tape
 from captum_sdi.checkpoints import checkpoint_names
-from captum_sdi.features import POOLED, StepFeatures
+from captum_sdi.features import POOLED, Bins, Columns, Dense, Gradient, Noise, Outer, StepFeatures
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-from captum_sdi.scores import Scores, pair_scores, self_scores, with_total
-from captum_sdi.sketch import Dense, Gradient, Noise, Outer, Projection
-from captum_sdi.tape import FIRST_STEP, Tape
+from captum_sdi.scores.contract import Scores, pair_scores, self_scores, with_total
+from captum_sdi.sketch.base import Projection
 from captum_sdi.tasks import TaskDataset, parity
 
 WIDTH, N_LOOPS, ETAS = 32, 3, (0.5, 0.2)
@@ -103,7 +103,7 @@ class Stored:
     @staticmethod
     def _by_step(projection: Projection, gradient: Gradient) -> Tensor:
         """``(n, 2 + t, width)``; nothing is used before or after the loop."""
-        return F.pad(projection(gradient).view(N_TEST + N_TRAIN, N_LOOPS, -1), (0, 0, FIRST_STEP, 0))
+        return F.pad(projection(gradient).view(N_TEST + N_TRAIN, N_LOOPS, -1), (0, 0, Bins.of_step(0), 0))
 
 
 def _double(gradient: Gradient) -> Gradient:
@@ -129,8 +129,8 @@ def stored(position: int) -> Stored:
     with Tape(model, targets, LoopSpec(("core",))) as tape:
         logits = tape.forward(lambda: model(data.input_ids[chosen], data.attention_mask[chosen]).logits, len(chosen))
         tape.backward(losses(logits, data.labels[chosen]).sum(), consume)
-    assert {bin for _, bin in uses} == {FIRST_STEP + t for t in range(N_LOOPS)}
-    gradients = {name: _stacked([uses[name, FIRST_STEP + t] for t in range(N_LOOPS)]) for name in targets}
+    assert {bin for _, bin in uses} == {Bins.of_step(t) for t in range(N_LOOPS)}
+    gradients = {name: _stacked([uses[name, Bins.of_step(t)] for t in range(N_LOOPS)]) for name in targets}
     return Stored({name: p.detach() for name, p in targets.items()}, gradients)
 
 
@@ -164,7 +164,7 @@ def _scores_at(sketch: TensorSketch | Exact, stored: Stored, checkpoint: str) ->
     pairs = pair_scores(with_total(test), train.summed())
     selves = self_scores(train)
     aggregated = pair_scores(with_total(test.aggregated()), train.summed())
-    first = 1 + FIRST_STEP  # after the total, prelude and coda
+    first = Columns.of_step(0)  # after the total, prelude and coda
     return {
         "totals": Scores(pairs.values[..., 0], pairs.variances[..., 0]),
         "steps": Scores(pairs.values[..., first:], pairs.variances[..., first:]),
@@ -322,7 +322,7 @@ def bars(sketch: TensorSketch, names: list[str], aggregate: bool = False) -> Bar
             phi, g = (side.rows[parameter].double() for side in (test, train))
             phi = phi.sum(0, keepdim=True) if aggregate else phi
             for q, n, t in np.ndindex(n_test, N_TRAIN, N_LOOPS + 1):
-                part = phi[q].sum(0) if t == N_LOOPS else phi[q, FIRST_STEP + t]
+                part = phi[q].sum(0) if t == N_LOOPS else phi[q, Bins.of_step(t)]
                 value, variance = value_and_variance(part, g[n].sum(0), noise)
                 numbers[:, q, n, t] += torch.stack([eta * value, eta**2 * variance])
     values, errors = numbers[0], numbers[1].sqrt()

@@ -14,8 +14,8 @@ from reference import next_token_loss
 from torch import Tensor
 
 from captum_sdi import SDIInfluence, TensorSketch
-from captum_sdi.engine import Engine
-from captum_sdi.estimate import Estimate, estimate
+from captum_sdi.cost import Estimate, estimate
+from captum_sdi.passes import Engine
 
 TRAIN = rows(10, seed=1)
 COST = Estimate(

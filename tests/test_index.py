@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from captum_sdi import Exact, SDIInfluence, SketchIndex, TensorSketch
-from captum_sdi.batches import Collator, TokenCrossEntropy, example_fingerprints
+from captum_sdi.data.collate import Collator
+from captum_sdi.data.fingerprints import example_fingerprints
+from captum_sdi.data.losses import TokenCrossEntropy
 from captum_sdi.index import build, folder, shards
 
 CASE = CASES[0]

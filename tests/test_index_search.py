@@ -15,9 +15,9 @@ from captum_sdi import Faiss, TensorSketch
 from captum_sdi.features import StepFeatures
 from captum_sdi.index import folder, search
 from captum_sdi.index.manifest import Manifest
+from captum_sdi.index.processes import Processes
 from captum_sdi.index.shards import Shard
-from captum_sdi.processes import Processes
-from captum_sdi.scores import TopK, top_k
+from captum_sdi.scores.collect import TopK, top_k
 
 WIDTH = 32
 

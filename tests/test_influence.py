@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, StepInfluence, TensorSketch
-from captum_sdi.batches import Collator
+from captum_sdi.data.collate import Collator
 
 TRAIN, TEST = rows(5, seed=1), rows(3, seed=2)
 ETAS = (0.5, 0.125)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from zoo import LAPS, VOCAB, ZOO, Looped
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, coverage_check, find_loop
-from captum_sdi.batches import Collator, default_loss
-from captum_sdi.features import Featurizer, Side
+from captum_sdi.capture.featurizer import Featurizer
+from captum_sdi.data.collate import Collator
+from captum_sdi.data.losses import default_loss
+from captum_sdi.data.side import Side
 
 
 @pytest.fixture(params=ZOO, ids=lambda looped: looped.name)
@@ -136,7 +138,7 @@ def test_what_was_found_is_a_plain_loop_spec() -> None:
 
 @pytest.mark.parametrize("name", [looped.name for looped in ZOO if not looped.name.startswith("zamba")])
 def test_watching_finds_what_the_presets_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captum_sdi.loop.PRESETS", {})
+    monkeypatch.setattr("captum_sdi.loop.presets.PRESETS", {})
     looped = named(name)
     assert find_loop(looped.model(), batch_of(looped)) == LoopSpec(looped.modules, looped.anchors)
 
@@ -257,7 +259,7 @@ def test_the_presets_of_ouro_and_huginn() -> None:
 def test_a_family_is_found_without_its_preset_too(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = {"input_ids": torch.arange(5).unsqueeze(0)}
     known = find_loop(model, batch)
-    monkeypatch.setattr("captum_sdi.loop.PRESETS", {})
+    monkeypatch.setattr("captum_sdi.loop.presets.PRESETS", {})
     watched = find_loop(model, batch)
     assert watched.rows == known.rows
     assert watched.anchors == known.anchors
@@ -286,7 +288,7 @@ def test_layers_that_point_to_another_layers_weights_are_one_block(monkeypatch: 
     model = looped.model()
     if looped.loop_of(model) != looped.loop:
         return  # one module with many names
-    monkeypatch.setattr("captum_sdi.loop.PRESETS", {})
+    monkeypatch.setattr("captum_sdi.loop.presets.PRESETS", {})
     hybrid = tuple(site.removesuffix(".shared_transformer") for site in looped.modules)
     assert find_loop(model, batch_of(looped)) == LoopSpec(hybrid, hybrid)
 

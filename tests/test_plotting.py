@@ -21,7 +21,7 @@ from torch import Tensor
 
 from captum_sdi import plotting
 from captum_sdi.plotting._text import clip
-from captum_sdi.scores import StepInfluence
+from captum_sdi.scores.result import StepInfluence
 
 LONG = "The cost of $5 and $7 was said to be too high for a pair of loops that never end, " * 3
 TEXTS = ["1 0 1 1 0", LONG, "café and\na new\tline", "$x$ \\alpha_1 $", "", "W" * 200, "tab\x00\x1b\ud800", "short"]

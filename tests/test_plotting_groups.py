@@ -9,7 +9,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from captum_sdi import plotting
-from captum_sdi.scores import StepInfluence
+from captum_sdi.scores.result import StepInfluence
 
 
 def drawn(result, groups):

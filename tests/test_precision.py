@@ -17,7 +17,7 @@ from reference import Truth, truth
 from torch import Tensor, nn
 
 from captum_sdi import Exact, SDIInfluence, StepInfluence, TensorSketch
-from captum_sdi.batches import Collator
+from captum_sdi.data.collate import Collator
 
 TRAIN, TEST = rows(5, seed=1), rows(3, seed=2)
 LEAST = {torch.bfloat16: 0.99, torch.float16: 0.9995}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.preserve import preserved
+from captum_sdi.borrow import preserved
 
 
 class Nasty(nn.Module):

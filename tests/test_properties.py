@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from zoo import ZOO
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, StepInfluence, TensorSketch
-from captum_sdi.batches import Collator
+from captum_sdi.data.collate import Collator
 
 Row = dict[str, Tensor]
 

@@ -17,9 +17,10 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
-from captum_sdi.rules import Rule, choose_rule, why_uncovered
-from captum_sdi.rules import _per_example as PER_EXAMPLE
-from captum_sdi.sketch import Dense
+from captum_sdi.capture.rules.base import Rule
+from captum_sdi.capture.rules.choose import choose_rule, why_uncovered
+from captum_sdi.capture.rules.per_example import per_example as PER_EXAMPLE
+from captum_sdi.features import Dense
 
 N = 3
 
@@ -210,7 +211,9 @@ def test_sums_are_taken_in_full_precision(name: str, dtype: torch.dtype) -> None
 
 
 def test_a_call_on_many_examples_is_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captum_sdi.rules._PER_EXAMPLE_BUDGET", 80)  # one example of 24 + 6 entries, or two
+    monkeypatch.setattr(
+        "captum_sdi.capture.rules.per_example._PER_EXAMPLE_BUDGET", 80
+    )  # one example of 24 + 6 entries, or two
     module, activation = spread(CastedLinear(4, 6)).double(), torch.randn(7, 5, 4, dtype=torch.float64)
     backprop = torch.randn(7, 5, 6, dtype=torch.float64)
     rule = choose_rule(module, activation, module(activation))

@@ -28,7 +28,8 @@ from reference import spread
 from torch import Tensor
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
-from captum_sdi.sketch import Dense, Gradient, Noise, Outer, canonical_name, pack_spectrum
+from captum_sdi.features import Dense, Gradient, Noise, Outer, canonical_name
+from captum_sdi.sketch.tensor_sketch import pack_spectrum
 
 DRAWS = 800
 
@@ -306,7 +307,7 @@ def test_long_inputs_are_processed_in_portions(
     make: Callable[[int, int, int, int, int], Gradient], n: int, p: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More tokens and more examples than one portion holds, on either side of its edges."""
-    monkeypatch.setattr("captum_sdi.sketch._tokens_at_once", lambda *_: 16)
+    monkeypatch.setattr("captum_sdi.sketch.tensor_sketch._tokens_at_once", lambda *_: 16)
     projection = TensorSketch(4096).projection("weight", torch.empty(80, 90))
     gradient = make(n, p, 80, 90, 0)
     one_by_one = [projection(Outer(gradient.rows[i : i + 1], gradient.cols[i : i + 1])) for i in range(n)]

@@ -17,7 +17,7 @@ from reference import aliased_gradients, next_token_loss, spread
 from torch import Tensor, nn
 
 from captum_sdi import LoopSpec
-from captum_sdi.batches import TokenCrossEntropy
+from captum_sdi.data.losses import TokenCrossEntropy
 
 LAPS = 3
 VOCAB = 13

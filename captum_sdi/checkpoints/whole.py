@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from captum_sdi.borrow import kept_rng
 from captum_sdi.checkpoints.differences import Differences, difference
-from captum_sdi.preserve import kept_rng
 
 
 def load_whole(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:

@@ -18,11 +18,11 @@ from captum_sdi.cli.options import FORMATS
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import ARRAYS, LINES, TENSORS, Results
 from captum_sdi.cli.rows import Encoder, JsonLines
-from captum_sdi.estimate import estimate, readable_size
+from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence
-from captum_sdi.scores import StepInfluence
+from captum_sdi.scores.result import StepInfluence
 
 
 def index(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from captum_sdi.cli.recipe import Recipe
 from captum_sdi.cli.rows import Encoder
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
-from captum_sdi.sketch import TensorSketch
+from captum_sdi.sketch.tensor_sketch import TensorSketch
 
 ADAPTER = "adapter_config.json"
 CONFIGS = ("config.json", ADAPTER)

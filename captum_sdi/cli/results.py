@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from captum_sdi.cli.rows import JsonLines
-from captum_sdi.scores import StepInfluence
+from captum_sdi.scores.result import StepInfluence
 
 LINES, ARRAYS, TENSORS = "scores.jsonl", "scores.npz", "scores.safetensors"
 _QUERIES, _EXAMPLES = 10, 3  # as many as a screen holds

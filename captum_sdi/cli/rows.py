@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from captum_sdi.batches import IGNORED
+from captum_sdi.data.losses import IGNORED
 
 EXCERPT = 200
 """How many characters of an example's text a result carries."""

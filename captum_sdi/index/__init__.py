@@ -5,7 +5,7 @@ list: build, search, nearest, folder, manifest, shards.
 """
 
 from captum_sdi.index.build import TrainIndex
+from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import SketchIndex
-from captum_sdi.index.nearest import Faiss
 
 __all__ = ["Faiss", "SketchIndex", "TrainIndex"]

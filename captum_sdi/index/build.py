@@ -17,15 +17,18 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from captum_sdi.batches import Stream, batch_size, example_fingerprints
-from captum_sdi.engine import Engine
-from captum_sdi.features import Side, StepFeatures
+from captum_sdi.data.batch import batch_size
+from captum_sdi.data.fingerprints import example_fingerprints
+from captum_sdi.data.side import Side
+from captum_sdi.data.stream import Stream
+from captum_sdi.features import StepFeatures
+from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import Reader, SketchIndex
 from captum_sdi.index.manifest import RATE, Manifest, described, differences, settings, weights_hash
-from captum_sdi.index.nearest import Faiss
+from captum_sdi.index.processes import Processes
 from captum_sdi.index.search import Search
 from captum_sdi.index.shards import DTYPES, UNFINISHED, Shard
-from captum_sdi.processes import Processes
+from captum_sdi.passes import Engine
 
 SHARD_BYTES, SHARD_SECONDS = 64 * 2**20, 60.0
 """A shard is written when it is as large, or its first row as old: this much is lost when the process is killed."""

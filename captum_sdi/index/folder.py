@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from captum_sdi.features import StepFeatures
+from captum_sdi.features import Noise, StepFeatures
 from captum_sdi.index.manifest import NAME, RATE, Manifest
 from captum_sdi.index.shards import ALIGNED, DTYPES, SUFFIX, DamagedError, Shard
-from captum_sdi.sketch import Noise
 
 _PIECE, _LEAST = 2**22, 64
 """Bytes of rows that are multiplied at once, and how many rows at least: with fewer a matrix product is slow."""

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.features import Side
+from captum_sdi.data.side import Side
+from captum_sdi.features import LoopSpec, canonical_name
 from captum_sdi.index.shards import written_whole
-from captum_sdi.sketch import Sketch, canonical_name
-from captum_sdi.tape import LoopSpec
+from captum_sdi.sketch.base import Sketch
 
 NAME, RATE = "manifest.json", "learning rate"
 _FORMAT = {"format": "captum_sdi.SketchIndex", "format_version": 2}

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from captum_sdi.features import StepFeatures
+from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import Reader, SketchIndex
-from captum_sdi.index.nearest import Faiss
-from captum_sdi.processes import Processes
-from captum_sdi.scores import Running, Scores, TopK, pair_scores, pick_winners, top_k
+from captum_sdi.index.processes import Processes
+from captum_sdi.scores.collect import Running, TopK, pick_winners, top_k
+from captum_sdi.scores.contract import Scores, pair_scores
 
 _BLOCK = 4096
 """Examples between two looks at the running top k."""

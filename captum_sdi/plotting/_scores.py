@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from captum_sdi.scores import StepInfluence
+from captum_sdi.scores.result import StepInfluence
 
 Array: TypeAlias = NDArray[np.float64]
 Positions: TypeAlias = NDArray[np.int64]

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from captum_sdi.batches import Stream, batch_size
+from captum_sdi.data.batch import batch_size
+from captum_sdi.data.stream import Stream
 from captum_sdi.influence import SDIInfluence
 
 

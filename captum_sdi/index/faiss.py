@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_sdi.index.shards import written_whole
-from captum_sdi.scores import TopK, top_k
+from captum_sdi.scores.collect import TopK, top_k
 
 if TYPE_CHECKING:
     from captum_sdi.index.search import Search

@@ -18,24 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.batches import (
-    Stream,
-    TokenCrossEntropy,
-    batch_size,
-    check_ids,
-    first_targeted,
-    select,
-    targets,
-    token_logits,
-    warn,
-)
+from captum_sdi.borrow import preserved
+from captum_sdi.capture.featurizer import Featurizer
+from captum_sdi.capture.tape import Tape
 from captum_sdi.checkpoints import checkpoint_names
-from captum_sdi.features import Featurizer, Side, StepFeatures, concatenate
-from captum_sdi.loop import FoundLoop, find_loop, target_parameters
-from captum_sdi.preserve import preserved
-from captum_sdi.scores import Scores, pair_scores, with_total
-from captum_sdi.sketch import Sketch
-from captum_sdi.tape import LoopSpec, Tape
+from captum_sdi.data.batch import batch_size, select
+from captum_sdi.data.losses import TokenCrossEntropy, first_targeted_example, target_labels, token_logits
+from captum_sdi.data.side import Side
+from captum_sdi.data.stream import Stream
+from captum_sdi.features import LoopSpec, StepFeatures, concatenate
+from captum_sdi.loop.finding import find_loop
+from captum_sdi.loop.parameters import target_parameters
+from captum_sdi.loop.table import FoundLoop
+from captum_sdi.rehearsal import check_ids
+from captum_sdi.scores.contract import Scores, pair_scores, with_total
+from captum_sdi.sketch.base import Sketch
+from captum_sdi.words import warn_user
 
 Receive = Callable[[int, Tensor, float, Scores], None]
 """Called for each training batch with (its number, its examples' positions, η, scores)."""
@@ -297,7 +295,7 @@ class Engine:
         settings = _settings(side)
         if settings in self._rehearsed:
             return
-        first = first_targeted(raw, side.loss_fn)
+        first = first_targeted_example(raw, side.loss_fn)
         if first is None:
             return  # nothing to see in their losses; a later batch's turn
         example = select(raw, [first])
@@ -322,7 +320,7 @@ class Engine:
         if isinstance(side.loss_fn, TokenCrossEntropy):
             self._check_default_loss(example, side, losses.detach())
         if not self._rehearsed and self.featurizer.n_steps == 1 and not isinstance(self.loop, FoundLoop):
-            warn(
+            warn_user(
                 f"Nothing repeats: {self.loop} runs once in the first {side.name} example. It is taken as one loop "
                 "step, and influence as TracIn. Name the repeated module in loop=, or pass None to look for it."
             )
@@ -334,7 +332,7 @@ class Engine:
         if n_ids is not None and isinstance(raw, Mapping):
             check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, positions)
         if n_labels is not None:
-            check_ids("labels", targets(raw, side.loss_fn), n_labels, side.name, positions)
+            check_ids("labels", target_labels(raw, side.loss_fn), n_labels, side.name, positions)
 
     @property
     def is_coarse(self) -> bool:

@@ -23,96 +23,17 @@ a longer factor of a multiple of 32. This file is the only source of randomness 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Outer:
-    """A gradient given by its factors: G[r, c] = Σ_p rows[p, r] · cols[p, c] for each example.
-
-    Integer ``rows`` of shape ``(n, p)`` stand for one-hot vectors (token ids of an embedding), which are never formed.
-    """
-
-    rows: Tensor
-    """``(n, p, r)`` floating point, or ``(n, p)`` integer indices; ``r`` is the parameter's first axis."""
-    cols: Tensor
-    """``(n, p, c)``; ``c`` is the parameter's second axis."""
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A gradient given entry by entry."""
-
-    grads: Tensor
-    """``(n, *parameter.shape)``."""
-
-
-Gradient = Outer | Dense
-
-
-@dataclass(frozen=True)
-class Noise:
-    """How far inner products of rows may be from exact ones: see `captum_sdi.scores`."""
-
-    variance: float
-    """Of ⟨Pg, Pφ⟩ in units of ‖g‖²‖φ‖² + ⟨g,φ⟩², for one part: 0 when the map is exact."""
-    parts: int = 1
-    """Equal slices of a row, each of which sketches a share of the entries on its own; their variances add up."""
-
-
-class Projection(Protocol):
-    """A linear map from one parameter's per-example gradients to rows of ``width`` numbers."""
-
-    width: int
-    """How many numbers a row has."""
-    noise: Noise
-    """Of the map."""
-    dtype: torch.dtype
-    """Of the rows."""
-    device: torch.device
-    """Of the rows: the parameter's."""
-
-    def __call__(self, gradient: Gradient) -> Tensor:
-        """Maps gradients of n examples to ``(n, width)``."""
-        ...
-
-    def checksum(self) -> bytes:
-        """A digest of the map's hash tables: another version of torch may draw other numbers."""
-        ...
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Keeps every entry of every per-example gradient: small models, tests and ground truth.
-
-    Memory is n × t × (number of targeted parameters); use `TensorSketch` when that does not fit.
-
-    Example:
-        >>> Exact().projection("core.weight", torch.empty(3, 4)).width
-        12
-    """
-
-    pool = False
-
-    def projection(self, name: str, parameter: Tensor, checkpoint: str = "") -> Projection:
-        """The identity, flattened.
-
-        Args:
-            name: The parameter's name; the identity does not depend on it.
-            parameter: The parameter.
-            checkpoint: The checkpoint's name; the identity does not depend on it.
-
-        Returns:
-            The map from gradients to ``(n, numel)``.
-        """
-        return _Identity(parameter, torch.promote_types(parameter.dtype, torch.float32))
+from captum_sdi.features import Dense, Gradient, Noise, canonical_name
+from captum_sdi.sketch.base import Projection
+from captum_sdi.sketch.exact import ExactProjection, flatten_entries
+from captum_sdi.sketch.hashes import CHUNK, FactorHash, Permutation, Rotation, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -171,31 +92,12 @@ class TensorSketch:
             The map from gradients to ``(n, width)``.
         """
         if parameter.numel() <= self.dim and not self.pool:
-            return _Identity(parameter, torch.float32)
-        generator = _generator(self.seed, canonical_name(name), checkpoint)
+            return ExactProjection(parameter, torch.float32)
+        generator = seeded_generator(self.seed, canonical_name(name), checkpoint)
         if parameter.ndim < 2:
             return _CountSketch(self.dim, parameter, generator)
         # Rows of several parts cannot be pooled with others: how noisy a sum is would be known no more.
         return _MatrixSketch(self.dim, parameter, generator, in_parts=not self.pool)
-
-
-Sketch = TensorSketch | Exact
-
-
-def canonical_name(name: str) -> str:
-    """A parameter's name without what `torch.compile` and data-parallel wrappers put into it.
-
-    Args:
-        name: A name as `torch.nn.Module.named_parameters` gives it.
-
-    Returns:
-        The name the bare model would give.
-
-    Example:
-        >>> canonical_name("module._orig_mod.core.fc.weight")
-        'core.fc.weight'
-    """
-    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def pack_spectrum(spectrum: Tensor, dim: int) -> Tensor:
@@ -225,153 +127,6 @@ def pack_spectrum(spectrum: Tensor, dim: int) -> Tensor:
     return packed[..., 1:] if dim % 2 else packed[..., :dim]
 
 
-def _generator(seed: int, *names: str) -> torch.Generator:
-    """A generator that depends on the names by a stable hash: not on the order of layers, nor on the process."""
-    key = "\x00".join((str(seed), *names)).encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-class _Identity:
-    """Every entry, flattened."""
-
-    noise = Noise(0.0)
-
-    def __init__(self, parameter: Tensor, dtype: torch.dtype) -> None:
-        self.width, self.dtype, self.device = parameter.numel(), dtype, parameter.device
-
-    def __call__(self, gradient: Gradient) -> Tensor:
-        if isinstance(gradient, Dense):
-            return _flat(gradient.grads.to(self.dtype))
-        rows, cols = gradient.rows, gradient.cols.to(self.dtype)
-        if rows.is_floating_point():
-            return torch.einsum("npr,npc->nrc", rows.to(self.dtype), cols).flatten(1)
-        n, c = cols.shape[0], cols.shape[-1]
-        n_rows = self.width // c
-        flat = cols.new_zeros(n * n_rows, c)
-        offsets = n_rows * torch.arange(n, device=rows.device).unsqueeze(1)  # one block of rows per example
-        # Not index_add_, which rounds differently each time on a GPU.
-        return flat.index_put_(((rows + offsets).flatten(),), cols.flatten(0, 1), accumulate=True).view(n, -1)
-
-    def checksum(self) -> bytes:
-        return b""
-
-
-class _Hash:
-    """Buckets and signs of one factor, and which part of the row each entry goes to."""
-
-    parts: Tensor
-    buckets: Tensor
-    signs: Tensor
-    n_parts = 1
-    n_blocks: int
-
-    def count_sketch(self, values: Tensor) -> Tensor:
-        """Count-sketches of the last axis: ``(..., length)`` to ``(..., n_parts, n_buckets)``."""
-        raise NotImplementedError
-
-    def checksum(self) -> bytes:
-        """A digest of the parts, buckets and signs."""
-        digest = hashlib.sha256()
-        for table in (self.parts.to(torch.int8), self.buckets.int(), self.signs.to(torch.int8)):
-            digest.update(table.cpu().numpy().tobytes())
-        return digest.digest()
-
-
-class _Rotation(_Hash):
-    """A long factor: its entries stay in order, in blocks of ``n_buckets``, each block randomly rotated.
-
-    Nothing is gathered, so a count-sketch reads its entries in order. Entries of one block never collide, entries of
-    two blocks do with probability 1/n_buckets, as under independent permutations. Several parts take turns at chunks
-    of 16 entries, so that each gets its share of every head or gate of a layer.
-    """
-
-    def __init__(self, n_buckets: int, n_parts: int, length: int, draw: torch.Generator, device: torch.device) -> None:
-        self.n_parts, self._n_buckets = n_parts, n_buckets
-        self._chunk = chunk = _CHUNK if n_parts > 1 else 1
-        entries = torch.arange(length, device=_CPU)
-        turns = entries // chunk
-        places = turns // n_parts * chunk + entries % chunk  # within the part
-        self.n_blocks = _n_blocks(n_buckets, length // n_parts)
-        shifts = torch.randint(0, n_buckets, (self.n_blocks,), generator=draw, device=_CPU)
-        shifts[0] = 0  # rotating all blocks alike would change no collision
-        signs = _signs(length, draw)
-        self.parts, self.signs = (turns % n_parts).to(device), signs.to(device)
-        self.buckets = ((places + shifts[places // n_buckets]) % n_buckets).to(device)
-        self._dealt_signs = self._dealt(signs).contiguous().to(device)
-        self._pieces = _pieces(shifts.tolist(), n_buckets, length // n_parts)
-
-    def _dealt(self, values: Tensor) -> Tensor:
-        """``(..., length)`` to ``(..., n_parts, length // n_parts // chunk, chunk)``, a view."""
-        return values.unflatten(-1, (-1, self.n_parts, self._chunk)).transpose(-3, -2)
-
-    def count_sketch(self, values: Tensor) -> Tensor:
-        dealt, m = self._dealt(values.float()), self._n_buckets
-        size = dealt.shape[-2] * self._chunk
-        shape = *values.shape[:-1], self.n_parts, max(size, m)
-        sketched = torch.empty(shape, dtype=torch.float32, device=values.device)
-        torch.mul(dealt, self._dealt_signs, out=sketched[..., :size].unflatten(-1, (-1, self._chunk)))
-        sketched[..., size:] = 0
-        for buckets, entries in self._pieces:
-            sketched[..., buckets].add_(sketched[..., entries])
-        return sketched[..., :m]
-
-
-def _pieces(shifts: list[int], n_buckets: int, length: int) -> list[tuple[slice, slice]]:
-    """Where every rotated block but the first goes: (buckets, entries), in two pieces where it wraps around."""
-    pieces = []
-    for start, shift in zip(range(n_buckets, length, n_buckets), shifts[1:], strict=True):
-        stop = min(start + n_buckets, length)
-        turn = min(start + n_buckets - shift, stop)
-        for bucket, entries in ((shift, slice(start, turn)), (0, slice(turn, stop))):
-            if entries.start < entries.stop:
-                pieces.append((slice(bucket, bucket + entries.stop - entries.start), entries))
-    return pieces
-
-
-class _Permutation(_Hash):
-    """A short factor: a random permutation of all parts' buckets, or one for each block of so many entries."""
-
-    def __init__(self, n_buckets: int, n_parts: int, length: int, draw: torch.Generator, device: torch.device) -> None:
-        self.n_parts, size = n_parts, n_parts * n_buckets
-        self.n_blocks = _n_blocks(size, length)
-        blocks = [torch.randperm(size, generator=draw, device=_CPU) for _ in range(self.n_blocks)]
-        slots, signs = torch.cat(blocks)[:length], _signs(length, draw)
-        self.parts, self.buckets = (slots // n_buckets).to(device), (slots % n_buckets).to(device)
-        self.signs = signs.to(device)
-        # The same map read from the buckets' side: which entry of each block lands here, with sign 0 for none. A
-        # gather into the buckets is several times faster than scattering the entries.
-        entries = torch.arange(length, device=_CPU)
-        sources, weights = slots.new_zeros(self.n_blocks, size), signs.new_zeros(self.n_blocks, size)
-        sources[entries // size, slots], weights[entries // size, slots] = entries, signs
-        self._blocks = list(zip(sources.to(device), weights.to(device), strict=True))
-
-    def count_sketch(self, values: Tensor) -> Tensor:
-        values, (first, *others) = values.float(), self._blocks
-        sketched = self._gathered(values, *first)
-        for block in others:
-            sketched += self._gathered(values, *block)
-        return sketched.unflatten(-1, (self.n_parts, -1))
-
-    def _gathered(self, values: Tensor, sources: Tensor, weights: Tensor) -> Tensor:
-        return values.gather(-1, sources.expand(*values.shape[:-1], -1)).mul_(weights)
-
-
-_CHUNK = 16
-"""How many neighbours go to the same part: a cache line of float32."""
-
-_CPU = torch.device("cpu")
-"""Where hashes are drawn, in float32, whatever torch's default device and dtype are."""
-
-
-def _n_blocks(n_buckets: int, length: int) -> int:
-    return max(1, math.ceil(length / n_buckets))
-
-
-def _signs(length: int, generator: torch.Generator) -> Tensor:
-    return 2 * torch.randint(0, 2, (length,), generator=generator, device=_CPU).float() - 1
-
-
 class _CountSketch:
     """For a vector longer than ``dim``."""
 
@@ -379,12 +134,12 @@ class _CountSketch:
 
     def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
         self.width, self.noise, self.device = dim, Noise(1.0 / dim), parameter.device
-        self._hash = _Permutation(dim, 1, parameter.numel(), generator, parameter.device)
+        self._hash = Permutation(dim, 1, parameter.numel(), generator, parameter.device)
 
     def __call__(self, gradient: Gradient) -> Tensor:
         if not isinstance(gradient, Dense):
             raise TypeError("A vector's gradient comes entry by entry, not as an outer product.")
-        return self._hash.count_sketch(_flat(gradient.grads)).squeeze(-2)
+        return self._hash.count_sketch(flatten_entries(gradient.grads)).squeeze(-2)
 
     def checksum(self) -> bytes:
         return self._hash.checksum()
@@ -400,14 +155,14 @@ class _MatrixSketch:
         lengths = len(parameter), parameter[0].numel()
         short, long = sorted(lengths)
         # Parts share the other factor's hash, which must fit into their buckets: else it would collide with itself.
-        even = in_parts and dim % (4 * _CHUNK) == long % (2 * _CHUNK) == 0
+        even = in_parts and dim % (4 * CHUNK) == long % (2 * CHUNK) == 0
         of_long, of_short = (2 if even and 2 * other <= dim else 1 for other in (short, long))
         self._n_buckets = n_buckets = dim // (of_long * of_short)
         self._buffer = max(dim, long)
-        shorter = _Permutation(n_buckets, of_short, short, generator, parameter.device)
-        longer = _Rotation(n_buckets, of_long, long, generator, parameter.device)
-        self._rows: _Hash
-        self._cols: _Hash
+        shorter = Permutation(n_buckets, of_short, short, generator, parameter.device)
+        longer = Rotation(n_buckets, of_long, long, generator, parameter.device)
+        self._rows: FactorHash
+        self._cols: FactorHash
         self._rows, self._cols = (longer, shorter) if lengths[0] >= lengths[1] else (shorter, longer)
         # A factor hashed in m > 1 blocks collides with itself, all columns of two colliding rows at once. For gradients
         # whose mass lies alike in the blocks this bounds what that adds, by Cauchy-Schwarz; in disjoint blocks it can
@@ -470,11 +225,6 @@ class _MatrixSketch:
         """A matrix is one token for each of its rows."""
         ids = torch.arange(len(self._rows.signs), device=grads.device).expand(len(grads), -1)
         return self._one_hot(ids, grads.reshape(*ids.shape, -1))
-
-
-def _flat(grads: Tensor) -> Tensor:
-    """``(n, *shape)`` to ``(n, numel)``; a scalar parameter has no axis of its own."""
-    return grads.reshape(grads.shape[0], -1)
 
 
 def _tokens_at_once(width: int, device: torch.device) -> int:

@@ -14,97 +14,25 @@ the backward pass, hands it to the layer's rule together with the gradient that 
 from __future__ import annotations
 
 import ctypes
-import difflib
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from captum_sdi.rules import Rule, choose_rule, why_uncovered
-from captum_sdi.sketch import Gradient, canonical_name
-
-PRELUDE, CODA, FIRST_STEP = 0, 1, 2
-"""Bins of a use: before the first loop step, after the last, and loop step t at ``FIRST_STEP + t``."""
+from captum_sdi.borrow import evaluating, frozen, recomputed
+from captum_sdi.capture.refusals import NESTED, REENTRANT, describe_layer, suggest_layers, uncovered_layers
+from captum_sdi.capture.rules.base import Rule
+from captum_sdi.capture.rules.choose import choose_rule, why_uncovered
+from captum_sdi.features import Bins, Gradient, LoopSpec, canonical_name
+from captum_sdi.loop.parameters import called_modules, find_module
 
 Consumer = Callable[[str, slice, int, Gradient], None]
 """Called in the backward pass with (parameter name, examples, bin, per-example gradients)."""
-
-
-@dataclass(frozen=True)
-class LoopSpec:
-    """Which modules are the loop, and whose call starts a loop step.
-
-    Args:
-        modules: Names of the modules that repeat. Containers that are never called themselves (`torch.nn.ModuleList`)
-            count for what they hold.
-        anchors: Names of the modules whose call starts a new step, among them or not; empty: the first of ``modules``
-            that is called. Several anchors share one timeline.
-
-    Raises:
-        TypeError: A field is not a sequence of names.
-        ValueError: No module is named.
-
-    Example:
-        >>> LoopSpec(modules=("core",), anchors=("core",)).modules
-        ('core',)
-    """
-
-    modules: tuple[str, ...]
-    anchors: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for field in ("modules", "anchors"):
-            names = getattr(self, field)
-            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise TypeError(f"LoopSpec({field}=...) must be a tuple of module names, got {names!r}.")
-            object.__setattr__(self, field, tuple(names))
-        if not self.modules:
-            raise ValueError("LoopSpec(modules=()) names no module; name the block that repeats, or pass loop=None.")
-
-
-def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
-    """The submodule of that name, with or without the prefixes that wrappers put before it.
-
-    Args:
-        model: Where to look.
-        name: As `torch.nn.Module.named_modules` gives it; "" is the model itself.
-        argument: Named in the error.
-
-    Returns:
-        The module.
-
-    Raises:
-        ValueError: There is none; the nearest names are suggested.
-    """
-    modules = {canonical_name(known): module for known, module in model.named_modules(remove_duplicate=False)}
-    module = modules.get(canonical_name(name))
-    if module is None:
-        near = difflib.get_close_matches(name, modules, n=3) or [known for known in modules if known][:5]
-        raise ValueError(f"{argument} names {name!r}, which {type(model).__name__} does not have. Nearest: {near}.")
-    return module
-
-
-def called_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """``module``, or for a container that is never called itself, what it holds.
-
-    Args:
-        module: Any module.
-
-    Yields:
-        Modules with a forward of their own.
-    """
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        for child in module.children():
-            yield from called_modules(child)
-    else:
-        yield module
 
 
 class _Tap(torch.autograd.Function):
@@ -136,10 +64,10 @@ class _Use:
 
     def bin(self, all_loop_calls: int) -> int:
         if self.step < 0:
-            return PRELUDE
+            return Bins.PRELUDE
         # A layer outside the loop's list (a norm between two iterations) belongs to the step it follows as long as
         # the loop goes on after it.
-        return FIRST_STEP + self.step if self.in_loop or self.loop_calls < all_loop_calls else CODA
+        return Bins.of_step(self.step) if self.in_loop or self.loop_calls < all_loop_calls else Bins.CODA
 
 
 class Tape:
@@ -203,7 +131,7 @@ class Tape:
                 # First, or a hook of the user's registered earlier would hide a branch of the graph from the tap.
                 stack.callback(module.register_forward_hook(self._on_use, prepend=True, with_kwargs=True).remove)
             for module in self._checkpointed:
-                stack.enter_context(_recomputed(module))
+                stack.enter_context(recomputed(module))
             self._stack = stack.pop_all()
         device = next(iter(self.targets.values())).device
         self._dummy = torch.zeros((), device=device, requires_grad=True)
@@ -253,7 +181,7 @@ class Tape:
                 torch.autograd.grad(losses, self._dummy, torch.ones_like(losses), allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
-                raise ValueError(_REENTRANT.format("a part of the model")) from error
+                raise ValueError(REENTRANT.format("a part of the model")) from error
             raise
         finally:
             self._phase, self._consume = None, None
@@ -342,7 +270,7 @@ class Tape:
         if not torch.is_grad_enabled():
             # The step counts, and contributes nothing: influence is that of the graph that trained.
             if _inside_autograd_function():
-                raise ValueError(_REENTRANT.format(self._describe(module)))
+                raise ValueError(REENTRANT.format(self._describe(module)))
             self.called_without_grad.update(parameters.values())
             return None
         if self._phase == "forward":
@@ -356,7 +284,7 @@ class Tape:
 
         def report(activation: Tensor, backprop: Tensor) -> None:
             if self._consume is None or torch._C._current_graph_task_id() != self._pass:
-                raise ValueError(_NESTED.format(self._describe(module)))
+                raise ValueError(NESTED.format(self._describe(module)))
             bin = use.bin(self._loop_calls)
             self._release(bin)
             # A model spread over devices may hand its activations on to the next one.
@@ -390,7 +318,7 @@ class Tape:
             chosen = several if activation is None else choose_rule(module, activation, output)
             if isinstance(chosen, str):
                 out = set(self._owners[id(module)][1].values())
-                raise ValueError(_uncovered([(self._describe(module), chosen)], self.without(out)))
+                raise ValueError(uncovered_layers([(self._describe(module), chosen)], self.without(out)))
             rule = chosen
             if output[:1].any():  # of zeros nothing can be told: looked at again at the next call
                 self._rules[key] = rule
@@ -414,10 +342,10 @@ class Tape:
         Returns:
             Such as " with layers=['core.fc', 'core.norm']"; empty when nothing is left.
         """
-        return _without(self.model, self.targets, set(names))
+        return suggest_layers(self.model, self.targets, set(names))
 
     def _describe(self, module: nn.Module) -> str:
-        return _described(self._names.get(id(module), "?"), module, self._owners[id(module)][1].values())
+        return describe_layer(self._names.get(id(module), "?"), module, self._owners[id(module)][1].values())
 
 
 @functools.cache
@@ -454,57 +382,13 @@ def _owners(model: nn.Module, targets: Mapping[str, nn.Parameter]) -> dict[int, 
             owners[id(module)] = (module, mine)
             covered.update(mine.values())
         else:
-            uncovered.append((_described(canonical_name(name), module, mine.values()), why, set(mine.values())))
+            uncovered.append((describe_layer(canonical_name(name), module, mine.values()), why, set(mine.values())))
     # A head that only holds the bias of a layer inside it does not use it; if it does, `watching` tells.
     refused = [(what, why) for what, why, names in uncovered if not names <= covered]
     if refused:
         out = set().union(*(names for _, _, names in uncovered)) - covered
-        raise ValueError(_uncovered(refused, _without(model, targets, out)))
+        raise ValueError(uncovered_layers(refused, suggest_layers(model, targets, out)))
     return owners
-
-
-def _described(name: str, module: nn.Module, owned: Iterable[str]) -> str:
-    listed = ", ".join(repr(canonical_name(parameter)) for parameter in owned)
-    return f"{name!r} ({type(module).__name__}), which owns {listed},"
-
-
-def _uncovered(refused: list[tuple[str, str]], without: str) -> str:
-    reasons = "; nor ".join(f"{what} because {why}" for what, why in refused)
-    return (
-        f"No layer rule covers {reasons}. Leave it out{without}, or move the parameter into a leaf module that takes "
-        "one tensor and returns one."
-    )
-
-
-def _without(model: nn.Module, targets: Mapping[str, nn.Parameter], out: set[str]) -> str:
-    """`Tape.without`: the outermost modules that hold targets only, none of them in ``out``."""
-    wanted = {id(parameter) for name, parameter in targets.items() if name not in out}
-    chosen: dict[frozenset[int], str] = {}
-
-    def choose(name: str, module: nn.Module) -> None:
-        inside = frozenset(id(parameter) for parameter in module.parameters())
-        if name and inside and inside <= wanted:
-            chosen.setdefault(inside, canonical_name(name))
-        elif inside & wanted:
-            for child, part in module.named_children():
-                choose(f"{name}.{child}" if name else child, part)
-
-    choose("", model)
-    return f" with layers={list(chosen.values())}" if chosen else ""
-
-
-_REENTRANT = (
-    "{} runs inside reentrant activation checkpointing or another autograd.Function, where no graph is built that can "
-    "be observed. Checkpoint with use_reentrant=False, or switch it off: activation_checkpointing=True saves the same "
-    "memory."
-)
-
-
-_NESTED = (
-    "A backward pass within the forward or backward pass (an implicit layer's, a gradient penalty's, a checkpoint's of "
-    "the model's own) runs through {} so that gradients of its uses cannot be told apart. Leave it out with "
-    "layers=[...]."
-)
 
 
 def _inside_autograd_function() -> bool:
@@ -524,73 +408,3 @@ def _only_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
     """What a layer was given, if that is one tensor and nothing else."""
     given = [value for value in (*args, *kwargs.values()) if value is not None]
     return given[0] if len(given) == 1 and isinstance(given[0], Tensor) else None
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient, so that the backward pass forms none.
-
-    Args:
-        model: Given back as it was.
-    """
-    active = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in active:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in active:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Parameters that are frozen require a gradient for a while, as targets named in ``layers`` need one to compare.
-
-    Args:
-        targets: By name; given back as they were.
-    """
-    still = [p for p in targets.values() if not p.requires_grad]
-    for parameter in still:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in still:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no key-value cache: a looped block would append to the cache of its previous iteration.
-
-    Args:
-        model: Given back as it was.
-    """
-    training = {module: module.training for module in model.modules()}
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
-    model.eval()
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-        for module, mode in training.items():
-            module.training = mode
-
-
-@contextmanager
-def _recomputed(module: nn.Module) -> Iterator[None]:
-    """``module`` drops its activations in the forward pass and recomputes them in the backward pass."""
-    own = vars(module).get("forward")
-    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

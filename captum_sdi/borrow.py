@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -151,3 +153,73 @@ def _writable(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided:
         return tensor
     return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient, so that the backward pass forms none.
+
+    Args:
+        model: Given back as it was.
+    """
+    active = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in active:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in active:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
+    """Parameters that are frozen require a gradient for a while, as targets named in ``layers`` need one to compare.
+
+    Args:
+        targets: By name; given back as they were.
+    """
+    still = [p for p in targets.values() if not p.requires_grad]
+    for parameter in still:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in still:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no key-value cache: a looped block would append to the cache of its previous iteration.
+
+    Args:
+        model: Given back as it was.
+    """
+    training = {module: module.training for module in model.modules()}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
+    model.eval()
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def recomputed(module: nn.Module) -> Iterator[None]:
+    """``module`` drops its activations in the forward pass and recomputes them in the backward pass."""
+    own = vars(module).get("forward")
+    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

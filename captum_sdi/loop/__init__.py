@@ -1,0 +1,1 @@
+"""What repeats in a model, and which parameters count."""
