@@ -4,6 +4,8 @@ import copy
 import glob
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +31,20 @@ from transformers import (
 )
 from transformers.utils import logging
 
+<<<<<<< HEAD
 from captum_sdi.borrow import preserved
 from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint
+=======
+import captum_sdi
+from captum_sdi.checkpoints import (
+    Checkpoint,
+    checkpoint_names,
+    find_checkpoints,
+    listed_checkpoints,
+    load_checkpoint,
+)
+from captum_sdi.preserve import preserved
+>>>>>>> leaf-checkpoints
 
 CAPTUM_SENTENCE = "Invalid checkpoints provided for TracIn class: {}!"
 NO_RATE = "holds no learning rate: 1.0 is used"
@@ -190,6 +204,65 @@ def test_deleting_or_moving_checkpoints_changes_no_name() -> None:
     assert checkpoint_names(paths[3:]) == [names[path] for path in paths[3:]]
     moved = [path.replace("/old/run", "new") for path in paths]
     assert checkpoint_names(moved) == list(names.values())
+
+
+# --- Checkpoints as objects ----------------------------------------------------------------------
+
+
+def test_listed_checkpoints_have_names_numbers_and_no_rate_yet() -> None:
+    weights = object()
+    assert listed_checkpoints(("a/r/x", "b/r/x", weights)) == [
+        Checkpoint("a/r/x", "a/r/x", rate=1.0, number=0),
+        Checkpoint("b/r/x", "b/r/x", rate=1.0, number=1),
+        Checkpoint("#2", weights, rate=1.0, number=2),
+    ]
+    assert listed_checkpoints([None]) == [Checkpoint("current", None)]
+
+
+@pytest.mark.parametrize("returned", [0.25, np.float32(0.25), torch.tensor(0.25), "0.25"])
+def test_a_loaded_checkpoint_has_the_rate_that_was_returned(returned: Any) -> None:
+    model, calls = nn.Linear(1, 1), []
+
+    def load(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return returned
+
+    listed = Checkpoint("step-9.pt", "run/step-9.pt", number=3)
+    loaded = listed.loaded(model, load)
+    assert loaded == Checkpoint("step-9.pt", "run/step-9.pt", rate=0.25, number=3)
+    assert type(loaded.rate) is float
+    assert listed.rate == 1.0
+    assert calls == [(model, "run/step-9.pt")]
+
+
+def test_the_current_weights_are_not_loaded() -> None:
+    def load(model: nn.Module, source: Any) -> float:
+        raise AssertionError("there is nothing to load")
+
+    assert Checkpoint("current", None).loaded(nn.Linear(1, 1), load) == Checkpoint("current", None, rate=1.0)
+
+
+@pytest.mark.parametrize("returned", [None, "fast", float("nan"), float("inf"), [0.1]])
+def test_what_a_load_function_returns_must_be_a_finite_number(returned: Any) -> None:
+    sentence = re.escape(
+        f"checkpoints_load_func returned the learning rate {returned!r} for checkpoint 'x'. It must load the "
+        "checkpoint and return a finite number."
+    )
+    with pytest.raises(ValueError, match=sentence):
+        Checkpoint("x", "run/x").loaded(nn.Linear(1, 1), lambda model, source: returned)
+
+
+def test_a_checkpoint_needs_neither_transformers_nor_peft() -> None:
+    # The package itself needs transformers: an empty one takes its place.
+    code = f"""
+import sys, types
+sys.modules["captum_sdi"] = types.ModuleType("captum_sdi")
+sys.modules["captum_sdi"].__path__ = {list(captum_sdi.__path__)}
+sys.modules["transformers"] = sys.modules["peft"] = None  # to import one of them is an error
+import captum_sdi.checkpoints.checkpoint
+"""
+    ran = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 # --- Loading: every form -------------------------------------------------------------------------

@@ -4,43 +4,62 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from captum_sdi.checkpoints.files import some
+from captum_sdi.checkpoints.files import abbreviated
+from captum_sdi.checkpoints.reading import StateDict
 
 
 @dataclass(frozen=True)
 class Differences:
-    """Names that a checkpoint lacks, that it has besides, and that differ."""
+    """Names in which a checkpoint and a model differ; the mismatched ones with both values."""
 
     missing: list[str]
     unexpected: list[str]
-    shapes: list[str]
+    mismatched: list[str]
 
     def __len__(self) -> int:
-        return len(self.missing) + len(self.unexpected) + len(self.shapes)
+        return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
     def error(self, file: Path, model: nn.Module) -> ValueError:
-        """Say it all; ``model`` is unchanged so far."""
-        kinds = [
-            (self.missing, "missing from the checkpoint"),
-            (self.unexpected, "in the checkpoint but not in the model"),
-            (self.shapes, "different in the two"),
-        ]
-        lines = [f"\n    {len(names)} {kind}: {some(names)}" for names, kind in kinds if names]
+        """Return the error that lists every difference, to be raised before ``model`` is changed."""
+        kinds = {
+            "missing from the checkpoint": self.missing,
+            "in the checkpoint but not in the model": self.unexpected,
+            "different in the two": self.mismatched,
+        }
+        listed = ""
+        for kind, names in kinds.items():
+            if names:
+                listed += f"\n    {len(names)} {kind}: {abbreviated(names)}"
         return ValueError(
-            f"{file} does not fit the model ({type(model).__name__}):{''.join(lines)}\n"
+            f"{file} does not fit the model ({type(model).__name__}):{listed}\n"
             "Nothing was loaded. Build the model from the same config as the checkpoint."
         )
 
 
-def difference(name: str, stored: Tensor, target: Tensor) -> list[str]:
-    """Describe a difference in shape, or between numbers and codes (quantised weights)."""
+def compared(state: StateDict, targets: StateDict) -> Differences:
+    """Compare a state dict with the model's tensors of the same names."""
+    missing = [name for name in targets if name not in state]
+    unexpected = [name for name in state if name not in targets]
+    mismatched = []
+    for name, target in targets.items():
+        if name in state:
+            mismatched += mismatch(name, state[name], target)
+    return Differences(missing, unexpected, mismatched)
+
+
+def mismatch(name: str, stored: Tensor, target: Tensor) -> list[str]:
+    """Describe a difference in shape, or between numbers and codes (quantised weights), if any."""
     if stored.shape != target.shape:
-        there, here = str(tuple(stored.shape)), str(tuple(target.shape))
-    elif stored.is_floating_point() != target.is_floating_point():
-        there, here = str(stored.dtype), str(target.dtype)
-    else:
-        return []
-    return [f"{name} ({there} in the checkpoint, {here} in the model)"]
+        return [two_values(name, tuple(stored.shape), tuple(target.shape))]
+    if stored.is_floating_point() != target.is_floating_point():
+        return [two_values(name, stored.dtype, target.dtype)]
+    return []
+
+
+def two_values(name: str, in_checkpoint: Any, in_model: Any) -> str:
+    """Put a name's value in the checkpoint beside its value in the model."""
+    return f"{name} ({in_checkpoint} in the checkpoint, {in_model} in the model)"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-# In the order they are looked for: safetensors before pickles, whole models before adapters.
 WHOLE_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -13,56 +12,68 @@ WHOLE_FILES = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# In the order in which they are looked for: whole models before adapters, safetensors before pickles.
+WEIGHT_FILES = WHOLE_FILES + ADAPTER_FILES
 TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")
-_LISTED = 10  # names per list in an error message
+_NAMES_IN_A_MESSAGE = 10
 
 
 def weights_file(path: Path, adapter: str | None) -> Path:
-    """Find the file that holds (or indexes) the weights at ``path``; peft has a folder per named adapter."""
+    """Find the file of the weights (or their index) at a path; an adapter may have a subfolder."""
     if not path.exists():
         raise ValueError(f"There is no checkpoint at {path}: no such file or directory.")
     if path.is_file() and path.suffix != ".distcp":
         return path
     folder = path if path.is_dir() else path.parent
-    inside = [folder] if adapter is None else [folder, folder / adapter]
-    for file in (d / name for d in inside for name in WHOLE_FILES + ADAPTER_FILES):
-        if file.is_file():
-            return file
-    if command := conversion_command(folder):
+    candidates = [folder / name for name in WEIGHT_FILES]
+    if adapter is not None:
+        candidates += [folder / adapter / name for name in WEIGHT_FILES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    command = conversion_command(folder)
+    if command is not None:
         raise ValueError(
             f"{folder} holds weights sharded by FSDP or DeepSpeed, which must be merged before they can be read. "
             f"Run once:\n    {command}"
         )
-    entries = some(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+    entries = sorted(entry.name for entry in folder.iterdir())
+    listed = abbreviated(entries) or "nothing"
     raise ValueError(
-        f"{folder} holds no weights: none of {', '.join(WHOLE_FILES + ADAPTER_FILES)} is in it, but {entries}. "
+        f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)} is in it, but {listed}. "
         "Pass a checkpoint folder or file; a folder of several checkpoints goes to checkpoints=."
     )
 
 
 def conversion_command(folder: Path) -> str | None:
-    """Tell the command that merges the FSDP or DeepSpeed shards in a folder, None without any."""
-    for shard in sorted([*folder.glob("*.distcp"), *folder.glob("pytorch_model_fsdp*/*.distcp")]):
-        merged = folder.parent if shard.parent == folder else folder
-        return f"accelerate merge-weights {shard.parent} {merged}"
+    """Return the command that merges a folder's FSDP or DeepSpeed shards; None without shards."""
+    shards = [*folder.glob("*.distcp"), *folder.glob("pytorch_model_fsdp*/*.distcp")]
+    if shards:
+        sharded = min(shards).parent
+        merged = folder.parent if sharded == folder else folder
+        return f"accelerate merge-weights {sharded} {merged}"
     for entry in sorted(folder.glob("pytorch_model_fsdp*")):
         if entry.is_dir():
             return f"accelerate merge-weights {entry} {folder}"
     top = folder.parent if folder.name.startswith("global_step") else folder
-    if _is_deepspeed(top):
+    if saved_by_deepspeed(top):
         return f"python {top / 'zero_to_fp32.py'} {top} {top} --safe_serialization"
     return None
 
 
-def _is_deepspeed(folder: Path) -> bool:
-    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*/*_states.pt")):
+def saved_by_deepspeed(folder: Path) -> bool:
+    """Tell whether DeepSpeed saved a folder."""
+    script = folder / "zero_to_fp32.py"
+    states = folder.glob("global_step*/*_states.pt")
+    if script.is_file() or any(states):
         return True
     # DeepSpeed's "latest" names its newest folder; other programs use the word for other things.
     latest = folder / "latest"
     return latest.is_file() and latest.read_bytes().startswith(b"global_step")
 
 
-def some(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def abbreviated(names: list[str]) -> str:
+    """List the first few names, and say how many more there are."""
+    listed = ", ".join(names[:_NAMES_IN_A_MESSAGE])
+    omitted = len(names) - _NAMES_IN_A_MESSAGE
+    return f"{listed}, and {omitted} more" if omitted > 0 else listed

@@ -32,10 +32,6 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     The learning rate of a Trainer folder is the one logged at its step. At an unlogged step it is interpolated between
     the nearest logged ones; the later of them stands in the log of a later checkpoint of the same run.
 
-    Args:
-        model: The model to load into.
-        path: The folder or file.
-
     Returns:
         The learning rate; 1.0, with a warning, where the checkpoint holds none.
 
@@ -61,29 +57,33 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
             f"load_checkpoint takes the path of a file or folder, got {type(path).__name__}. "
             "Pass checkpoints_load_func to load checkpoints of another kind."
         )
-    model, source = _unwrapped(model), Path(os.fsdecode(path))
-    _check_not_on_meta(model)
+    model = unwrapped(model)
+    check_not_on_meta(model)
+    source = Path(os.fsdecode(path))
     file = weights_file(source, adapter_name(model))
-    state, beside = read_weights(file)
-    rate = learning_rate(beside, source, file)
-    load = load_adapter if file.name in ADAPTER_FILES else load_whole
-    load(model, state, file)
+    state, metadata = read_weights(file)
+    rate = learning_rate(metadata, source, file)
+    if file.name in ADAPTER_FILES:
+        load_adapter(model, state, file)
+    else:
+        load_whole(model, state, file)
     return effective_rate(rate, source)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Take off DataParallel, DistributedDataParallel and torch.compile."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     while True:
-        if isinstance(model, wrappers):
+        original = model._modules.get("_orig_mod")
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
+        elif isinstance(original, nn.Module):
+            model = original
         else:
             return model
 
 
-def _check_not_on_meta(model: nn.Module) -> None:
+def check_not_on_meta(model: nn.Module) -> None:
+    """Check that the model's tensors have memory for weights to be copied into."""
     for name, tensor in named_tensors(model).items():
         if tensor.is_meta:
             raise ValueError(

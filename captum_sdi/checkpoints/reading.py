@@ -1,4 +1,4 @@
-"""A state dict, and what was saved beside it, from any form of file; no pickle runs code."""
+"""Reading state dicts and learning rates from any form of file; no pickle runs code."""
 
 from __future__ import annotations
 
@@ -13,36 +13,45 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from captum_sdi.checkpoints.files import some
+from captum_sdi.checkpoints.files import abbreviated
 
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")
 RATE_KEYS = ("learning_rate", "lr")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
 
+StateDict = dict[str, Tensor]
 
-def read_weights(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Read the state dict in a file, or in the shards it indexes, and whatever was saved beside it."""
+
+def read_weights(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+    """Read the state dict in a file, or in the shards it indexes, and its other content."""
     if file.name.endswith(".index.json"):
-        return _read_shards(file), {}
+        return read_shards(file), {}
     if file.suffix == ".safetensors":
-        return _read_safetensors(file)
-    return _read_pickle(file)
+        return read_safetensors(file)
+    return read_pickle(file)
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def read_shards(index: Path) -> StateDict:
+    """Read the state dict that an index of shards describes."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ValueError(f"{index} has no 'weight_map', so it is no index of shards.")
     shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
         raise ValueError(
-            f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: {some(missing)}. "
+            f"{index.parent} lacks {len(missing)} of its {len(shards)} shards: {abbreviated(missing)}. "
             "Was it copied or saved only in part?"
         )
-    return {name: tensor for shard in shards for name, tensor in read_weights(shard)[0].items()}
+    state: StateDict = {}
+    for shard in shards:
+        tensors, _ = read_weights(shard)
+        state.update(tensors)
+    return state
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+def read_safetensors(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+    """Read the tensors of a safetensors file, and its metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -51,39 +60,49 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]
         raise ValueError(f"{file} is no safetensors file, or is damaged: {error}") from error
 
 
-def _read_pickle(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    saved = _unpickled(file)
+def read_pickle(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+    """Read the state dict in a file of ``torch.save``, and everything in that file."""
+    saved = unpickled(file)
     if not isinstance(saved, Mapping):
         raise ValueError(
             f"{file} holds a {type(saved).__name__} instead of a state dict. Save the model with "
             "torch.save({'model_state_dict': model.state_dict(), 'learning_rate': lr}, path)."
         )
-    nested = (saved[key] for key in _STATE_KEYS if isinstance(saved.get(key), Mapping))
-    state = next(nested, None)
+    state = nested_state(saved)
     if state is None:
         state = {key: value for key, value in saved.items() if key not in RATE_KEYS + OPTIMIZER_KEYS}
     # A number or a list among the tensors (an epoch, a note) is nobody's weight.
     tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
+        keys = abbreviated([str(key) for key in saved]) or "none"
         raise ValueError(
-            f"{file} holds no state dict, neither at its top nor under {', '.join(_STATE_KEYS)}; "
-            f"its keys are: {some([str(key) for key in saved]) or 'none'}."
+            f"{file} holds no state dict, neither at its top nor under {', '.join(_STATE_KEYS)}; its keys are: {keys}."
         )
     return tensors, saved
 
 
-def _unpickled(file: Path) -> Any:
+def nested_state(saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the state dict under one of its usual keys, if there is one."""
+    for key in _STATE_KEYS:
+        value = saved.get(key)
+        if isinstance(value, Mapping):
+            return value
+    return None
+
+
+def unpickled(file: Path) -> Any:
+    """Read a file of ``torch.save`` without running code, or explain why that is impossible."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises nearly anything: KeyError, EOFError, ...
-        found = re.search(r"GLOBAL (\S+)|unrecognized (?:function|type) (\S+)", str(error))
-        if not found:
-            reason = str(error).split("\n")[0]
+        refused = re.search(r"GLOBAL (\S+)|unrecognized (?:function|type) (\S+)", str(error))
+        if not refused:
+            reason, *_ = str(error).split("\n")
             raise ValueError(
                 f"{file} cannot be read: it is no file of torch.save, or is damaged ({type(error).__name__}: {reason})."
             ) from error
         raise ValueError(
-            f"{file} holds Python objects ({found[1] or found[2]}) beside its tensors. Reading them could run any "
+            f"{file} holds Python objects ({refused[1] or refused[2]}) beside its tensors. Reading them could run any "
             "code, so load_checkpoint does not. If you trust the file, convert it once:\n"
             f"    saved = torch.load({str(file)!r}, weights_only=False)\n"
             "    torch.save({'model_state_dict': ..., 'learning_rate': ...}, 'converted.pt')\n"
