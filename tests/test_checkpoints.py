@@ -31,11 +31,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-<<<<<<< HEAD
-from captum_sdi.borrow import preserved
-from captum_sdi.checkpoints import checkpoint_names, find_checkpoints, load_checkpoint
-=======
 import captum_sdi
+from captum_sdi.borrow import preserved
 from captum_sdi.checkpoints import (
     Checkpoint,
     checkpoint_names,
@@ -43,8 +40,6 @@ from captum_sdi.checkpoints import (
     listed_checkpoints,
     load_checkpoint,
 )
-from captum_sdi.preserve import preserved
->>>>>>> leaf-checkpoints
 
 CAPTUM_SENTENCE = "Invalid checkpoints provided for TracIn class: {}!"
 NO_RATE = "holds no learning rate: 1.0 is used"

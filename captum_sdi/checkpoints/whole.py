@@ -11,14 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from captum_sdi.borrow import kept_rng
-from captum_sdi.checkpoints.differences import Differences, difference
-=======
 from captum_sdi.checkpoints.differences import Differences, mismatch
 from captum_sdi.checkpoints.reading import StateDict
-from captum_sdi.borrow import kept_rng
->>>>>>> leaf-checkpoints
 
 
 def load_whole(model: nn.Module, state: StateDict, file: Path) -> None:
