@@ -6,7 +6,7 @@ flowed through the parameter's uses before the loop, after it, and at each loop 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,9 +105,10 @@ class Columns:
         return count - cls._FIRST_STEP
 
     @classmethod
-    def steps(cls, scores: Tensor) -> Tensor:
+    def steps(cls, scores: Tensor, axis: int = -1) -> Tensor:
         """Return the loop steps ``(..., t)`` of scores ``(..., b)``."""
-        return scores[..., cls._FIRST_STEP :]
+        n_steps = cls.n_steps(scores.shape[axis])
+        return scores.narrow(axis, cls._FIRST_STEP, n_steps)
 
 
 # --- gradients ---
@@ -259,3 +260,22 @@ def concatenate(batches: Sequence[StepFeatures]) -> StepFeatures:
     for name in first.rows:
         rows[name] = torch.cat([batch.rows[name] for batch in padded])
     return StepFeatures(rows, first.noise, torch.cat([batch.n_steps for batch in batches]))
+
+
+def join(batches: Iterable[StepFeatures], *, aggregate: bool = False) -> StepFeatures:
+    """Join features of consecutive batches, or add them up, one batch at a time in memory.
+
+    Args:
+        batches: At least one.
+        aggregate: Sum over the examples.
+
+    Returns:
+        The features of all examples, or of their sum.
+    """
+    if not aggregate:
+        return concatenate(list(batches))
+    remaining = iter(batches)
+    total = next(remaining).aggregated()
+    for batch in remaining:
+        total = concatenate([total, batch]).aggregated()
+    return total

@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-SUFFIX, UNFINISHED = ".safetensors", ".unfinished"
+from captum_sdi.whole_file import write_whole
+
+SUFFIX = ".safetensors"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 ALIGNED = 64  # bytes
 _HALF = (torch.float16, torch.bfloat16)
@@ -28,36 +30,6 @@ _NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 class DamagedError(Exception):
     """A file that is not what a shard was when it was written."""
-
-
-def written_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name, syncs it and renames it: whatever happens, ``path`` is old, new or absent.
-
-    Args:
-        path: Where the file goes.
-        write: Writes it to the path it is given.
-    """
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}{UNFINISHED}")
-    try:
-        write(unfinished)
-        _sync(unfinished)
-        os.replace(unfinished, path)
-        _sync(path.parent)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say whose it is
-            error.filename = str(path)
-        raise
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows has no handle on a folder; its renames need none
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -105,7 +77,7 @@ class Shard:
         metadata["pad"] = " " * (-_header(tensors, metadata) % ALIGNED)
         path = folder / _name(start, stop)
         # By our own write, not `save_file`, whose error for a full disk is no OSError.
-        written_whole(path, lambda unfinished: unfinished.write_bytes(save(tensors, metadata)))
+        write_whole(path, lambda unfinished: unfinished.write_bytes(save(tensors, metadata)))
         return Shard.read(path)
 
     @staticmethod

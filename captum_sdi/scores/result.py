@@ -25,6 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from captum_sdi.features import Columns
+from captum_sdi.scores.contract import Scores
+
 _VERSION = {"format": "captum_sdi.StepInfluence", "version": "1"}
 
 
@@ -67,6 +70,28 @@ class StepInfluence:
     """
     trajectory_errors: Tensor
     """``(q, n, t)`` or ``(q, k, t)`` the sketch's standard error of each trajectory point."""
+
+    @classmethod
+    def from_sums(cls, scores: Scores, n_steps: Tensor, indices: Tensor | None = None) -> StepInfluence:
+        """Build a result from columns of scores.
+
+        Args:
+            scores: Values and variances ``(..., b)`` in the order of `captum_sdi.features.Columns`.
+            n_steps: ``(q,)`` how many loop steps each test example ran.
+            indices: ``(q, k)`` the train examples; None when all are given in order.
+        """
+        values = scores.values
+        errors = scores.variances.clamp(min=0).sqrt()
+        return cls(
+            indices=indices,
+            influence_scores=values[..., Columns.TOTAL],
+            trajectories=Columns.steps(values),
+            prelude=values[..., Columns.PRELUDE],
+            coda=values[..., Columns.CODA],
+            n_steps=n_steps.to(values.device),
+            score_errors=errors[..., Columns.TOTAL],
+            trajectory_errors=Columns.steps(errors),
+        )
 
     def to(self, *args: object, **kwargs: object) -> StepInfluence:
         """The same result on another device, or with its floating point fields in another dtype.

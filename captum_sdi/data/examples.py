@@ -1,0 +1,37 @@
+"""Examples of one side of a question, and how they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_sdi.data.batch import batch_size
+from captum_sdi.data.side import Side
+from captum_sdi.data.stream import Stream
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A stream of batches, and the loss and forward keywords that they are run with."""
+
+    stream: Stream
+    side: Side
+
+    def batches(self, only: Tensor | None = None) -> Iterator[tuple[Tensor, Any]]:
+        """Read the stream, or the examples at some positions alone.
+
+        Args:
+            only: Positions; None: all.
+
+        Yields:
+            The positions of a batch's examples ``(n,)``, and the batch.
+        """
+        if only is not None:
+            yield from self.stream.picked(only)
+            return
+        for start, raw in self.stream:
+            yield torch.arange(start, start + batch_size(raw)), raw

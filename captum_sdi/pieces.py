@@ -1,0 +1,70 @@
+"""Batches in pieces that fit into the GPU's memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from captum_sdi.capture.featurizer import Capture
+from captum_sdi.data.batch import batch_size, select
+from captum_sdi.data.side import Side
+from captum_sdi.features import Gradient, StepFeatures, concatenate
+from captum_sdi.words import warn_user
+
+
+class Pieces:
+    """Computes features of whole batches, and of ever smaller pieces of them once memory has run out."""
+
+    def __init__(self) -> None:
+        self._largest = sys.maxsize  # how many examples fit, once that is known
+
+    def features(
+        self,
+        capture: Capture,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+        *,
+        by_step: bool,
+        transform: Callable[[str, Gradient], Gradient] | None = None,
+    ) -> StepFeatures:
+        """Compute the features of a batch.
+
+        Args:
+            capture: The hooks at a checkpoint.
+            raw: The batch.
+            side: How it is run.
+            positions: Of its examples.
+            by_step: Keep loop steps apart.
+            transform: Applied to every per-example gradient before the sketch.
+        """
+        pieces: list[StepFeatures] = []
+        n_done = 0
+        while n_done < len(positions):
+            stop = min(n_done + self._largest, len(positions))
+            is_whole = stop - n_done == len(positions)
+            piece = raw if is_whole else select(raw, range(n_done, stop))
+            try:
+                pieces.append(
+                    capture(piece, side, by_step=by_step, positions=positions[n_done:stop], transform=transform)
+                )
+                n_done = stop
+                continue
+            except torch.OutOfMemoryError:
+                if batch_size(piece) == 1:
+                    raise
+            # Outside the except block, or the exception would keep the failed pass's activations alive.
+            self._halve(stop - n_done)
+        return pieces[0] if len(pieces) == 1 else concatenate(pieces)
+
+    def _halve(self, size: int) -> None:
+        self._largest = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        warn_user(
+            f"The GPU's memory does not suffice for {size} examples: going on with {self._largest} at a time. "
+            f"batch_size={self._largest} would save the failed attempts."
+        )

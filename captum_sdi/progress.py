@@ -1,0 +1,33 @@
+"""Captum's progress bars, or none."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from captum._utils.progress import NullProgress, progress
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the user is shown of a question's passes."""
+
+    owner: str
+    """Who does the work, as Captum's bars begin."""
+    is_shown: bool
+
+    def bar(self, purpose: str, total: int | None) -> AbstractContextManager[Any]:
+        """Return a bar to be used in a ``with`` block, with an ``update()``.
+
+        Args:
+            purpose: What the work is for, as in "compute influence for training batches".
+            total: How many updates there will be; None where nobody knows.
+        """
+        if not self.is_shown:
+            return NullProgress()
+        return progress(desc=f"Using {self.owner} to {purpose}", total=total, mininterval=0.0)
+
+
+HIDDEN = Progress("", is_shown=False)
+"""No bar at all."""

@@ -1,0 +1,174 @@
+"""The first example of each side is run alone, once, and every check of the list looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_sdi.capture.featurizer import Capture
+from captum_sdi.data.batch import select
+from captum_sdi.data.losses import TokenCrossEntropy, first_targeted_example, target_labels, token_logits
+from captum_sdi.data.side import Side
+from captum_sdi.features import LoopSpec
+from captum_sdi.loop.table import FoundLoop
+from captum_sdi.model_facts import vocabulary_size
+from captum_sdi.precision import is_coarse
+from captum_sdi.rehearsal.ids import check_ids
+from captum_sdi.words import warn_user
+
+
+@dataclass(frozen=True)
+class FirstExample:
+    """The first example of a side in which something is predicted."""
+
+    capture: Capture
+    loop: LoopSpec
+    batch: Any
+    """The example alone."""
+    side: Side
+    position: int
+    """Of the example in its data set."""
+    losses: Tensor
+    """``(1,)`` from a pass under the hooks."""
+    is_coarse: bool
+    """Whether the model computes in half precision."""
+    is_very_first: bool
+    """Whether no other side was rehearsed before."""
+
+
+def check_loss_is_finite(first: FirstExample) -> None:
+    """Refuse a loss that is NaN or infinite.
+
+    Raises:
+        ValueError: If it is.
+    """
+    first.capture.check_finite(first.losses.isfinite(), "loss", first.side, [first.position])
+
+
+def check_loss_has_a_gradient(first: FirstExample) -> None:
+    """Refuse a loss that no gradient leads back from; one of no targeted parameter alone is allowed.
+
+    Raises:
+        ValueError: If the loss depends on no parameter.
+    """
+    if not first.losses.requires_grad:
+        first.capture.check_gradient(first.batch, first.side)
+
+
+def check_parameters_and_determinism(first: FirstExample) -> None:
+    """Refuse parameters that are used beside their layer's call, and losses that differ from pass to pass.
+
+    Raises:
+        ValueError: If either is so. One further pass tells both.
+    """
+    again = first.capture.check_uses(first.batch, first.side)
+    # Sums in another order from call to call, as on some GPU kernels, are no randomness.
+    tolerance = 1e-3 if first.is_coarse else 1e-5
+    if not torch.allclose(first.losses, again, rtol=tolerance, equal_nan=True):
+        raise ValueError(
+            f"The model is not deterministic: the first {first.side.name} example has loss {first.losses.item():.6g}, "
+            f"then {again.item():.6g}. Fix its randomness, e.g. with a seeded state in forward_kwargs=."
+        )
+
+
+def check_default_loss(first: FirstExample) -> None:
+    """Compare the default loss with the model's own, where it has one.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    if not isinstance(first.side.loss_fn, TokenCrossEntropy):
+        return
+    own = first.capture.own_loss(first.batch, first.side)
+    default = first.losses.detach()
+    tolerance = 3e-2 if first.is_coarse else 1e-3
+    if own is not None and not torch.allclose(own.to(default), default[0], rtol=tolerance):
+        raise ValueError(
+            f"The default loss, {first.side.loss_fn}, is {default.item():.6g} for the first {first.side.name} "
+            f"example, the model's own loss {own.item():.6g}. Pass loss_fn= with the loss you trained with: "
+            "(output, labels) to one value per example."
+        )
+
+
+def check_loop_repeats(first: FirstExample) -> None:
+    """Warn where the loop that the user named runs once; one that was found has warned already."""
+    if first.is_very_first and first.capture.n_steps == 1 and not isinstance(first.loop, FoundLoop):
+        warn_user(
+            f"Nothing repeats: {first.loop} runs once in the first {first.side.name} example. It is taken as one loop "
+            "step, and influence as TracIn. Name the repeated module in loop=, or pass None to look for it."
+        )
+
+
+CHECKS: tuple[Callable[[FirstExample], None], ...] = (
+    check_loss_is_finite,
+    check_loss_has_a_gradient,
+    check_parameters_and_determinism,
+    check_default_loss,
+    check_loop_repeats,
+)
+"""In this order: a later one may rely on the earlier ones."""
+
+
+class Rehearsal:
+    """Looks at every batch's ids, and once for each side at its first example.
+
+    Args:
+        model: The model.
+        loop: What repeats.
+    """
+
+    def __init__(self, model: nn.Module, loop: LoopSpec) -> None:
+        self._model, self._loop = model, loop
+        self._n_labels: dict[tuple[int, int], int] = {}
+        self._rehearsed: set[tuple[int, int]] = set()
+
+    def before_batch(self, capture: Capture, raw: Any, side: Side, positions: Sequence[int]) -> None:
+        """Refuse or warn of what cannot work with a batch.
+
+        Raises:
+            ValueError: If a check says so.
+        """
+        self._check_batch(raw, side, positions)
+        if identity(side) in self._rehearsed:
+            return
+        number = first_targeted_example(raw, side.loss_fn)
+        if number is None:
+            return  # nothing can be seen in losses of zero: a later batch's turn
+        example = select(raw, [number])
+        _, losses = capture.forward(example, self._with_label_check(raw, side, positions))
+        coarse, is_very_first = is_coarse(self._model), not self._rehearsed
+        first = FirstExample(
+            capture, self._loop, example, side, positions[number], losses, coarse, is_very_first
+        )
+        for check in CHECKS:
+            check(first)
+        self._rehearsed.add(identity(side))
+
+    def _check_batch(self, raw: Any, side: Side, positions: Sequence[int]) -> None:
+        """Check token ids against the embedding, and labels, once logits have been seen, against these."""
+        n_ids, n_labels = vocabulary_size(self._model), self._n_labels.get(identity(side))
+        if n_ids is not None and isinstance(raw, Mapping):
+            check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, positions)
+        if n_labels is not None:
+            check_ids("labels", target_labels(raw, side.loss_fn), n_labels, side.name, positions)
+
+    def _with_label_check(self, raw: Any, side: Side, positions: Sequence[int]) -> Side:
+        """Let the default loss count the logits first, and refuse a label that has none."""
+        if not isinstance(side.loss_fn, TokenCrossEntropy):
+            return side
+
+        def checked_loss(output: Any, labels: Any) -> Tensor:
+            self._n_labels[identity(side)] = token_logits(output).shape[-1]
+            self._check_batch(raw, side, positions)
+            return side.loss_fn(output, labels)
+
+        return replace(side, loss_fn=checked_loss)
+
+
+def identity(side: Side) -> tuple[int, int]:
+    """Return what a side's rehearsal holds for: its loss and its forward keywords."""
+    return id(side.loss_fn), id(side.forward_kwargs)
