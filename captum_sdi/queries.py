@@ -189,6 +189,9 @@ def step_matrix(question: Question, indices: Tensor | None) -> Tensor:
         question: The test examples.
         indices: Positions of the train examples; None: all.
 
+    Returns:
+        The matrices, in the order of the indices.
+
     Raises:
         ValueError: If an index is not in the train set.
     """
@@ -255,6 +258,9 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> StepInf
         question: The test examples.
         ranking: How many winners, and what they are ranked by.
         n_candidates: How many train examples are shortlisted for each test example.
+
+    Returns:
+        The winners' exact trajectories, ``(q, k, t)``.
     """
     candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
     candidates = candidates.sort(dim=1).values
@@ -285,9 +291,7 @@ def exact_winners(question: Question, candidates: Tensor) -> list[Winners]:
                 tests = batch.with_total()
                 for block in train.blocks(point, own_candidates.unique().cpu()):
                     scores = pair_values(tests, block.features).times(point.checkpoint.rate)
-                    winners.add(
-                        ScoredBlock(block.number, block.positions, point.checkpoint, scores, tests.n_steps)
-                    )
+                    winners.add(ScoredBlock(block.number, block.positions, point.checkpoint, scores, tests.n_steps))
     return list(collectors.values())
 
 
@@ -361,6 +365,9 @@ def gradient_vectors(study: Study, examples: Examples, *, aggregate: bool, as_te
         examples: The examples.
         aggregate: Sum over the examples: n is 1.
         as_tests: Apply the preconditioner, which acts on the test side.
+
+    Returns:
+        One vector for each example.
 
     Raises:
         ValueError: If a learning rate is negative.
