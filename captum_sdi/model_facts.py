@@ -1,0 +1,53 @@
+"""What a model says of itself: its configs, its device, its vocabulary. Any `torch.nn.Module` may be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def model_configs(model: nn.Module) -> Iterator[Any]:
+    """Yield the config of every module that has one, each once, the outermost first."""
+    yielded: set[int] = set()
+    for module in model.modules():
+        if hasattr(module, "config") and id(module.config) not in yielded:
+            yielded.add(id(module.config))
+            yield module.config
+
+
+def model_config(model: nn.Module) -> Any | None:
+    """Return the outermost config; None where no module has one.
+
+    Example:
+        >>> print(model_config(nn.Linear(2, 2)))
+        None
+    """
+    return next(model_configs(model), None)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter; the CPU for a model without parameters.
+
+    Example:
+        >>> model_device(nn.Linear(2, 2)), model_device(nn.Tanh())
+        (device(type='cpu'), device(type='cpu'))
+    """
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Return how many token ids the model's input embedding knows; None where the model does not say.
+
+    Example:
+        >>> print(vocabulary_size(nn.Embedding(10, 2)))  # has no get_input_embeddings, as models of transformers do
+        None
+    """
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
