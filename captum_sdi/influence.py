@@ -57,21 +57,21 @@ class SDIInfluence(TracInCPBase):
 
     Args:
         model: The model; every call gives it back exactly as it was.
-        train_dataset: A Dataset, or a DataLoader that keeps its order; batches as in `captum_sdi.batches`.
+        train_dataset: A Dataset, or a DataLoader that keeps its order; batches as in `captum_sdi.data`.
         checkpoints: A directory, a list of paths or an iterator of anything ``checkpoints_load_func`` takes, as in
             Captum. None: the model's current weights with η = 1.
         checkpoints_load_func: ``(model, checkpoint)`` to the learning rate; loads in place.
         layers: ``"loop"``: the loop's trainable parameters. None: every trainable parameter, as in Captum; uses before
             and after the loop are reported as prelude and coda. Or a list of module names, whose parameters count in
             full, frozen ones too.
-        loss_fn: ``(output, labels)`` to losses; see `captum_sdi.batches`. None: next-token cross-entropy, averaged
+        loss_fn: ``(output, labels)`` to losses; see `captum_sdi.data`. None: next-token cross-entropy, averaged
             over each example's targets and compared once with the model's own loss where it has one.
         batch_size: Examples per batch of a Dataset. It changes the time and the memory, never a score. ``"auto"``: the
             largest that fits, up to 256 on a GPU; on a CPU 16, which does not say when it runs out of memory.
         test_loss_fn: The test side's loss; None: ``loss_fn``.
         loop: What repeats: a module's name, names, a `LoopSpec`; None finds it.
         sketch: `TensorSketch` or `Exact`.
-        collate_fn: Collates the rows of a Dataset; None pads ragged rows (`captum_sdi.batches.Collator`).
+        collate_fn: Collates the rows of a Dataset; None pads ragged rows (`captum_sdi.data.Collator`).
         forward_kwargs: Further keywords for the model's forward, or a function of the batch that returns them.
         test_forward_kwargs: The test side's, e.g. another number of loop steps; None: ``forward_kwargs``.
         activation_checkpointing: Recompute the looped blocks in the backward pass instead of keeping their
