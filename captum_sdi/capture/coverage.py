@@ -60,7 +60,7 @@ def coverage_check(
 
     Args:
         model: The model.
-        batch: A batch; see `captum_sdi.batches`.
+        batch: A batch; see `captum_sdi.data`.
         loop: As for `captum_sdi.SDIInfluence`.
         layers: As for `captum_sdi.SDIInfluence`.
         loss_fn: As for `captum_sdi.SDIInfluence`.

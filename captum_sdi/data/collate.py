@@ -1,18 +1,4 @@
-"""Batches, padding and per-example losses.
-
-The batch contract, described here once. A batch is either
-
-* a tuple or list, as in Captum: ``model(*batch[:-1])``, the labels last; or
-* a mapping, as in Hugging Face: ``model(**batch)`` without ``"labels"``, which are the labels.
-
-Every tensor's first axis is the example. Keys that the model's forward does not take are dropped with one warning;
-tensors are moved to the model's device. Rows of a dataset are collated by `Collator` when the user gives no
-``collate_fn``.
-
-A loss function is called as ``loss_fn(output, labels)`` with what the model returned, untouched. It returns one value
-per example (first axis; others are summed), or, where the model returns a tensor, a scalar: it is then called on
-slices of one example, so that a mean over tokens or examples cannot mix examples.
-"""
+"""The collator: a dataset's rows become one padded batch."""
 
 from __future__ import annotations
 
@@ -27,7 +13,7 @@ from captum_sdi.data.losses import IGNORED
 
 
 class Collator:
-    """Stacks a dataset's rows into a batch, padding ragged mapping rows on the right.
+    """A collate function that stacks a dataset's rows into a batch, padding ragged mapping rows on the right.
 
     Labels are padded with -100, the attention mask with 0 (and made when rows are ragged and have none), token ids
     with the model's padding token and everything else with 0. Ragged tuple rows are refused: a tuple has no place for
@@ -46,56 +32,71 @@ class Collator:
         self._padding = {"input_ids": pad_token_id, "labels": IGNORED}
 
     def __call__(self, rows: Sequence[Any]) -> Any:
-        """Collates.
-
-        Args:
-            rows: What the dataset yields.
+        """Collate rows of a dataset.
 
         Returns:
             A batch: a dict for mapping rows, else what `torch.utils.data.default_collate` makes of them.
 
         Raises:
-            ValueError: Rows have different keys, are ragged tuples, or are batches.
+            ValueError: If rows have different keys, are ragged tuples, or are batches.
         """
-        if not isinstance(rows[0], Mapping):
-            return self._collated_tuples(rows)
-        if _is_batch(rows[0]):
+        first = rows[0]
+        if not isinstance(first, Mapping):
+            return _collate_tuples(rows)
+        if _is_batch(first):
             raise ValueError(
                 f"A row is one example, but input_ids and labels of this one are of shape "
-                f"{tuple(rows[0]['labels'].shape)}: it is a batch. Pass the rows themselves, or "
+                f"{tuple(first['labels'].shape)}: it is a batch. Pass the rows themselves, or "
                 "DataLoader(batches, batch_size=None)."
             )
-        keys = set(rows[0])
-        for i, row in enumerate(rows):
+        keys = set(first)
+        for number, row in enumerate(rows):
             if set(row) != keys:
-                raise ValueError(f"Row {i} of a batch has keys {sorted(row)}, its first row {sorted(keys)}.")
-        batch = {key: self._column(key, [row[key] for row in rows]) for key in rows[0]}
-        lengths = [len(row["input_ids"]) for row in rows] if "input_ids" in keys else []
-        if len(set(lengths)) > 1 and "attention_mask" not in keys:
-            batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+                raise ValueError(f"Row {number} of a batch has keys {sorted(row)}, its first row {sorted(keys)}.")
+        batch = {}
+        for key in first:
+            values = [row[key] for row in rows]
+            batch[key] = self._stack(key, values)
+        if "input_ids" in keys and "attention_mask" not in keys:
+            lengths = [len(row["input_ids"]) for row in rows]
+            if len(set(lengths)) > 1:
+                batch["attention_mask"] = _attention_mask(lengths)
         return batch
 
-    def _column(self, key: str, values: list[Any]) -> Any:
+    def _stack(self, key: str, values: list[Any]) -> Any:
         try:
             tensors = [torch.as_tensor(value) for value in values]
         except (TypeError, ValueError, RuntimeError):
             return values  # such as texts; the reader drops what forward does not take
-        if len({tensor.shape[1:] for tensor in tensors}) > 1 or any(t.ndim == 0 for t in tensors):
+        has_scalars = any(tensor.ndim == 0 for tensor in tensors)
+        further_axes = {tensor.shape[1:] for tensor in tensors}
+        if has_scalars or len(further_axes) > 1:
             return torch.stack(tensors)
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=self._padding.get(key, 0))
+        padding_value = self._padding.get(key, 0)
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
 
-    @staticmethod
-    def _collated_tuples(rows: Sequence[Any]) -> Any:
-        try:
-            return default_collate(list(rows))
-        except RuntimeError as error:
-            raise ValueError(
-                "The rows of a batch differ in shape and tuples have no place for an attention mask: yield mapping "
-                "rows (input_ids, attention_mask, labels), which are padded, or pass collate_fn=."
-            ) from error
+
+def _collate_tuples(rows: Sequence[Any]) -> Any:
+    try:
+        return default_collate(list(rows))
+    except RuntimeError as error:
+        raise ValueError(
+            "The rows of a batch differ in shape and tuples have no place for an attention mask: yield mapping "
+            "rows (input_ids, attention_mask, labels), which are padded, or pass collate_fn=."
+        ) from error
+
+
+def _attention_mask(lengths: Sequence[int]) -> Tensor:
+    """Return ``(n, p)`` ones where an example has tokens, zeros where it is padded."""
+    positions = torch.arange(max(lengths))
+    ends = torch.tensor(lengths).unsqueeze(1)
+    is_token = positions < ends
+    return is_token.long()
 
 
 def _is_batch(row: Mapping[str, Any]) -> bool:
-    """Whether a mapping holds several rows of tokens; input ids alone have two axes in a row of multiple choice."""
-    ids, labels = row.get("input_ids"), row.get("labels")
-    return isinstance(ids, Tensor) and isinstance(labels, Tensor) and ids.ndim == 2 and ids.shape == labels.shape
+    """Say whether a mapping holds several rows of tokens: ids alone have two axes in a row of multiple choice."""
+    input_ids, labels = row.get("input_ids"), row.get("labels")
+    if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
+        return False
+    return input_ids.ndim == 2 and input_ids.shape == labels.shape

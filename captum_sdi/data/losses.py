@@ -1,13 +1,4 @@
-"""Batches, padding and per-example losses.
-
-The batch contract, described here once. A batch is either
-
-* a tuple or list, as in Captum: ``model(*batch[:-1])``, the labels last; or
-* a mapping, as in Hugging Face: ``model(**batch)`` without ``"labels"``, which are the labels.
-
-Every tensor's first axis is the example. Keys that the model's forward does not take are dropped with one warning;
-tensors are moved to the model's device. Rows of a dataset are collated by `Collator` when the user gives no
-``collate_fn``.
+"""Per-example losses: the default one, and one value per example from any loss function.
 
 A loss function is called as ``loss_fn(output, labels)`` with what the model returned, untouched. It returns one value
 per example (first axis; others are summed), or, where the model returns a tensor, a scalar: it is then called on
@@ -16,7 +7,6 @@ slices of one example, so that a mean over tokens or examples cannot mix example
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_sdi.data.batch import batch_size, describe_value, map_tensors, split_batch
+from captum_sdi.model_facts import model_config
 
 IGNORED = -100
 """The label of a position where nothing is predicted, as in Hugging Face."""
-
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -57,17 +47,17 @@ class TokenCrossEntropy:
         return f"{'next-token' if self.shift else 'token'} cross-entropy averaged over an example's targets"
 
     def __call__(self, output: Any, labels: Any) -> Tensor:
-        """The loss of each example.
+        """Compute the loss of each example.
 
         Args:
-            output: What the model returned: logits, or something with ``logits``, or a tuple that begins with them.
+            output: Logits, or something with ``logits``, or a tuple that begins with them.
             labels: ``(n, p)``, or ``(n,)`` for logits of one position ``(n, v)``.
 
         Returns:
             ``(n,)``.
 
         Raises:
-            ValueError: There are no labels, or they do not fit the logits.
+            ValueError: If there are no labels, or they do not fit the logits.
         """
         logits = token_logits(output)
         if not isinstance(labels, Tensor):
@@ -81,31 +71,32 @@ class TokenCrossEntropy:
                 f"{tuple(logits.shape)}: the default loss needs token ids. Pass loss_fn=."
             )
         if self.shift and labels.ndim > 1:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.flatten(0, -2), labels.flatten().long(), ignore_index=IGNORED, reduction="none")
-        losses, targets = losses.view(len(labels), -1), (labels != IGNORED).view(len(labels), -1)
-        return losses.sum(1) / targets.sum(1).clamp(min=1)
+            logits = logits[:, :-1]
+            labels = labels[:, 1:]
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        flat_logits = logits.to(precise).flatten(0, -2)
+        flat_labels = labels.flatten().long()
+        token_losses = F.cross_entropy(flat_logits, flat_labels, ignore_index=IGNORED, reduction="none")
+        n = len(labels)
+        is_target = labels != IGNORED
+        n_targets = is_target.view(n, -1).sum(1)
+        summed_losses = token_losses.view(n, -1).sum(1)
+        return summed_losses / n_targets.clamp(min=1)
 
 
 def token_logits(output: Any) -> Tensor:
-    """The logits in what a language model returned.
-
-    Args:
-        output: Logits, or something with ``logits``, or a tuple that begins with them.
-
-    Returns:
-        ``(n, ..., v)``.
+    """Return the logits ``(n, ..., v)`` in a language model's output.
 
     Raises:
-        ValueError: There are none.
+        ValueError: If it is no logits, holds none under ``logits`` and does not begin with them.
     """
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
         logits = output.get("logits")
     if logits is None and isinstance(output, Sequence) and output:
         logits = output[0]
-    logits = output if logits is None else logits
+    if logits is None:
+        logits = output
     if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise ValueError(
             f"The default loss needs logits, but the model returned {describe_value(output)}. Pass loss_fn=."
@@ -114,107 +105,88 @@ def token_logits(output: Any) -> Tensor:
 
 
 def default_loss(model: nn.Module) -> TokenCrossEntropy:
-    """The loss that ``loss_fn=None`` stands for.
-
-    Args:
-        model: Its config says whether it is causal.
-
-    Returns:
-        Next-token cross-entropy, unshifted when ``config.is_causal`` is False.
-    """
-    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
-    return TokenCrossEntropy(shift=getattr(config, "is_causal", True) is not False)
+    """Return the loss of ``loss_fn=None``: cross-entropy, unshifted where the model's ``config.is_causal`` is False."""
+    config = model_config(model)
+    is_causal = getattr(config, "is_causal", None)
+    return TokenCrossEntropy(shift=is_causal is not False)
 
 
 def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argument: str = "loss_fn") -> Tensor:
-    """The loss of each example, whatever the loss function reduces.
-
-    Args:
-        loss_fn: See the module's docstring.
-        output: What the model returned.
-        labels: The batch's labels.
-        size: The number of examples n.
-        argument: Named in the error.
-
-    Returns:
-        ``(n,)``.
+    """Return the loss of each of ``size`` examples, ``(n,)``, whatever the loss function reduces.
 
     Raises:
-        TypeError: It returned no tensor.
-        ValueError: What it returned has another shape.
+        TypeError: If the loss function returns no tensor.
+        ValueError: If it returns a tensor of another shape. Both name the ``argument`` that it came from.
     """
     losses = loss_fn(output, labels)
     if not isinstance(losses, Tensor):
         raise TypeError(f"{argument} must return a tensor, got {describe_value(losses)}.")
-    if losses.ndim == 0 and isinstance(output, Tensor) and len(output) == size:
-        parts = ((output[i : i + 1], map_tensors(operator.itemgetter(slice(i, i + 1)), labels)) for i in range(size))
-        return torch.stack([loss_fn(*part).reshape(()) for part in parts])
-    if losses.ndim == 0 or losses.shape[0] != size:
-        scalar = f" (a scalar is possible only where the model returns a tensor, not {describe_value(output)})"
+    is_scalar = losses.ndim == 0
+    if is_scalar and isinstance(output, Tensor) and len(output) == size:
+        scalars = [_loss_of_one(loss_fn, output, labels, position) for position in range(size)]
+        return torch.stack(scalars)
+    if is_scalar or len(losses) != size:
+        shape = tuple(losses.shape)
+        hint = ""
+        if is_scalar:
+            hint = f" (a scalar is possible only where the model returns a tensor, not {describe_value(output)})"
         raise ValueError(
-            f"{argument} returned a tensor of shape {tuple(losses.shape)} for a batch of {size}. Return one value per "
-            f"example, of shape ({size},), such as the mean over each one's own targets{scalar * (losses.ndim == 0)}."
+            f"{argument} returned a tensor of shape {shape} for a batch of {size}. Return one value per "
+            f"example, of shape ({size},), such as the mean over each one's own targets{hint}."
         )
     return losses.reshape(size, -1).sum(1)
 
 
+def _loss_of_one(loss_fn: LossFn, output: Tensor, labels: Any, position: int) -> Tensor:
+    """Return the loss of one example as a scalar, from a loss function that reduces over its batch."""
+    one_row = slice(position, position + 1)
+    own_labels = map_tensors(lambda tensor: tensor[one_row], labels)
+    loss = loss_fn(output[one_row], own_labels)
+    return loss.reshape(())
+
+
 def target_labels(raw: Any, loss_fn: LossFn | None = None) -> Tensor | None:
-    """The labels that are predicted.
+    """Return the integer labels ``(n, ...)`` that a batch's loss predicts; None where there are none.
 
-    Args:
-        raw: A batch.
-        loss_fn: Its loss.
-
-    Returns:
-        Integer labels ``(n, ...)``, without each example's first where the loss predicts next tokens; None where there
-        are none.
+    A loss that predicts next tokens never predicts an example's first label.
     """
-    labels = split_batch(raw)[2]
+    _, _, labels = split_batch(raw)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim == 0:
         return None
-    shifted = isinstance(loss_fn, TokenCrossEntropy) and loss_fn.shift and labels.ndim > 1
-    return labels[:, 1:] if shifted else labels
+    predicts_next = isinstance(loss_fn, TokenCrossEntropy) and loss_fn.shift
+    if predicts_next and labels.ndim > 1:
+        labels = labels[:, 1:]
+    return labels
 
 
 def untargeted_examples(raw: Any, loss_fn: LossFn | None = None) -> list[int]:
-    """Positions of the examples in which nothing is predicted.
-
-    Args:
-        raw: A batch.
-        loss_fn: Its loss.
-
-    Returns:
-        Those whose targets are all -100.
-    """
+    """Return the positions of the examples in which nothing is predicted: all their targets are -100."""
     labels = target_labels(raw, loss_fn)
     if labels is None:
         return []
-    return (labels.reshape(len(labels), -1) == IGNORED).all(1).nonzero().flatten().tolist()
+    is_ignored = labels.reshape(len(labels), -1) == IGNORED
+    untargeted = is_ignored.all(1)
+    return untargeted.nonzero().flatten().tolist()
 
 
 def first_targeted_example(raw: Any, loss_fn: LossFn | None = None) -> int | None:
-    """Position of the first example in which something is predicted.
-
-    Args:
-        raw: A batch.
-        loss_fn: Its loss.
-
-    Returns:
-        The position; None when there is none.
-    """
-    empty = set(untargeted_examples(raw, loss_fn))
-    return next((i for i in range(batch_size(raw)) if i not in empty), None)
+    """Return the position of the first example in which something is predicted; None when there is none."""
+    untargeted = set(untargeted_examples(raw, loss_fn))
+    for position in range(batch_size(raw)):
+        if position not in untargeted:
+            return position
+    return None
 
 
 def check_gradient(losses: Tensor, argument: str) -> None:
-    """Refuses losses that no gradient leads back from: every influence would be zero.
+    """Check that a gradient leads back from the losses; without one, every influence would be zero.
 
     Args:
         losses: From a pass in which the model's parameters require a gradient.
-        argument: Named in the error.
+        argument: Which argument the loss function came from, named in the error.
 
     Raises:
-        ValueError: They do not require a gradient.
+        ValueError: If the losses do not require a gradient.
     """
     if not losses.requires_grad:
         raise ValueError(

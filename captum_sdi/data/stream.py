@@ -1,23 +1,9 @@
-"""Batches, padding and per-example losses.
-
-The batch contract, described here once. A batch is either
-
-* a tuple or list, as in Captum: ``model(*batch[:-1])``, the labels last; or
-* a mapping, as in Hugging Face: ``model(**batch)`` without ``"labels"``, which are the labels.
-
-Every tensor's first axis is the example. Keys that the model's forward does not take are dropped with one warning;
-tensors are moved to the model's device. Rows of a dataset are collated by `Collator` when the user gives no
-``collate_fn``.
-
-A loss function is called as ``loss_fn(output, labels)`` with what the model returned, untouched. It returns one value
-per example (first axis; others are summed), or, where the model returns a tensor, a scalar: it is then called on
-slices of one example, so that a mean over tokens or examples cannot mix examples.
-"""
+"""A stream of batches: pass after pass the same examples in the same order, since a position is an identity."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,17 +25,14 @@ from captum_sdi.words import warn_user
 
 
 def check_order(loader: DataLoader[Any], argument: str) -> None:
-    """Refuses a loader whose order or length is not that of its dataset: an example's position is its identity.
-
-    Args:
-        loader: The loader.
-        argument: Named in the error.
+    """Check that a loader keeps its dataset's order and leaves nothing out.
 
     Raises:
-        ValueError: It shuffles, or drops its last batch.
+        ValueError: If it shuffles, or drops its last batch; names ``argument``.
     """
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    if not isinstance(loader.dataset, IterableDataset) and _shuffles(getattr(sampler, "sampler", sampler)):
+    sampler = getattr(sampler, "sampler", sampler)
+    if not isinstance(loader.dataset, IterableDataset) and shuffles(sampler):
         raise ValueError(
             f"{argument} shuffles, but an example is known by its position: results could not be matched to "
             "examples. Build the DataLoader with shuffle=False."
@@ -61,18 +44,19 @@ def check_order(loader: DataLoader[Any], argument: str) -> None:
         )
 
 
-def _shuffles(sampler: Any) -> bool:
+def shuffles(sampler: Any) -> bool:
+    """Say whether a sampler's order is drawn at random; one of an unknown type is run from two seeds."""
     if isinstance(sampler, SequentialSampler):
         return False
     if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         return True
-    if getattr(sampler, "shuffle", False) is True:
+    if getattr(sampler, "shuffle", None) is True:
         return True
     orders = []
-    for seed in (0, 1):  # a sampler of somebody else's, as one that groups by length: does it draw?
+    for seed in (0, 1):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            orders.append([str(each) for each in sampler])
+            orders.append([str(index) for index in sampler])
     return orders[0] != orders[1]
 
 
@@ -81,72 +65,60 @@ class Stream:
 
     Args:
         loader: A DataLoader, or any iterable of batches.
-        argument: Named in errors.
+        argument: Which argument the loader came from, named in errors.
         loss_fn: What the batches are for: the default loss predicts nothing from one token.
 
     Raises:
-        ValueError: The loader shuffles or drops its last batch.
+        ValueError: If the loader shuffles or drops its last batch.
     """
 
     def __init__(self, loader: Iterable[Any], argument: str, loss_fn: LossFn | None = None) -> None:
         if isinstance(loader, DataLoader):
             check_order(loader, argument)
-        self._loader, self._argument, self._loss_fn = loader, argument, loss_fn
-        self._peeked: tuple[Any, Iterator[Any]] | None = None
-        self._seen: list[bytes] | None = None
+        self._loader = loader
+        self._argument = argument
+        self._loss_fn = loss_fn
+        self._opened: tuple[Any, Iterator[Any]] | None = None
+        self._fingerprints: list[bytes] | None = None  # of the first whole pass, by batch
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # TypeError when unknown, as for DataLoader
 
     def peek(self) -> Any:
-        """The first batch, without losing it for a loader that can be read only once.
-
-        Returns:
-            The batch.
-
-        Raises:
-            ValueError: There is none, or none any more.
-        """
-        if self._peeked is None:
-            iterator = iter(self._loader)
-            try:
-                self._peeked = next(iterator), iterator
-            except StopIteration:
-                if self._seen is None:
-                    raise ValueError(f"{self._argument} is empty.") from None
-                raise ValueError(self._changed(f"it ended after 0 batches instead of {len(self._seen)}")) from None
-        return self._peeked[0]
+        """Return the first batch, without losing it for a loader that can be read only once."""
+        first, _ = self._open()
+        return first
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """One pass.
+        """Make one pass, and compare it with the first one.
 
         Yields:
             The position of a batch's first example, and the batch.
 
         Raises:
-            ValueError: A pass differs from the first one.
+            ValueError: If the pass yields other batches than the first one.
         """
-        first, rest = self.peek(), self._peeked[1]  # type: ignore[index]
-        self._peeked = None
-        seen: list[bytes] = []
-        empty: list[int] = []
+        first, following = self._open()
+        self._opened = None
+        fingerprints: list[bytes] = []
+        untargeted: list[int] = []
         start = 0
-        for raw in itertools.chain([first], rest):
-            seen.append(batch_fingerprint(raw))
-            if self._seen is not None and self._seen[len(seen) - 1 : len(seen)] != seen[-1:]:
-                raise ValueError(self._changed(f"batch {len(seen) - 1} is another one"))
-            empty += [start + i for i in untargeted_examples(raw, self._loss_fn)] if self._seen is None else []
+        batches = itertools.chain([first], following)
+        for number, raw in enumerate(batches):
+            fingerprint = batch_fingerprint(raw)
+            if self._fingerprints is None:
+                in_batch = untargeted_examples(raw, self._loss_fn)
+                untargeted += [start + position for position in in_batch]
+            elif self._fingerprints[number : number + 1] != [fingerprint]:
+                raise ValueError(self._changed(f"batch {number} is another one"))
+            fingerprints.append(fingerprint)
             yield start, raw
             start += batch_size(raw)
-        if self._seen is not None and len(seen) != len(self._seen):
-            raise ValueError(self._changed(f"it ended after {len(seen)} batches instead of {len(self._seen)}"))
-        self._seen = seen
-        if empty:
-            shown = f"{empty[:10]}{f' and {len(empty) - 10} more' * (len(empty) > 10)}"
-            warn_user(
-                f"{self._argument}: example(s) {shown} have no target (no label but {IGNORED} to predict); their "
-                "influence is zero."
-            )
+        if self._fingerprints is not None and len(fingerprints) != len(self._fingerprints):
+            raise ValueError(self._changed_length(len(fingerprints), len(self._fingerprints)))
+        self._fingerprints = fingerprints
+        if untargeted:
+            self._warn_of_untargeted(untargeted)
 
     @property
     def n_examples(self) -> int | None:
@@ -154,7 +126,7 @@ class Stream:
         return len(self._loader.dataset) if self._is_indexed() else None  # type: ignore[attr-defined]
 
     def picked(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
-        """Some of the examples; a dataset in its own order is asked for their batches alone.
+        """Yield some of the examples, batch by batch; of a dataset in its own order, only their batches are read.
 
         Args:
             only: Their positions.
@@ -162,39 +134,73 @@ class Stream:
         Yields:
             The positions of a batch's examples ``(n,)``, and the batch.
         """
-        if not self._is_indexed():
-            for start, raw in self:
-                positions = torch.arange(start, start + batch_size(raw))
-                found = positions[torch.isin(positions, only)]
-                if len(found):
-                    yield found, select(raw, (found - start).tolist())
-                if only.max() <= positions[-1]:
-                    return
-            return
+        if self._is_indexed():
+            yield from self._picked_from_dataset(only)
+        else:
+            yield from self._picked_from_pass(only)
+
+    def _picked_from_pass(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
+        for start, raw in self:
+            positions = torch.arange(start, start + batch_size(raw))
+            wanted = positions[torch.isin(positions, only)]
+            if len(wanted):
+                in_batch = wanted - start
+                yield wanted, select(raw, in_batch.tolist())
+            if only.max() <= positions[-1]:
+                return
+
+    def _picked_from_dataset(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
         loader: Any = self._loader
+        dataset, size = loader.dataset, loader.batch_size
         wanted = only.unique()
-        wanted = wanted[wanted < len(loader.dataset)]
-        numbers = wanted // loader.batch_size
-        for number in numbers.unique().tolist():
-            rows = range(len(loader.dataset))[number * loader.batch_size : (number + 1) * loader.batch_size]
-            positions = wanted[numbers == number]
-            # Padded like their batch in a whole pass: rounding is the same.
-            yield (
-                positions,
-                select(loader.collate_fn([loader.dataset[i] for i in rows]), (positions - rows[0]).tolist()),
-            )
+        wanted = wanted[wanted < len(dataset)]
+        batch_numbers = wanted // size
+        for number in batch_numbers.unique().tolist():
+            start = number * size
+            stop = min(start + size, len(dataset))
+            # The whole batch is collated, so that its examples are padded, and rounded, as in a whole pass.
+            rows = [dataset[index] for index in range(start, stop)]
+            raw = loader.collate_fn(rows)
+            positions = wanted[batch_numbers == number]
+            in_batch = positions - start
+            yield positions, select(raw, in_batch.tolist())
+
+    def _open(self) -> tuple[Any, Iterator[Any]]:
+        """Return the next pass's first batch and an iterator of those that follow; both wait for that pass."""
+        if self._opened is None:
+            iterator = iter(self._loader)
+            try:
+                self._opened = next(iterator), iterator
+            except StopIteration:
+                if self._fingerprints is None:
+                    raise ValueError(f"{self._argument} is empty.") from None
+                raise ValueError(self._changed_length(0, len(self._fingerprints))) from None
+        return self._opened
 
     def _is_indexed(self) -> bool:
-        """Whether the example at a position is the dataset's at that index."""
+        """Say whether the example at a position is the dataset's at that index."""
         loader = self._loader
         if not isinstance(loader, DataLoader) or loader.batch_size is None:
             return False
-        plain = type(loader.sampler) is SequentialSampler and type(loader.batch_sampler) is BatchSampler
-        return plain and hasattr(loader.dataset, "__len__")
+        in_order = type(loader.sampler) is SequentialSampler
+        plain_batches = type(loader.batch_sampler) is BatchSampler
+        return in_order and plain_batches and hasattr(loader.dataset, "__len__")
 
-    def _changed(self, how: str) -> str:
+    def _changed_length(self, n_batches: int, n_before: int) -> str:
+        return self._changed(f"it ended after {n_batches} batches instead of {n_before}")
+
+    def _changed(self, difference: str) -> str:
         return (
-            f"{self._argument} yields something else at the next checkpoint: {how}. An example is known by its "
+            f"{self._argument} yields something else at the next checkpoint: {difference}. An example is known by its "
             "position, so every pass must yield the same batches: no shuffling, no random augmentation, and an "
             "iterable that can be read again."
+        )
+
+    def _warn_of_untargeted(self, positions: Sequence[int]) -> None:
+        shown = str(positions[:10])
+        if len(positions) > 10:
+            shown += f" and {len(positions) - 10} more"
+        warn_user(
+            f"{self._argument}: example(s) {shown} have no target (no label but {IGNORED} to predict); their "
+            "influence is zero."
         )

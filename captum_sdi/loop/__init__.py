@@ -1,1 +1,10 @@
-"""What repeats in a model, and which parameters count."""
+"""What repeats in a model, and which parameters count.
+
+Imports go down this list: finding, presets, table, watch, parameters.
+"""
+
+from captum_sdi.loop.finding import find_loop
+from captum_sdi.loop.presets import PRESETS
+from captum_sdi.loop.table import FoundLoop, Row
+
+__all__ = ["PRESETS", "FoundLoop", "Row", "find_loop"]

@@ -1,34 +1,33 @@
-"""What repeats in a model, which parameters count, and whether all of their gradient was caught.
+"""`find_loop`: a preset where the model's family is known, else whatever repeats in a forward pass.
 
-`find_loop` knows some families by name (`PRESETS`) and watches one forward pass of any other model: the outermost
-modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's shared
-transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
-`coverage_check` compares the sum of everything captured with ``.grad`` of an ordinary backward pass.
+The outermost modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's
+shared transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from captum_sdi.data.batch import ForwardKwargs, select
 from captum_sdi.features import LoopSpec, canonical_name
+from captum_sdi.loop.parameters import canonical_modules
 from captum_sdi.loop.presets import WHOLE_MODEL, find_preset
 from captum_sdi.loop.table import FoundLoop, tabulate_loop
 from captum_sdi.loop.watch import Call, watch_calls
+from captum_sdi.words import first_few
 
 
 def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | None = None) -> FoundLoop:
-    """Finds the modules that repeat, by `PRESETS` or by watching a forward pass of the first example.
+    """Find the modules that repeat, by `PRESETS` or by watching a forward pass of the first example.
 
     Args:
-        model: The model.
-        batch: A batch it takes; see `captum_sdi.batches`.
+        model: Run once, and given back as it was.
+        batch: A batch it takes; see `captum_sdi.data`.
         forward_kwargs: Further keywords for its forward, or a function of the batch.
 
     Returns:
@@ -37,6 +36,7 @@ def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | N
         TracIn.
 
     Example:
+        >>> import torch
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
         >>> config = LoopedGPTConfig(vocab_size=8, n_embd=8, n_head=2, n_positions=8, n_coda=2, n_loops=3)
         >>> print(find_loop(LoopedGPTForCausalLM(config), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}))
@@ -50,80 +50,156 @@ def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | N
         ln_f                   1  coda
         lm_head                1  coda
     """
-    calls = watch_calls(model, select(batch, [0]), forward_kwargs)
-    spec = find_preset(model, calls)
-    if spec is None:
-        kinds = {canonical_name(name): type(module) for name, module in model.named_modules()}
-        loop = _outermost_repeated(calls, _tied_blocks(model), kinds)
-        if not loop:
-            warnings.warn(_nothing_repeats(model, calls), stacklevel=2)
-            return FoundLoop(WHOLE_MODEL.modules, WHOLE_MODEL.anchors)
-        spec = LoopSpec(modules=tuple(dict.fromkeys(name for name, _ in loop)), anchors=_anchors(loop))
-    return tabulate_loop(model, spec, calls)
+    first_example = select(batch, [0])
+    calls = watch_calls(model, first_example, forward_kwargs)
+    loop = find_preset(model, calls) or repeated_modules(model, calls)
+    if loop is None:
+        warnings.warn(_nothing_repeats(model, calls), stacklevel=2)
+        return FoundLoop(WHOLE_MODEL.modules, WHOLE_MODEL.anchors)
+    return tabulate_loop(model, loop, calls)
 
 
-def _tied_blocks(model: nn.Module) -> dict[str, str]:
-    """Modules that share parameters with an earlier one of their type: their name to the first one's."""
-    owners = defaultdict(list)
+def repeated_modules(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
+    """Return the outermost modules that run more than once, and those whose call starts a step; None if none does."""
+    loop = repeated_calls(model, calls)
+    if not loop:
+        return None
+    anchors = step_starters(loop)
+    return LoopSpec(modules=module_names(loop), anchors=anchors)
+
+
+# --- modules that share parameters ---
+
+
+def tied_blocks(model: nn.Module) -> dict[str, str]:
+    """Map the name of each block that shares parameters with an earlier one of its type to that one's name."""
+    owners: defaultdict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        for _, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             owners[id(parameter)].append(name)
     modules = dict(model.named_modules())
-    blocks: dict[str, str] = {}
-    for first, *others in owners.values():
-        for other in others:
-            # Of layers.1.mlp.up and layers.4.mlp.up the blocks are layers.1 and layers.4; an embedding and a head
-            # that share their weight have nothing alike around them.
-            a, b = first.split("."), other.split(".")
-            differ = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-            if differ is None or a[differ + 1 :] != b[differ + 1 :]:
+    earlier: dict[str, str] = {}
+    for first_owner, *later_owners in owners.values():
+        for later_owner in later_owners:
+            pair = diverging_modules(first_owner, later_owner)
+            if pair is None:
                 continue
-            block, twin = ".".join(a[: differ + 1]), ".".join(b[: differ + 1])
-            if type(modules[block]) is type(modules[twin]) and next(modules[block].children(), None) is not None:
-                blocks.setdefault(canonical_name(twin), canonical_name(block))
-    return blocks
+            block, twin = pair
+            same_type = type(modules[block]) is type(modules[twin])
+            # An embedding and a head that share their weight hold no modules: they are no blocks.
+            has_children = next(modules[block].children(), None) is not None
+            if same_type and has_children:
+                earlier.setdefault(canonical_name(twin), canonical_name(block))
+    return earlier
 
 
-def _outermost_repeated(
-    calls: Sequence[Call], blocks: dict[str, str], kinds: dict[str, type[nn.Module]]
-) -> list[tuple[str, str]]:
-    """The loop's calls in order, as (name, block): of modules that run more than once while the biggest repeats."""
-    # A norm that is used once before and once after the loop is called twice, too, but not while the loop runs. Blocks
-    # of the biggest one's type that repeat before or after it (Albert's second group) are the loop as well.
-    named = [(call.name, blocks.get(call.name, call.name)) for call in calls]
-    counts = Counter(block for _, block in named)
-    once = {name for name, block in named if counts[block] == 1}
-    outer = [
-        pair for pair, call in zip(named, calls, strict=True) if pair[0] not in once and once.issuperset(call.path)
-    ]
-    if not outer:
+def diverging_modules(first: str, second: str) -> tuple[str, str] | None:
+    """Return the modules at which two paths part; None unless the paths differ in that one name alone.
+
+    Example:
+        >>> diverging_modules("layers.1.mlp.up", "layers.4.mlp.up")
+        ('layers.1', 'layers.4')
+    """
+    first_path = first.split(".")
+    second_path = second.split(".")
+    if len(first_path) != len(second_path):
+        return None
+    differing = [depth for depth, name in enumerate(first_path) if name != second_path[depth]]
+    if len(differing) != 1:
+        return None
+    end = differing[0] + 1
+    first_module = ".".join(first_path[:end])
+    second_module = ".".join(second_path[:end])
+    return first_module, second_module
+
+
+# --- the loop's calls ---
+
+
+class LoopCall(NamedTuple):
+    """One call in the loop."""
+
+    name: str
+    """The module that was called."""
+    block: str
+    """The first module with the same parameters: itself, or the block that it is tied to."""
+
+
+def repeated_calls(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
+    """Return the loop's calls in order: of the outermost modules that repeat while the biggest of them does.
+
+    A norm that is used once before and once after the loop is called twice, too, but not while the loop runs. Blocks of
+    the biggest one's type that repeat before or after it (Albert's second group) are the loop as well.
+    """
+    tied = tied_blocks(model)
+
+    def block_of(name: str) -> str:
+        return tied.get(name, name)
+
+    counts = Counter(block_of(call.name) for call in calls)
+    called_once = {call.name for call in calls if counts[block_of(call.name)] == 1}
+    inner_calls: Counter[str] = Counter()  # by block: a norm makes none
+    outermost = []
+    for call in calls:
+        inner_calls.update(map(block_of, call.path))
+        if call.name not in called_once and called_once.issuperset(call.path):
+            loop_call = LoopCall(call.name, block_of(call.name))
+            outermost.append(loop_call)
+    if not outermost:
         return []
-    inner = Counter(blocks.get(parent, parent) for call in calls for parent in call.path)  # a norm calls no layer
-    biggest = max((block for _, block in outer), key=lambda block: (inner[block], counts[block]))
-    positions = [i for i, (_, block) in enumerate(outer) if block == biggest]
-    meanwhile = {block for _, block in outer[positions[0] : positions[-1] + 1]}
-    return [(name, block) for name, block in outer if block in meanwhile or kinds[name] is kinds[biggest]]
+    blocks = [call.block for call in outermost]
+
+    def size_of(block: str) -> tuple[int, int]:
+        return inner_calls[block], counts[block]
+
+    biggest = max(blocks, key=size_of)
+    positions = [position for position, block in enumerate(blocks) if block == biggest]
+    start, end = positions[0], positions[-1] + 1
+    while_it_repeats = blocks[start:end]
+    types = {name: type(module) for name, module in canonical_modules(model)}
+    of_its_type = [block for block in blocks if types[block] is types[biggest]]
+    in_loop = {*while_it_repeats, *of_its_type}
+    return [call for call in outermost if call.block in in_loop]
 
 
-def _anchors(loop: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    """Whose call starts a step: the first block's when every step calls it once among others, else every block's."""
-    # a b a b are two steps of two layers; l l h l l h are six steps of two modules on one timeline.
-    blocks = [block for _, block in loop]
-    starts = [i for i, block in enumerate(blocks) if block == blocks[0]] + [len(blocks)]
-    steps = [blocks[i:j] for i, j in itertools.pairwise(starts)]
-    regular = len(set(blocks)) == 1 or all(1 < len(step) == len(set(step)) for step in steps)
-    return tuple(dict.fromkeys(name for name, block in loop if not regular or block == blocks[0]))
+def step_starters(loop: Sequence[LoopCall]) -> tuple[str, ...]:
+    """Return the names of the modules whose calls start a step.
+
+    ``a b a b``: only ``a`` does, 2 steps of two layers. ``l l h l l h``: every call does, 6 steps of two modules on one
+    timeline.
+    """
+    blocks = [call.block for call in loop]
+    first = blocks[0]
+    laps: list[list[str]] = []  # from a call of the first block to its next one
+    for block in blocks:
+        if block == first:
+            laps.append([])
+        laps[-1].append(block)
+    blocks_take_turns = all(1 < len(lap) == len(set(lap)) for lap in laps)
+    if blocks_take_turns or set(blocks) == {first}:
+        loop = [call for call in loop if call.block == first]
+    return module_names(loop)
+
+
+def module_names(loop: Sequence[LoopCall]) -> tuple[str, ...]:
+    """Return the names of the modules called, each once, in the order of their first calls."""
+    names = [call.name for call in loop]
+    return tuple(dict.fromkeys(names))
 
 
 def _nothing_repeats(model: nn.Module, calls: Sequence[Call]) -> str:
-    """What was seen, and what to pass."""
+    """Write what was seen, and what to pass."""
     called = {call.name for call in calls}
-    named = ((canonical_name(name), module) for name, module in model.named_modules())
-    silent = [n for n, m in named if n and n not in called and any(True for _ in m.parameters(recurse=False))]
+    silent = []
+    for name, module in canonical_modules(model):
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if name and name not in called and has_parameters:
+            silent.append(name)
+    model_name = type(model).__name__
     seen = f"{len(called)} modules with parameters ran once each"
     if silent:
-        seen += f", {silent[0]!r}{f' and {len(silent) - 1} more' * (len(silent) > 1)} not at all"
+        seen += f", {first_few(silent, at_most=1)} not at all"
     return (
-        f"Nothing repeats in {type(model).__name__}: it is taken as one loop step, and influence as TracIn. Name the "
+        f"Nothing repeats in {model_name}: it is taken as one loop step, and influence as TracIn. Name the "
         f"repeated module in loop= if there is one ({seen}; a call of a module's .forward cannot be seen)."
     )

@@ -1,10 +1,4 @@
-"""What repeats in a model, which parameters count, and whether all of their gradient was caught.
-
-`find_loop` knows some families by name (`PRESETS`) and watches one forward pass of any other model: the outermost
-modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's shared
-transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
-`coverage_check` compares the sum of everything captured with ``.grad`` of an ordinary backward pass.
-"""
+"""From the names a user gives to modules and parameters: ``loop=``, ``layers=``, with the nearest names in errors."""
 
 from __future__ import annotations
 
@@ -16,100 +10,95 @@ from torch import nn
 from captum_sdi.features import LoopSpec, canonical_name
 
 
-def target_parameters(model: nn.Module, layers: str | Sequence[str] | None, loop: LoopSpec) -> list[str]:
-    """Names of the parameters whose influence counts.
-
-    Args:
-        model: The model.
-        layers: ``"loop"``: the loop's trainable parameters. None: every trainable parameter. A list of module names:
-            all their parameters, frozen or not, as in Captum.
-        loop: What repeats.
-
-    Returns:
-        Each once, in the model's order.
-
-    Raises:
-        TypeError: A bare string where a list is meant.
-        ValueError: A name is unknown, or no parameter is left.
-    """
-    if layers == "loop":
-        chosen, named = _inside(model, loop.modules, "loop="), "the loop"
-        count = {id(p) for p in chosen if p.requires_grad}
-    elif layers is None:
-        named, count = type(model).__name__, {id(p) for p in model.parameters() if p.requires_grad}
-    elif isinstance(layers, str):
-        raise TypeError(f"layers={layers!r}: pass a list of module names, 'loop' or None.")
-    else:
-        named, count = f"layers={list(layers)}", {id(p) for p in _inside(model, layers, "layers=")}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in count]
-    if not names:
-        raise ValueError(
-            f"There is no trainable parameter in {named}. Name other layers in layers=[...], or unfreeze some with "
-            "requires_grad_(True)."
-        )
-    return names
-
-
-def _inside(model: nn.Module, names: Sequence[str], argument: str) -> list[nn.Parameter]:
-    return [p for name in names for p in find_module(model, name, argument).parameters()]
-
-
-def called_names(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Names of the modules that are called when these are: a container's children stand for it."""
-    found = {id(part) for name in names for part in called_modules(find_module(model, name, "loop="))}
-    return [canonical_name(name) for name, module in model.named_modules() if id(module) in found]
-
-
 def as_loop(loop: str | Sequence[str] | LoopSpec | None) -> LoopSpec | None:
-    """What the user named, as a LoopSpec.
-
-    Args:
-        loop: A module name, names, a LoopSpec, or None.
-
-    Returns:
-        A LoopSpec, or None when it is to be found.
+    """Return a LoopSpec for a module's name, several names or a LoopSpec; None, for a loop to be found, stays None.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: If ``loop`` is something else.
     """
     if loop is None or isinstance(loop, LoopSpec):
         return loop
     if not isinstance(loop, Sequence):
         raise TypeError(f"loop= must be a module's name, several names, a LoopSpec or None, got {loop!r}.")
-    return LoopSpec(modules=(loop,) if isinstance(loop, str) else tuple(loop))
+    names = (loop,) if isinstance(loop, str) else tuple(loop)
+    return LoopSpec(modules=names)
+
+
+def target_parameters(model: nn.Module, layers: str | Sequence[str] | None, loop: LoopSpec) -> list[str]:
+    """Return the names of the parameters whose influence counts, each once, in the model's order.
+
+    ``layers="loop"`` stands for the loop's trainable parameters, None for every trainable parameter, and a list of
+    module names for all their parameters, frozen or not, as in Captum.
+
+    Raises:
+        TypeError: If a bare string is given where a list is meant.
+        ValueError: If a name is unknown, or no parameter is left.
+    """
+    if layers == "loop":
+        place = "the loop"
+        targets = _trainable(parameters_inside(model, loop.modules, "loop="))
+    elif layers is None:
+        place = type(model).__name__
+        targets = _trainable(model.parameters())
+    elif isinstance(layers, str):
+        raise TypeError(f"layers={layers!r}: pass a list of module names, 'loop' or None.")
+    else:
+        place = f"layers={list(layers)}"
+        targets = list(parameters_inside(model, layers, "layers="))
+    target_ids = set(map(id, targets))
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in target_ids]
+    if not names:
+        raise ValueError(
+            f"There is no trainable parameter in {place}. Name other layers in layers=[...], or unfreeze some with "
+            "requires_grad_(True)."
+        )
+    return names
+
+
+def _trainable(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+def parameters_inside(model: nn.Module, names: Sequence[str], argument: str) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the modules of these names."""
+    for name in names:
+        yield from find_module(model, name, argument).parameters()
 
 
 def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
-    """The submodule of that name, with or without the prefixes that wrappers put before it.
-
-    Args:
-        model: Where to look.
-        name: As `torch.nn.Module.named_modules` gives it; "" is the model itself.
-        argument: Named in the error.
-
-    Returns:
-        The module.
+    """Return the submodule of that name, with or without wrappers' prefixes; ``""`` names the model itself.
 
     Raises:
-        ValueError: There is none; the nearest names are suggested.
+        ValueError: If there is none; names the ``argument`` that the name came from, and the nearest names.
     """
     modules = {canonical_name(known): module for known, module in model.named_modules(remove_duplicate=False)}
     module = modules.get(canonical_name(name))
     if module is None:
-        near = difflib.get_close_matches(name, modules, n=3) or [known for known in modules if known][:5]
-        raise ValueError(f"{argument} names {name!r}, which {type(model).__name__} does not have. Nearest: {near}.")
+        nearest = difflib.get_close_matches(name, modules, n=3)
+        if not nearest:
+            nearest = [known for known in modules if known][:5]
+        model_name = type(model).__name__
+        raise ValueError(f"{argument} names {name!r}, which {model_name} does not have. Nearest: {nearest}.")
     return module
 
 
+def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield every module once, with its name without wrappers' prefixes."""
+    for name, module in model.named_modules():
+        yield canonical_name(name), module
+
+
+def called_names(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the names of the modules that are called when these are: a container's children stand for it."""
+    called_ids: set[int] = set()
+    for name in names:
+        module = find_module(model, name, "loop=")
+        called_ids.update(map(id, called_modules(module)))
+    return [name for name, module in canonical_modules(model) if id(module) in called_ids]
+
+
 def called_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """``module``, or for a container that is never called itself, what it holds.
-
-    Args:
-        module: Any module.
-
-    Yields:
-        Modules with a forward of their own.
-    """
+    """Yield the module, or the contents of a container that is never called itself."""
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         for child in module.children():
             yield from called_modules(child)

@@ -1,10 +1,4 @@
-"""What repeats in a model, which parameters count, and whether all of their gradient was caught.
-
-`find_loop` knows some families by name (`PRESETS`) and watches one forward pass of any other model: the outermost
-modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's shared
-transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
-`coverage_check` compares the sum of everything captured with ``.grad`` of an ordinary backward pass.
-"""
+"""Families of looped models whose loop is known by name."""
 
 from __future__ import annotations
 
@@ -12,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from captum_sdi.features import LoopSpec, canonical_name
-from captum_sdi.loop.parameters import called_names
+from captum_sdi.features import LoopSpec
+from captum_sdi.loop.parameters import called_names, canonical_modules
 from captum_sdi.loop.watch import Call
+from captum_sdi.model_facts import model_configs
 
 PRESETS = {
     "albert": LoopSpec(modules=("albert_layer_groups",), anchors=("albert_layer_groups",)),
@@ -34,23 +29,38 @@ Zamba's one transformer is several modules that share parameters. Each of its ca
 turns with another one has gradients at every other step only; the Mamba layers in between belong to the step they
 follow, and count with ``layers=None``."""
 
-
 WHOLE_MODEL = LoopSpec(modules=("",), anchors=("",))
 """One step: the call of the model itself."""
 
 
 def find_preset(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
-    configs = (getattr(module, "config", None) for module in model.modules())
-    kinds = dict.fromkeys(str(getattr(config, "model_type", "")) for config in configs if config is not None)
-    names = [canonical_name(name) for name, _ in model.named_modules()]
+    """Return the loop of the first family that a config names, if its modules are there and were called; else None."""
     called = {call.name for call in calls}
-    for preset in (PRESETS[kind] for kind in kinds if kind in PRESETS):
-        full = {
-            short: [name for name in names if name == short or name.endswith(f".{short}")]
-            for short in (*preset.modules, *preset.anchors)
-        }
-        spec = [tuple(name for short in group for name in full[short]) for group in (preset.modules, preset.anchors)]
-        # Of a model that only shares the name, such as one with untied layers, nothing may be known.
-        if all(full.values()) and called & set(called_names(model, spec[1])):
-            return LoopSpec(*spec)
+    for config in model_configs(model):
+        family = str(getattr(config, "model_type", ""))
+        preset = PRESETS.get(family)
+        if preset is None:
+            continue
+        modules = full_names(model, preset.modules)
+        anchors = full_names(model, preset.anchors)
+        # A model may only share its family's name, such as one with untied layers.
+        if modules and called.intersection(called_names(model, anchors)):
+            return LoopSpec(modules, anchors)
     return None
+
+
+def full_names(model: nn.Module, short_names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of all modules whose name ends in one of these; no name unless each of these is matched."""
+    names = [name for name, _ in canonical_modules(model)]
+    matching: list[str] = []
+    for short_name in short_names:
+        matches = [name for name in names if ends_in(name, short_name)]
+        if not matches:
+            return ()
+        matching += matches
+    return tuple(matching)
+
+
+def ends_in(name: str, short_name: str) -> bool:
+    """Say whether a module's path ends in a shorter path."""
+    return name == short_name or name.endswith(f".{short_name}")

@@ -1,10 +1,4 @@
-"""What repeats in a model, which parameters count, and whether all of their gradient was caught.
-
-`find_loop` knows some families by name (`PRESETS`) and watches one forward pass of any other model: the outermost
-modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's shared
-transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
-`coverage_check` compares the sum of everything captured with ``.grad`` of an ordinary backward pass.
-"""
+"""A found loop as a table: which modules ran how often, and in which loop steps."""
 
 from __future__ import annotations
 
@@ -12,7 +6,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -20,10 +14,12 @@ from captum_sdi.features import LoopSpec
 from captum_sdi.loop.parameters import called_names
 from captum_sdi.loop.watch import Call
 
+PRELUDE, CODA = "prelude", "coda"
+
 
 @dataclass(frozen=True)
 class Row:
-    """One line of what `find_loop` saw."""
+    """One line of the table that `find_loop` returns."""
 
     module: str
     """Its name."""
@@ -61,59 +57,116 @@ class FoundLoop(LoopSpec):
         return repr(LoopSpec(self.modules, self.anchors))
 
     def __str__(self) -> str:
-        lines = [f"{self!r}: {self.n_steps} step{'s' * (self.n_steps != 1)}"]
+        unit = "step" if self.n_steps == 1 else "steps"
+        lines = [f"{self!r}: {self.n_steps} {unit}"]
         if self.rows:
-            rows = _condensed(self.rows)
-            width = max(len(row.module) for row in (Row("module", 0, ""), *rows))
-            lines += [f"{'module':<{width}}  calls  step (from 0)"]
-            lines += [f"{row.module:<{width}}  {row.calls:>5}  {row.where}" for row in rows]
+            lines += aligned(condensed(self.rows))
         if self.without_gradient:
-            lines.append(f"Without gradient, so of no influence: step {_ranges(self.without_gradient)}.")
+            lines.append(f"Without gradient, so of no influence: step {ranges(self.without_gradient)}.")
         return "\n".join(lines)
 
 
 def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> FoundLoop:
-    """The loop with its table: the calls that are in no other but those around the loop, and the step of each."""
-    loop, anchors = set(called_names(model, spec.modules)), set(called_names(model, spec.anchors))
-    around = {parent for call in calls if call.name in loop for parent in call.path} - loop
-    last = max(i for i, call in enumerate(calls) if call.name in loop)
-    places: defaultdict[str, list[int | str]] = defaultdict(list)
-    gradient: list[bool] = []
-    for i, call in enumerate(calls):
-        if call.name in anchors:
-            gradient.append(False)
-        if gradient and call.name in loop:
-            gradient[-1] |= call.with_gradient
-        if call.name not in around and around.issuperset(call.path):
-            inside = call.name in loop or i < last
-            places[call.name].append("prelude" if not gradient else len(gradient) - 1 if inside else "coda")
-    rows = tuple(Row(name, len(where), _places(where)) for name, where in places.items())
-    without = tuple(step for step, has in enumerate(gradient) if not has)
-    return FoundLoop(spec.modules, spec.anchors, rows, len(gradient), without)
+    """Add to a loop the table of the outermost modules, where those that contain the loop count for their contents."""
+    loop_names = set(called_names(model, spec.modules))
+    anchor_names = set(called_names(model, spec.anchors))
+    containing: set[str] = set()
+    last_position = 0
+    for position, call in enumerate(calls):
+        if call.name in loop_names:
+            containing.update(call.path)
+            last_position = position
+    containing -= loop_names
+    places: defaultdict[str, list[int | str]] = defaultdict(list)  # by module: where each of its calls was
+    has_gradient: list[bool] = []  # by loop step
+    for position, call in enumerate(calls):
+        in_loop = call.name in loop_names
+        if call.name in anchor_names:
+            has_gradient += [False]
+        if has_gradient and in_loop:
+            has_gradient[-1] |= call.with_gradient
+        place: int | str = CODA
+        if not has_gradient:
+            place = PRELUDE
+        elif in_loop or position < last_position:
+            place = len(has_gradient) - 1
+        if call.name not in containing and containing.issuperset(call.path):
+            places[call.name].append(place)
+    rows = []
+    for name, module_places in places.items():
+        where = summary(module_places)
+        rows.append(Row(name, len(module_places), where))
+    n_steps = len(has_gradient)
+    without_gradient = [step for step in range(n_steps) if not has_gradient[step]]
+    return FoundLoop(
+        spec.modules,
+        spec.anchors,
+        rows=tuple(rows),
+        n_steps=n_steps,
+        without_gradient=tuple(without_gradient),
+    )
 
 
-def _places(where: Sequence[int | str]) -> str:
-    steps = sorted({step for step in where if isinstance(step, int)})
-    parts = ["prelude"] * ("prelude" in where) + [_ranges(steps)] * bool(steps) + ["coda"] * ("coda" in where)
-    return ", ".join(parts)
+def summary(places: Sequence[int | str]) -> str:
+    """Return the places of a module's calls in words.
+
+    Example:
+        >>> summary(["prelude", 0, 1, 2, 5])
+        'prelude, 0-2, 5'
+    """
+    steps = {place for place in places if isinstance(place, int)}
+    words = []
+    if PRELUDE in places:
+        words.append(PRELUDE)
+    if steps:
+        words.append(ranges(sorted(steps)))
+    if CODA in places:
+        words.append(CODA)
+    return ", ".join(words)
 
 
-def _ranges(steps: Iterable[int]) -> str:
-    """``0-2, 5``."""
+def ranges(steps: Iterable[int]) -> str:
+    """Write ascending steps as ranges, ``0-2, 5``."""
     runs: list[list[int]] = []
     for step in steps:
         if runs and step == runs[-1][-1] + 1:
             runs[-1].append(step)
         else:
             runs.append([step])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    words = []
+    for run in runs:
+        word = str(run[0])
+        if len(run) > 1:
+            word += f"-{run[-1]}"
+        words.append(word)
+    return ", ".join(words)
 
 
-def _condensed(rows: Iterable[Row]) -> list[Row]:
-    """Neighbours that differ in their last number only as one row, ``h.3 to .9``."""
-    condensed: list[Row] = []
-    for _, group in itertools.groupby(rows, lambda row: (re.sub(r"\d+$", "", row.module), row.calls, row.where)):
-        first, *others = group
-        name = f"{first.module} to .{others[-1].module.rpartition('.')[2]}" if others else first.module
-        condensed.append(Row(name, first.calls, first.where))
-    return condensed
+def aligned(rows: Sequence[Row]) -> list[str]:
+    """Write rows as lines under a header."""
+    names = [row.module for row in rows]
+    width = max(map(len, ["module", *names]))
+    header = "module".ljust(width)
+    lines = [f"{header}  calls  step (from 0)"]
+    for row in rows:
+        name = row.module.ljust(width)
+        lines.append(f"{name}  {row.calls:>5}  {row.where}")
+    return lines
+
+
+def condensed(rows: Iterable[Row]) -> list[Row]:
+    """Join neighbours that differ in their last number only to one row, ``h.3 to .9``."""
+    condensed_rows = []
+    for _, group in itertools.groupby(rows, _without_last_number):
+        neighbours = list(group)
+        row = neighbours[0]
+        if len(neighbours) > 1:
+            *_, last_number = neighbours[-1].module.split(".")
+            row = replace(row, module=f"{row.module} to .{last_number}")
+        condensed_rows.append(row)
+    return condensed_rows
+
+
+def _without_last_number(row: Row) -> Row:
+    name = re.sub(r"\d+$", "", row.module)
+    return replace(row, module=name)

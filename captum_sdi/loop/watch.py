@@ -1,13 +1,8 @@
-"""What repeats in a model, which parameters count, and whether all of their gradient was caught.
-
-`find_loop` knows some families by name (`PRESETS`) and watches one forward pass of any other model: the outermost
-modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's shared
-transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
-`coverage_check` compares the sum of everything captured with ``.grad`` of an ordinary backward pass.
-"""
+"""One forward pass watched: which modules run, in which order, inside which others."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +13,7 @@ from torch import nn
 
 from captum_sdi.borrow import evaluating, frozen
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
-from captum_sdi.features import canonical_name
+from captum_sdi.loop.parameters import canonical_modules
 
 
 @dataclass(frozen=True)
@@ -32,30 +27,31 @@ class Call:
 
 
 def watch_calls(model: nn.Module, batch: Any, forward_kwargs: ForwardKwargs | None) -> list[Call]:
-    """Every call of a submodule with parameters, in order."""
+    """Run the model once and return every call of a submodule with parameters, in order."""
     calls: list[Call] = []
     running: list[str] = []
+
+    def enter(name: str, *_: object) -> None:
+        call = Call(name, path=tuple(running), with_gradient=torch.is_grad_enabled())
+        calls.append(call)
+        running.append(name)
+
+    def leave(*_: object) -> None:
+        running.pop()  # not returned: a forward hook's result would replace the module's output
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whoever reads the batch to use it warns of what it drops
+        warnings.simplefilter("ignore")  # dropped keys are warned of when the batch is read to be used
         parsed = BatchReader(model)(batch, forward_kwargs)
     with ExitStack() as stack:
-        for name, module in model.named_modules():
+        for name, module in canonical_modules(model):
             if name == "" or next(module.parameters(), None) is None:
                 continue
-
-            def entered(*_: object, name: str = canonical_name(name)) -> None:
-                calls.append(Call(name, tuple(running), torch.is_grad_enabled()))
-                running.append(name)
-
-            stack.callback(module.register_forward_pre_hook(entered, prepend=True).remove)
-            stack.callback(module.register_forward_hook(lambda *_: _ignore(running.pop())).remove)
+            enter_module = functools.partial(enter, name)
+            stack.callback(module.register_forward_pre_hook(enter_module, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(frozen(model))  # nothing is kept for a backward pass
         # With gradients, to see which calls the model itself runs without; hooks are not called in compiled code.
-        with torch.inference_mode(False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.inference_mode(mode=False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             run_model(model, parsed)
     return calls
-
-
-def _ignore(_: object) -> None:
-    """A forward hook must return None, or it replaces the output."""
