@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import preserved
-from captum_sdi.capture.featurizer import Featurizer
-from captum_sdi.capture.tape import Tape
+from captum_sdi.capture.featurizer import Capture, Featurizer
+from captum_sdi.capture.owners import check_targets
 from captum_sdi.checkpoints import checkpoint_names
 from captum_sdi.data.batch import batch_size, select
 from captum_sdi.data.losses import TokenCrossEntropy, first_targeted_example, target_labels, token_logits
@@ -66,6 +66,7 @@ class Engine:
         self.model, self.layers, self.loop, self.sketch = model, layers, loop, sketch
         self._load, self._activation_checkpointing = load, activation_checkpointing
         self._featurizer: Featurizer | None = None
+        self._capture: Capture | None = None
         self._fitting = sys.maxsize  # how many examples fit into a GPU's memory, once that is known
         self._n_labels: dict[tuple[int, int], int] = {}
         self._rehearsed: set[tuple[int, int]] = set()
@@ -91,7 +92,7 @@ class Engine:
             featurizer = self._prepared(*first)
             for i, (checkpoint, name) in enumerate(zip(checkpoints, checkpoint_names(list(checkpoints)), strict=True)):
                 eta = 1.0 if checkpoint is None else _learning_rate(self._load(self.model, checkpoint), name)
-                with featurizer.installed(name):
+                with featurizer.installed(name) as self._capture:
                     visit(i, eta)
 
     def features(self, stream: Stream, side: Side, by_step: bool, aggregate: bool = False) -> StepFeatures:
@@ -266,18 +267,17 @@ class Engine:
         )
 
     @property
-    def featurizer(self) -> Featurizer:
+    def featurizer(self) -> Capture:
         """What computes features, inside `sweep`."""
-        assert self._featurizer is not None
-        return self._featurizer
+        assert self._capture is not None
+        return self._capture
 
     # --- before the first batch ---
 
     def _targets(self, loop: LoopSpec) -> list[str]:
         """Names of the targeted parameters, all of which some rule may cover."""
         names = target_parameters(self.model, self.layers, loop)
-        parameters = dict(self.model.named_parameters())
-        Tape(self.model, {name: parameters[name] for name in names}, loop)
+        check_targets(self.model, names, loop)
         return names
 
     def _prepared(self, stream: Stream, side: Side) -> Featurizer:
