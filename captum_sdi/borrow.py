@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +16,18 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def preserved(model: nn.Module, weights: bool = True) -> Iterator[None]:
+def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
     """Give the model back on exit exactly as it was, whatever happened inside, errors included.
 
-    Restored: which module, Parameter and buffer object stands under which name, their storage,
-    values, ``requires_grad`` and ``.grad``, the train/eval flag of every submodule, and the global
-    random state of torch (CUDA too, once in use), Python and numpy.
+    Restored: which module, Parameter and buffer object stands under which name, their storage, values,
+    ``requires_grad`` and ``.grad``, the train/eval flag of every submodule, and the global random state of torch (CUDA
+    too, once in use), Python and numpy.
 
     Args:
         model: The model that is borrowed.
-        weights: Copy the values of parameters and gradients as well. False saves the memory of one
-            copy of the model, for a block that loads no checkpoint; buffers are copied in any case,
-            since a forward pass may write to them.
+        weights: Copy the values of parameters and gradients as well. False saves the memory of one copy of the model,
+            for a block that loads no checkpoint; buffers are copied in any case, since a forward pass may write to
+            them.
 
     Yields:
         Nothing.
@@ -40,13 +40,13 @@ def preserved(model: nn.Module, weights: bool = True) -> Iterator[None]:
         >>> model.weight is weight
         True
     """
-    parameters = [_TensorState.of(p, copied=weights) for p in model.parameters()]
-    gradients = [_TensorState.of(p.grad, copied=weights) for p in parameters if p.grad is not None]
-    buffers = [_TensorState.of(buffer, copied=True) for buffer in model.buffers()]
-    modules = [_ModuleState.of(module) for module in model.modules()]
+    parameters = [_TensorState.saved(parameter, copied=weights) for parameter in model.parameters()]
+    gradients = [_TensorState.saved(state.grad, copied=weights) for state in parameters if state.grad is not None]
+    buffers = [_TensorState.saved(buffer, copied=True) for buffer in model.buffers()]
+    modules = [_ModuleState.saved(module) for module in model.modules()]
     # A stack runs every callback, the last one first, even when one of them fails.
     with kept_rng(), ExitStack() as stack:
-        for state in [*parameters, *gradients, *buffers]:
+        for state in (*parameters, *gradients, *buffers):
             stack.callback(state.restore)
         for module in modules:
             stack.callback(module.restore)
@@ -56,18 +56,19 @@ def preserved(model: nn.Module, weights: bool = True) -> Iterator[None]:
 @contextmanager
 def kept_rng() -> Iterator[None]:
     """Restore the global random state of torch, Python and numpy on exit."""
-    cpu, python = torch.get_rng_state(), random.getstate()
-    numpy = np.random.get_state()  # noqa: NPY002 - the global state is the one to be kept
+    torch_state = torch.get_rng_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one to be kept
     # Asking CUDA for its state would initialise it.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
-        torch.set_rng_state(cpu)
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ class _ModuleState:
     non_persistent: set[str]
 
     @staticmethod
-    def of(module: nn.Module) -> _ModuleState:
+    def saved(module: nn.Module) -> _ModuleState:
         tables = tuple(dict(table.items()) for table in _tables(module))
         return _ModuleState(module, module.training, tables, set(module._non_persistent_buffers_set))
 
     def restore(self) -> None:
         self.module.training = self.training
         for current, saved in zip(_tables(self.module), self.tables, strict=True):
-            if [(k, id(v)) for k, v in current.items()] != [(k, id(v)) for k, v in saved.items()]:
+            if _identities(current) != _identities(saved):
                 self._restore_table(current, saved)
         if self.module._non_persistent_buffers_set != self.non_persistent:
             self.module._non_persistent_buffers_set = set(self.non_persistent)
@@ -97,8 +98,8 @@ class _ModuleState:
         current.clear()
         current.update(saved)
         for name in changed:
-            # A plain attribute of that name would hide the entry, and an LSTM keeps a second list
-            # of its weights, which only setattr updates.
+            # A plain attribute of that name would hide the entry, and an LSTM keeps a second list of its weights,
+            # which only setattr updates.
             self.module.__dict__.pop(name, None)
             setattr(self.module, name, saved[name])
 
@@ -107,35 +108,35 @@ def _tables(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str
     return module._modules, module._parameters, module._buffers
 
 
+def _identities(table: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(name, id(entry)) for name, entry in table.items()]
+
+
 @dataclass(frozen=True)
 class _TensorState:
     """One parameter, buffer or gradient: its storage, its values, and which gradient it has."""
 
     tensor: Tensor
-    alias: Tensor  # shares the storage, so it finds it again after `tensor.data = other`
+    alias: Tensor
+    """Shares the tensor's storage, and so finds it again after ``tensor.data = other``."""
     values: Tensor | None
     is_leaf: bool
     requires_grad: bool
     grad: Tensor | None
 
     @staticmethod
-    def of(tensor: Tensor, copied: bool) -> _TensorState:
+    def saved(tensor: Tensor, *, copied: bool) -> _TensorState:
         alias = tensor.detach()
-        return _TensorState(
-            tensor,
-            alias,
-            _writable(alias).clone() if copied else None,
-            tensor.is_leaf,
-            tensor.requires_grad,
-            tensor.grad if tensor.is_leaf else None,
-        )
+        values = _without_repetitions(alias).clone() if copied else None
+        grad = tensor.grad if tensor.is_leaf else None
+        return _TensorState(tensor, alias, values, tensor.is_leaf, tensor.requires_grad, grad)
 
     def restore(self) -> None:
         tensor = self.tensor
         if _layout(tensor) != _layout(self.alias):
             tensor.data = self.alias
         if self.values is not None:
-            _writable(self.alias).copy_(self.values)
+            _without_repetitions(self.alias).copy_(self.values)
         if tensor.grad_fn is not None and self.is_leaf:
             tensor.detach_()  # somebody wrote to it within autograd's sight
         if tensor.requires_grad != self.requires_grad:
@@ -148,78 +149,92 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
 
 
-def _writable(tensor: Tensor) -> Tensor:
+def _without_repetitions(tensor: Tensor) -> Tensor:
     """View an expanded tensor without its repetitions, which torch refuses to write to."""
     if tensor.layout != torch.strided:
         return tensor
-    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(axis, 0, min(1, tensor.shape[axis]))
+    return tensor
 
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient, so that the backward pass forms none.
-
-    Args:
-        model: Given back as it was.
-    """
-    active = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in active:
-        parameter.requires_grad_(False)
-    try:
+    """Let no parameter require a gradient, so that the backward pass forms none."""
+    with _requires_grad_set(model.parameters(), value=False):
         yield
-    finally:
-        for parameter in active:
-            parameter.requires_grad_(True)
 
 
 @contextmanager
-def requiring_grad(targets: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Parameters that are frozen require a gradient for a while, as targets named in ``layers`` need one to compare.
+def requiring_grad(targets: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let frozen parameters require a gradient too."""
+    with _requires_grad_set(targets.values(), value=True):
+        yield
 
-    Args:
-        targets: By name; given back as they were.
-    """
-    still = [p for p in targets.values() if not p.requires_grad]
-    for parameter in still:
-        parameter.requires_grad_(True)
+
+@contextmanager
+def _requires_grad_set(parameters: Iterable[nn.Parameter], *, value: bool) -> Iterator[None]:
+    changed = [parameter for parameter in parameters if parameter.requires_grad != value]
+    for parameter in changed:
+        parameter.requires_grad_(value)
     try:
         yield
     finally:
-        for parameter in still:
-            parameter.requires_grad_(False)
+        for parameter in changed:
+            parameter.requires_grad_(not value)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no key-value cache: a looped block would append to the cache of its previous iteration.
-
-    Args:
-        model: Given back as it was.
-    """
-    training = {module: module.training for module in model.modules()}
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
+    """Switch to evaluation mode without a key-value cache."""
+    # A looped block would append to the cache of its previous iteration.
+    modes = {module: module.training for module in model.modules()}
+    caching: dict[int, Any] = {}
+    for module in modes:
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None):
+            caching[id(config)] = config
     model.eval()
-    for config in configs.values():
+    for config in caching.values():
         config.use_cache = False
     try:
         yield
     finally:
-        for config in configs.values():
+        for config in caching.values():
             config.use_cache = True
-        for module, mode in training.items():
+        for module, mode in modes.items():
             module.training = mode
 
 
 @contextmanager
 def recomputed(module: nn.Module) -> Iterator[None]:
-    """``module`` drops its activations in the forward pass and recomputes them in the backward pass."""
-    own = vars(module).get("forward")
+    """Let a module drop its activations in the forward pass and recompute them in the backward pass."""
+    own_forward = vars(module).get("forward")
     module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
     try:
         yield
     finally:
-        if own is None:
+        if own_forward is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = own_forward
+
+
+@contextmanager
+def detached_in_calls(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Let a module's own parameters of these names be constants while it is called."""
+    originals = {name: module.get_parameter(name) for name in names}
+
+    def detach(module: nn.Module, args: object) -> None:
+        for name, parameter in originals.items():
+            module._parameters[name] = parameter.detach()  # type: ignore[assignment]
+
+    def restore(*_: object) -> None:
+        module._parameters.update(originals)
+
+    with ExitStack() as stack:
+        stack.callback(restore)
+        stack.callback(module.register_forward_pre_hook(detach, prepend=True).remove)
+        stack.callback(module.register_forward_hook(restore, prepend=True, always_call=True).remove)
+        yield

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from captum_sdi.blocks import Block
 from captum_sdi.borrow import preserved
 from captum_sdi.capture.featurizer import Capture, Featurizer
-from captum_sdi.capture.tape import Tape
+from captum_sdi.capture.owners import check_targets
 from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.data.batch import batch_size, select
 from captum_sdi.data.examples import Examples
@@ -44,6 +44,7 @@ class Point:
 
     checkpoint: Checkpoint
     model: nn.Module
+    loop: LoopSpec
     capture: Capture
     rehearsal: Rehearsal
     pieces: Pieces
@@ -103,6 +104,15 @@ class Live:
         return point.blocks(self._examples, by_step=self._by_step, only=only)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is known once the first batch has been seen."""
+
+    loop: LoopSpec
+    featurizer: Featurizer
+    rehearsal: Rehearsal
+
+
 class Engine:
     """Opens the model at one checkpoint after the other.
 
@@ -132,8 +142,7 @@ class Engine:
         self.model, self.layers, self.loop, self.sketch = model, layers, loop, sketch
         self.activation_checkpointing = activation_checkpointing
         self._load = load
-        self._featurizer: Featurizer | None = None
-        self._rehearsal: Rehearsal | None = None
+        self._prepared: Prepared | None = None
         self._pieces = Pieces()
         if loop is not None or layers != "loop":
             self._checked_targets(loop or WHOLE_MODEL)
@@ -166,29 +175,26 @@ class Engine:
         loads_weights = any(checkpoint.source is not None for checkpoint in checkpoints)
         # Tensors made in the user's inference mode could not be saved for backward.
         with torch.inference_mode(False), preserved(self.model, weights=loads_weights):
-            featurizer, rehearsal = self._prepared(first)
+            prepared = self._prepare(first)
             # Closed before the weights are restored, also when the body ends early: no hook outlives it.
-            with closing(self._visited(checkpoints, featurizer, rehearsal)) as points:
+            with closing(self._visit(checkpoints, prepared)) as points:
                 yield points
 
-    def _visited(
-        self, checkpoints: Sequence[Checkpoint], featurizer: Featurizer, rehearsal: Rehearsal
-    ) -> Generator[Point]:
+    def _visit(self, checkpoints: Sequence[Checkpoint], prepared: Prepared) -> Generator[Point]:
+        """Load and hook the model at one checkpoint after the other."""
         for checkpoint in checkpoints:
             loaded = checkpoint.loaded(self.model, self._load)
-            with featurizer.installed(checkpoint.name) as capture:
-                yield Point(loaded, self.model, capture, rehearsal, self._pieces)
+            with prepared.featurizer.installed(checkpoint.name) as capture:
+                yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces)
 
-    def _prepared(self, examples: Examples) -> tuple[Featurizer, Rehearsal]:
+    def _prepare(self, examples: Examples) -> Prepared:
         """Find the loop and the targets on the first batch, once."""
-        if self._featurizer is None or self._rehearsal is None:
-            loop = self.loop
-            if loop is None:
-                loop = self._found_loop(examples)
+        if self._prepared is None:
+            loop = self.loop or self._found_loop(examples)
             targets = self._checked_targets(loop)
-            self._featurizer = Featurizer(self.model, targets, loop, self.sketch, self.activation_checkpointing)
-            self._rehearsal = Rehearsal(self.model, loop)
-        return self._featurizer, self._rehearsal
+            featurizer = Featurizer(self.model, targets, loop, self.sketch, self.activation_checkpointing)
+            self._prepared = Prepared(loop, featurizer, Rehearsal(self.model, loop))
+        return self._prepared
 
     def _found_loop(self, examples: Examples) -> LoopSpec:
         """Find the loop, and remember it."""
@@ -202,8 +208,7 @@ class Engine:
     def _checked_targets(self, loop: LoopSpec) -> list[str]:
         """Name the targeted parameters, all of which some rule may cover."""
         names = target_parameters(self.model, self.layers, loop)
-        parameters = dict(self.model.named_parameters())
-        Tape(self.model, {name: parameters[name] for name in names}, loop)
+        check_targets(self.model, names, loop)
         return names
 
 

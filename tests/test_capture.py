@@ -895,7 +895,7 @@ def test_finding_the_loop_keeps_no_activation() -> None:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_free_memory_goes_back_once_per_loop_step(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     returned: list[int] = []
-    monkeypatch.setattr("captum_sdi.capture.tape._heap_trimmer", lambda: returned.append)
+    monkeypatch.setattr("captum_sdi.capture.heap.find_malloc_trim", lambda: returned.append)
     n_steps = 3
 
     class Looped(nn.Module):

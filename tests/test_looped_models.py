@@ -26,8 +26,8 @@ def features(looped: Looped, model: nn.Module, names: list[str], loop: LoopSpec)
     featurizer = Featurizer(model, names, loop, Exact())
     rows = looped.rows()
     side = Side("train", looped.loss_fn or default_loss(model), None)
-    with featurizer.installed("current"):
-        return featurizer(Collator()(rows), side, True, range(len(rows))).rows
+    with featurizer.installed("current") as capture:
+        return capture(Collator()(rows), side, True, range(len(rows))).rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])

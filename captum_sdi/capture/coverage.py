@@ -1,14 +1,8 @@
-"""What repeats in a model, which parameters count, and whether all of their gradient was caught.
-
-`find_loop` knows some families by name (`PRESETS`) and watches one forward pass of any other model: the outermost
-modules that run more than once are the loop. Modules of their own that share their parameters (Zamba's shared
-transformer, layers whose weights point to another layer's) count as one that runs as often as they do together.
-`coverage_check` compares the sum of everything captured with ``.grad`` of an ordinary backward pass.
-"""
+"""Whether all of the targets' gradient is captured: its sum against an ordinary backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +21,7 @@ from captum_sdi.sketch.exact import Exact
 
 @dataclass(frozen=True)
 class Coverage:
-    """One row per targeted parameter: what was captured against an ordinary backward pass. Prints as a table."""
+    """One row per targeted parameter: its captured gradient against an ordinary backward pass. Prints as a table."""
 
     parameters: tuple[str, ...]
     """Names."""
@@ -39,10 +33,14 @@ class Coverage:
     """Norms of their differences, relative to the expected norm or a hundredth of the largest, whichever is more."""
 
     def __str__(self) -> str:
-        width = max(map(len, ("parameter", *self.parameters)))
-        header = f"{'parameter':<{width}}  {'captured':>10}  {'expected':>10}  {'difference':>10}"
-        rows = zip(self.parameters, self.captured, self.expected, self.differences, strict=True)
-        return "\n".join([header, *(f"{n:<{width}}  {c:>10.4g}  {e:>10.4g}  {d:>10.1e}" for n, c, e, d in rows)])
+        header = "parameter"
+        width = max(map(len, (header, *self.parameters)))
+        lines = [f"{header:<{width}}    captured    expected  difference"]
+        columns = zip(self.parameters, self.captured, self.expected, self.differences, strict=True)
+        for name, captured, expected, difference in columns:
+            numbers = f"{captured:>10.4g}  {expected:>10.4g}  {difference:>10.1e}"
+            lines.append(f"{name:<{width}}  {numbers}")
+        return "\n".join(lines)
 
 
 def coverage_check(
@@ -54,13 +52,13 @@ def coverage_check(
     loss_fn: LossFn | None = None,
     forward_kwargs: ForwardKwargs | None = None,
 ) -> Coverage:
-    """Checks on one batch that nothing of any targeted parameter's gradient is missed or counted twice.
+    """Check on one batch that nothing of any targeted parameter's gradient is missed or counted twice.
 
     Run it on a model this library has not seen: it notices weights that are used without calling their layer.
 
     Args:
         model: The model.
-        batch: A batch; see `captum_sdi.data`.
+        batch: A batch; see `captum_sdi.data.batch`.
         loop: As for `captum_sdi.SDIInfluence`.
         layers: As for `captum_sdi.SDIInfluence`.
         loss_fn: As for `captum_sdi.SDIInfluence`.
@@ -70,8 +68,8 @@ def coverage_check(
         The table.
 
     Raises:
-        ValueError: Captured and ordinary gradients differ by more than 1e-3 (5e-2 below float32) in some parameter, or
-            the loss has none or is not finite.
+        ValueError: If captured and ordinary gradients differ by more than 1e-3 (5e-2 below float32) in some parameter,
+            or the loss has none or is not finite.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -82,22 +80,20 @@ def coverage_check(
     """
     spec = as_loop(loop) or find_loop(model, batch, forward_kwargs=forward_kwargs)
     names = target_parameters(model, layers, spec)
+    targets = {name: model.get_parameter(name) for name in names}
     parsed = BatchReader(model)(batch, forward_kwargs)
     loss_fn = loss_fn or default_loss(model)
 
-    def loss() -> Tensor:
-        return example_losses(loss_fn, run_model(model, parsed), parsed.labels, parsed.size).sum()
+    def summed_loss() -> Tensor:
+        output = run_model(model, parsed)
+        return example_losses(loss_fn, output, parsed.labels, parsed.size).sum()
 
-    targets = {name: p for name, p in model.named_parameters() if name in set(names)}
-    captured = _captured(Tape(model, targets, spec), targets, loss, parsed.size)
-    with evaluating(model), requiring_grad(targets), torch.enable_grad():
-        check_gradient(total := loss(), "loss_fn")
-        if not total.isfinite():
-            raise ValueError(f"The loss of the batch is {total.item()}: look at its examples and the model's weights.")
-        grads = torch.autograd.grad(total, list(targets.values()), allow_unused=True)
-    expected = [torch.zeros_like(c) if g is None else g.to(c).flatten() for c, g in zip(captured, grads, strict=True)]
-    table = _compared(names, captured, expected)
-    tolerance = 1e-3 if all(p.dtype in (torch.float32, torch.float64) for p in targets.values()) else 5e-2
+    tape = Tape(model, targets, spec)
+    captured = captured_gradients(tape, summed_loss, parsed.size)
+    expected = ordinary_gradients(model, targets, summed_loss)
+    table = compare_gradients(captured, expected)
+    dtypes = {parameter.dtype for parameter in targets.values()}
+    tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 5e-2
     if not all(difference < tolerance for difference in table.differences):  # NaN is not
         raise ValueError(
             "What was captured differs from the gradient of an ordinary backward pass: a parameter is used outside "
@@ -106,23 +102,64 @@ def coverage_check(
     return table
 
 
-def _captured(tape: Tape, targets: dict[str, nn.Parameter], loss: Any, size: int) -> list[Tensor]:
-    projections = {name: Exact().projection(name, p) for name, p in targets.items()}
-    sums = {name: torch.zeros(p.width, dtype=p.dtype, device=p.device) for name, p in projections.items()}
+def captured_gradients(tape: Tape, summed_loss: Callable[[], Tensor], batch_size: int) -> dict[str, Tensor]:
+    """Return the sum over examples and uses of what a tape captures, flattened."""
+    projections = {}
+    sums = {}
+    for name, parameter in tape.targets.items():
+        projection = Exact().projection(name, parameter)
+        projections[name] = projection
+        sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
 
     def consume(name: str, _examples: slice, _bin: int, gradient: Gradient) -> None:
-        sums[name] += projections[name](gradient).sum(0)
+        rows = projections[name](gradient)
+        sums[name] += rows.sum(0)
 
     with tape:
-        tape.backward(tape.forward(loss, size), consume)
-    return list(sums.values())
+        loss = tape.forward(summed_loss, batch_size)
+        tape.backward(loss, consume)
+    return sums
 
 
-def _compared(names: Sequence[str], captured: Sequence[Tensor], expected: Sequence[Tensor]) -> Coverage:
-    norms = [float(e.norm()) for e in expected]
+def ordinary_gradients(
+    model: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    summed_loss: Callable[[], Tensor],
+) -> dict[str, Tensor]:
+    """Return the gradients of an ordinary backward pass, flattened; zeros where the loss does not depend on a target.
+
+    Raises:
+        ValueError: If the loss has no gradient, or is not finite.
+    """
+    with evaluating(model), requiring_grad(targets), torch.enable_grad():
+        loss = summed_loss()
+        check_gradient(loss, "loss_fn")
+        if not loss.isfinite():
+            raise ValueError(f"The loss of the batch is {loss.item()}: look at its examples and the model's weights.")
+        parameters = list(targets.values())
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
+    expected = {}
+    for name, gradient in zip(targets, gradients, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(targets[name])
+        expected[name] = gradient.flatten()
+    return expected
+
+
+def compare_gradients(captured: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Coverage:
+    """Return the norms of captured and expected gradients and of their differences."""
+    captured_norms = []
+    expected_norms = []
+    distances = []
+    for name, gradient in captured.items():
+        truth = expected[name].to(gradient)
+        captured_norms.append(float(gradient.norm()))
+        expected_norms.append(float(truth.norm()))
+        distances.append(float((gradient - truth).norm()))
     # Some gradients vanish but for rounding: adding to every key changes no attention.
-    floor = max(1e-2 * max(norms), torch.finfo(torch.float32).tiny)
-    differences = [
-        float((c - e).norm()) / max(norm, floor) for c, e, norm in zip(captured, expected, norms, strict=True)
-    ]
-    return Coverage(tuple(names), tuple(float(c.norm()) for c in captured), tuple(norms), tuple(differences))
+    tiny = torch.finfo(torch.float32).tiny
+    floor = max(1e-2 * max(expected_norms), tiny)
+    differences = []
+    for distance, norm in zip(distances, expected_norms, strict=True):
+        differences.append(distance / max(norm, floor))
+    return Coverage(tuple(captured), tuple(captured_norms), tuple(expected_norms), tuple(differences))

@@ -1,9 +1,4 @@
-"""From a batch to step features: loss, tape, rules and sketch put together.
-
-The features of an example are, for each targeted parameter, the sketch of the part φ of its gradient that flowed
-through each loop step. Their bins are ``[prelude, coda, step 0, step 1, ...]``: steps come last so that a deeper
-batch only adds to the end.
-"""
+"""The two sides of an influence: how training examples are run, and how test examples are."""
 
 from __future__ import annotations
 
@@ -15,10 +10,11 @@ from captum_sdi.data.losses import LossFn
 
 @dataclass(frozen=True)
 class Side:
-    """How the examples of one side, training or test, are run."""
+    """How the examples of one side, training or test, are run: their loss and the model's further keywords."""
 
     name: str
+    """The side's name in errors, such as "training"."""
     loss_fn: LossFn
     forward_kwargs: ForwardKwargs | None
     argument: str = "loss_fn"
-    """Which argument the loss came from, named in errors."""
+    """The argument that the loss came from, named in errors."""

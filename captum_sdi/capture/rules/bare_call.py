@@ -1,17 +1,4 @@
-"""Layer rules: from what a layer read and what flowed back to it, to its parameters' per-example gradients.
-
-A rule is a pure function of (module, activation, backprop) and this is the only file that knows layer types. With
-activation a (what the layer read) and backprop g (the gradient at its output), one example's gradient is
-
-    Linear       weight (o, i): Σ_p g_p a_pᵀ       bias: Σ_p g_p
-    Conv1D       weight (i, o): Σ_p a_p g_pᵀ       bias: Σ_p g_p         (GPT-2's, transposed)
-    Embedding    weight (v, o): Σ_p e_p g_pᵀ       e_p one-hot, never formed
-    norms        weight: Σ_p g_p ⊙ x̂_p             bias: Σ_p g_p
-    other leaf   the vector-Jacobian product of its forward, one example at a time
-
-where p runs over all axes between the first (the example) and the last. Norms of any class are recognised by what
-they compute, not by name (`_affine`): Gemma's scales by 1 + weight and is exact all the same.
-"""
+"""Calling a layer's own forward with other parameters, and without any hooks."""
 
 from __future__ import annotations
 
@@ -32,14 +19,29 @@ class _Bare(nn.Module):
         return self.inner.forward(activation)
 
 
-def lifted_buffers(module: nn.Module) -> dict[str, Tensor]:
-    return {name: lifted(buffer) for name, buffer in module.named_buffers(recurse=False)}
-
-
-def own_parameters(module: nn.Module, lift: bool = True) -> dict[str, Tensor]:
-    own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
-    return {name: lifted(p) for name, p in own.items()} if lift else own
-
-
 def bare_call(module: nn.Module, tensors: dict[str, Tensor], activation: Tensor) -> Tensor:
-    return functional_call(_Bare(module), {f"inner.{name}": t for name, t in tensors.items()}, (activation,))
+    """Call a module's forward with these tensors as its parameters and buffers of the same names."""
+    bare = _Bare(module)
+    inner_tensors = {f"inner.{name}": tensor for name, tensor in tensors.items()}
+    return functional_call(bare, inner_tensors, (activation,))
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that a module owns itself, detached, by its own names of them."""
+    parameters = module.named_parameters(recurse=False)
+    return {name: parameter.detach() for name, parameter in parameters}
+
+
+def lifted_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own parameters in at least float32."""
+    return lifted_tensors(own_parameters(module))
+
+
+def lifted_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's own buffers in at least float32."""
+    return lifted_tensors(dict(module.named_buffers(recurse=False)))
+
+
+def lifted_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return named tensors in at least float32."""
+    return {name: lifted(tensor) for name, tensor in tensors.items()}

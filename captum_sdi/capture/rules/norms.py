@@ -1,16 +1,6 @@
-"""Layer rules: from what a layer read and what flowed back to it, to its parameters' per-example gradients.
+"""LayerNorm and RMSNorm: weight: Σ_p g_p ⊙ x̂_p with x̂ the normalised activation; bias: Σ_p g_p.
 
-A rule is a pure function of (module, activation, backprop) and this is the only file that knows layer types. With
-activation a (what the layer read) and backprop g (the gradient at its output), one example's gradient is
-
-    Linear       weight (o, i): Σ_p g_p a_pᵀ       bias: Σ_p g_p
-    Conv1D       weight (i, o): Σ_p a_p g_pᵀ       bias: Σ_p g_p         (GPT-2's, transposed)
-    Embedding    weight (v, o): Σ_p e_p g_pᵀ       e_p one-hot, never formed
-    norms        weight: Σ_p g_p ⊙ x̂_p             bias: Σ_p g_p
-    other leaf   the vector-Jacobian product of its forward, one example at a time
-
-where p runs over all axes between the first (the example) and the last. Norms of any class are recognised by what
-they compute, not by name (`_affine`): Gemma's scales by 1 + weight and is exact all the same.
+Norms of other classes are recognised by what they compute: see `captum_sdi.capture.rules.affine`.
 """
 
 from __future__ import annotations
@@ -20,14 +10,32 @@ from collections.abc import Iterator, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_sdi.capture.rules.base import PerExample, lifted, merge_positions, summed_over_positions
+from captum_sdi.capture.rules.base import WEIGHT_AND_BIAS, PerExample, lifted, merge_positions, summed_over_positions
+from captum_sdi.capture.rules.registry import rule
 
 
-def layer_norm(module: nn.Module, activation: Tensor, backprop: Tensor, wanted: Sequence[str]) -> Iterator[PerExample]:
+def normalizes_each_position(module: nn.Module, activation: Tensor) -> bool:
+    """Say whether the second axis is not among those that are normalised together."""
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
-    shape, normalize = module.normalized_shape, F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
+    return len(module.normalized_shape) <= activation.ndim - 2
+
+
+@rule(
+    nn.LayerNorm, nn.RMSNorm, parameters=WEIGHT_AND_BIAS, fresh_output=True, positionwise=normalizes_each_position
+)  # fmt: skip
+def layer_norm(
+    module: nn.Module,
+    activation: Tensor,
+    backprop: Tensor,
+    wanted: Sequence[str],
+) -> Iterator[PerExample]:
+    """Yield a norm's gradients."""
+    assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    shape = module.normalized_shape
+    normalize = F.rms_norm if isinstance(module, nn.RMSNorm) else F.layer_norm
     if "weight" in wanted:
         normalized = normalize(lifted(activation), shape, eps=module.eps)  # type: ignore[arg-type]
-        yield "weight", slice(None), summed_over_positions(merge_positions(normalized.mul_(backprop), len(shape)))
+        slopes = merge_positions(normalized.mul_(backprop), trailing=len(shape))
+        yield "weight", slice(None), summed_over_positions(slopes)
     if "bias" in wanted:
-        yield "bias", slice(None), summed_over_positions(merge_positions(backprop, len(shape)))
+        yield "bias", slice(None), summed_over_positions(merge_positions(backprop, trailing=len(shape)))

@@ -1,0 +1,61 @@
+"""The identity in the autograd graph that observes a layer's call, without a copy where that is safe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Report = Callable[[Tensor, Tensor], None]
+"""Called in the backward pass with a layer's activation and the backprop at its output."""
+
+
+class ReportingIdentity(torch.autograd.Function):
+    """The identity, whose backward pass reports the activation it saved and the gradient that arrives.
+
+    The activation is saved the ordinary way, so that activation checkpointing drops and recomputes it like any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, dummy: Tensor, activation: Tensor, in_place: bool, report: Report) -> Tensor:
+        """Return the output; as the same tensor, in a new place of the graph, when ``in_place``."""
+        ctx.save_for_backward(activation)
+        ctx.report = report
+        if not in_place:
+            return output.clone()
+        ctx.mark_dirty(output)  # a view of the output instead would break models that work in place on it
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Report, and hand the gradient on."""
+        (activation,) = ctx.saved_tensors
+        ctx.report(activation, backprop)
+        return backprop, None, None, None, None
+
+
+def observed(
+    output: Tensor,
+    dummy: Tensor,
+    activation: Tensor,
+    report: Report,
+    *,
+    fresh: bool,
+) -> Tensor:
+    """Return a layer's output behind a `ReportingIdentity`, not copied where it is ``fresh``.
+
+    ``dummy`` is a scalar that requires a gradient, and so keeps the identity in the graph of frozen parameters. A fresh
+    output shares memory with nothing else.
+
+    Returns:
+        A tensor of the same values.
+    """
+    if fresh and output._is_view():
+        base = output._base
+        if base is not None and base.numel() == output.numel() and output.is_contiguous():
+            # Linear with a bias and Conv1D return a view of a whole tensor. Observing the view would copy it.
+            return ReportingIdentity.apply(base, dummy, activation, fresh, report).view(output.shape)
+    in_place = fresh and not output._is_view()
+    return ReportingIdentity.apply(output, dummy, activation, in_place, report)

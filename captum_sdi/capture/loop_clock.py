@@ -1,0 +1,87 @@
+"""Which loop step a forward pass is in, and which bin a layer's call belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from captum_sdi.features import Bins, LoopSpec
+from captum_sdi.loop.parameters import called_modules, find_module
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a layer was called. Which bin that is, only the end of the forward pass tells."""
+
+    step: int
+    """The loop step that had begun; -1 before the first."""
+    in_loop: bool
+    """Whether the layer is inside one of the loop's modules."""
+    loop_calls: int
+    """How often the loop's modules had been called."""
+
+
+class LoopClock:
+    """Counts the loop steps of one forward pass at a time.
+
+    Raises:
+        ValueError: If the loop names a module the model does not have.
+    """
+
+    def __init__(self, model: nn.Module, loop: LoopSpec) -> None:
+        self.modules = called_loop_modules(model, loop.modules)
+        self.anchors = called_loop_modules(model, loop.anchors)
+        self._inside: set[int] = set()
+        for module in self.modules:
+            self._inside.update(id(submodule) for submodule in module.modules())
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a forward pass."""
+        self.step = -1
+        self._calls = 0
+        self._first_called: nn.Module | None = None
+
+    @property
+    def n_steps(self) -> int:
+        """How many loop steps the forward pass has begun."""
+        return self.step + 1
+
+    def count_call(self, module: nn.Module) -> None:
+        """Count a call of one of the loop's modules; without anchors, the first one called starts every step."""
+        self._calls += 1
+        if self.anchors:
+            return
+        if self._first_called is None:
+            self._first_called = module
+        if module is self._first_called:
+            self.step += 1
+
+    def count_anchor(self) -> None:
+        """Count a call of an anchor: a new step."""
+        self.step += 1
+
+    def moment_of(self, layer: nn.Module) -> Moment:
+        """Return the moment of a call of ``layer``."""
+        return Moment(self.step, id(layer) in self._inside, self._calls)
+
+    def bin(self, moment: Moment) -> int:
+        """Return the bin of a moment of the forward pass that has ended."""
+        if moment.step < 0:
+            return Bins.PRELUDE
+        # A layer outside the loop's list (a norm between two iterations) belongs to the step it follows as long as
+        # the loop goes on after it.
+        if moment.in_loop or moment.loop_calls < self._calls:
+            return Bins.of_step(moment.step)
+        return Bins.CODA
+
+
+def called_loop_modules(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
+    """Return the modules of these names that are called, each once even when it has several names."""
+    modules: dict[int, nn.Module] = {}
+    for name in names:
+        for module in called_modules(find_module(model, name, "loop=")):
+            modules[id(module)] = module
+    return list(modules.values())
