@@ -17,19 +17,21 @@ Source: Kaissis et al., "Step-resolved data attribution for looped transformers"
 al., arXiv 2002.08484.
 """
 
-from importlib.metadata import version as _version
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from captum_sdi import evaluate, models, plotting, tasks
-from captum_sdi.capture.coverage import coverage_check
-from captum_sdi.checkpoints import load_checkpoint
-from captum_sdi.cost import estimate
-from captum_sdi.features import LoopSpec
-from captum_sdi.index import Faiss, SketchIndex
-from captum_sdi.influence import SDIInfluence
-from captum_sdi.loop.finding import find_loop
-from captum_sdi.scores.result import StepInfluence
-from captum_sdi.sketch.exact import Exact
-from captum_sdi.sketch.tensor_sketch import TensorSketch
+if TYPE_CHECKING:
+    from captum_sdi import evaluate, models, plotting, tasks
+    from captum_sdi.capture.coverage import coverage_check
+    from captum_sdi.checkpoints import load_checkpoint
+    from captum_sdi.cost import estimate
+    from captum_sdi.features import LoopSpec
+    from captum_sdi.index import Faiss, SketchIndex
+    from captum_sdi.influence import SDIInfluence
+    from captum_sdi.loop.finding import find_loop
+    from captum_sdi.scores import StepInfluence
+    from captum_sdi.sketch import Exact, TensorSketch
 
 __all__ = [
     "Exact",
@@ -49,4 +51,39 @@ __all__ = [
     "tasks",
 ]
 
-__version__ = _version("captum-sdi")
+__version__: str
+
+# Importing torch and transformers takes seconds, which `captum-sdi --help` need not wait for: a public name is imported
+# when it is first looked up (PEP 562). AutoModelForCausalLM knows the looped GPT once `captum_sdi.models` is imported. This table serves the interpreter; the imports above, type checkers and editors.
+_SUBPACKAGES = ("evaluate", "models", "plotting", "tasks")
+_MODULE_OF = {
+    "Exact": "captum_sdi.sketch",
+    "Faiss": "captum_sdi.index",
+    "LoopSpec": "captum_sdi.features",
+    "SDIInfluence": "captum_sdi.influence",
+    "SketchIndex": "captum_sdi.index",
+    "StepInfluence": "captum_sdi.scores",
+    "TensorSketch": "captum_sdi.sketch",
+    "coverage_check": "captum_sdi.capture.coverage",
+    "estimate": "captum_sdi.cost",
+    "find_loop": "captum_sdi.loop.finding",
+    "load_checkpoint": "captum_sdi.checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    value: Any
+    if name in _SUBPACKAGES:
+        value = import_module(f"captum_sdi.{name}")
+    elif name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif name == "__version__":
+        value = version("captum-sdi")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next look-up finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

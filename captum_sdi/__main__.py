@@ -7,63 +7,78 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
 from captum_sdi import __version__
-from captum_sdi.cli.options import parser
+from captum_sdi.cli.parser import build_parser
 
 ERROR, INTERRUPTED = 1, 130  # what shells expect; argparse itself exits with 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command and return its exit code.
 
     Args:
-        arguments: As given to the shell; None: those of this process.
+        arguments: The words behind ``captum-sdi``; None takes those this process was started with.
 
     Returns:
-        The exit code: 0, 1 after a one-line error, 130 after an interruption.
+        0, 1 after an error of one line, or 130 after an interruption.
     """
-    options = parser(__version__).parse_args(arguments)
+    options = build_parser(__version__).parse_args(arguments)
     try:
-        with _one_line_warnings():
-            from captum_sdi.cli import commands  # after --help, which need not wait for torch
+        with one_line_warnings():
+            from captum_sdi.cli import commands  # imports torch, which --help and wrong usage need not wait for
 
-            getattr(commands, options.command)(options)
+            run_command = getattr(commands, options.command)
+            run_command(options)
     except KeyboardInterrupt:
-        goes_on = ": the same command goes on from here" if options.command == "index" else ""
-        _complain("interrupted" + goes_on)
+        advice = ": the same command goes on from here" if options.command == "index" else ""
+        print_message(f"interrupted{advice}")
         return INTERRUPTED
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        _complain(f"error: {_described(error)}")
+        print_message(f"error: {one_line(error)}")
         return ERROR
     return 0
 
 
-def _described(error: Exception) -> str:
-    """What is wrong, in one line."""
+def one_line(error: Exception) -> str:
+    """Return what went wrong as one line, with advice where memory ran out."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    text = " ".join(str(error).split())
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"{text} Try a smaller --batch-size, --activation-checkpointing or --dtype bfloat16."
-    # Those of the library are sentences; of anything else the kind says more than the words.
-    return text if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: {text}"
+    message = without_line_breaks(error)
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError":
+        return f"{message} Try a smaller --batch-size, --activation-checkpointing or --dtype bfloat16."
+    # The library's own errors are sentences; the class of any other error says more than its message.
+    if isinstance(error, ValueError | OSError | ImportError):
+        return message
+    return f"{kind}: {message}"
 
 
 @contextmanager
-def _one_line_warnings() -> Iterator[None]:
-    """Warnings without the line of code that they come from."""
+def one_line_warnings() -> Iterator[None]:
+    """Print warnings without the line of code that they come from."""
+
+    def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+        print_message(f"warning: {without_line_breaks(message)}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: _complain(f"warning: {' '.join(str(message).split())}")
+        warnings.showwarning = show_warning
         yield
 
 
-def _complain(text: str) -> None:
-    tqdm.write(f"captum-sdi: {text}", file=sys.stderr)  # does not tear a progress bar apart
+def without_line_breaks(message: object) -> str:
+    """Return a message with every run of white space as one blank."""
+    return " ".join(str(message).split())
+
+
+def print_message(message: str) -> None:
+    """Print a line to standard error, above a progress bar if there is one."""
+    tqdm.write(f"captum-sdi: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

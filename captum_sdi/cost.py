@@ -15,7 +15,11 @@ import torch
 
 from captum_sdi.data.batch import batch_size
 from captum_sdi.data.stream import Stream
+from captum_sdi.data.examples import Examples
 from captum_sdi.influence import SDIInfluence
+from captum_sdi.model_facts import model_device
+from captum_sdi.passes import Point
+from captum_sdi.queries import Study
 
 
 @dataclass(frozen=True)
@@ -101,23 +105,24 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
         1,000,000 examples at 1 checkpoint on cpu
         ...
     """
-    trains = Stream(sdi.train_dataloader, "train_dataset")
-    n, (typical, largest) = _checked_size(trains, n_examples), _batches(sdi, trains, longest)
-    device = next(sdi.model.parameters()).device
+    study = sdi.study()
+    n = _checked_size(study.train.stream, n_examples)
+    typical, largest = _batches(sdi, study.train.stream, longest)
+    device = model_device(sdi.model)
     with _peak_memory(device) as peak:
-        _run(sdi, [typical])  # finds the loop, rehearses the first example, warms up
-        (begun, loaded, *ends), row_bytes = _run(sdi, [typical] * _REPEATS + largest)
+        _timed(study, [typical], device)  # finds the loop, rehearses the first example, warms up
+        timing = _timed(study, [typical] * _REPEATS + largest, device)
         peak_bytes = peak()
     return Estimate(
         n_examples=n,
         n_batches=math.ceil(n / batch_size(typical)),
         n_checkpoints=len(sdi.checkpoints),
         device=str(device),
-        batch_seconds=(ends[_REPEATS - 1] - loaded) / _REPEATS,
-        checkpoint_seconds=loaded - begun,
+        batch_seconds=(timing.batch_ends[_REPEATS - 1] - timing.loaded) / _REPEATS,
+        checkpoint_seconds=timing.loaded - timing.begun,
         model_bytes=sum(tensor.nbytes for tensor in (*sdi.model.parameters(), *sdi.model.buffers())),
         peak_bytes=peak_bytes,
-        row_bytes=row_bytes,
+        row_bytes=timing.row_bytes,
     )
 
 
@@ -166,27 +171,40 @@ def readable_time(seconds: float) -> str:
 _REPEATS = 3  # a batch of a small model takes milliseconds, as does whatever else the machine does
 
 
-def _run(sdi: SDIInfluence, batches: list[Any]) -> tuple[list[float], int]:
-    """Sketches batches at the first checkpoint: when it began, had loaded and had done each, and a row's bytes."""
-    engine, side, device = sdi._engine, sdi._train, next(sdi.model.parameters()).device
-    times, row_bytes = [_now(device)], [0]
+@dataclass(frozen=True)
+class _Timing:
+    """When a pass over some batches at the first checkpoint began, had loaded, and had done each."""
 
-    def visit(_: int, __: float) -> None:
-        times.append(_now(device))
+    begun: float
+    loaded: float
+    batch_ends: list[float]
+    row_bytes: int
+    """Of one example at one checkpoint, in the index's numbers."""
+
+
+def _timed(study: Study, batches: list[Any], device: torch.device) -> _Timing:
+    """Sketch batches at the first checkpoint, and look at the clock behind each."""
+    side = study.train.side
+    examples = Examples(Stream(batches, "train_dataset"), side)
+    begun = _now(device)
+    with study.engine.points(study.checkpoints[:1], examples) as points:
+        point = next(points)
+        loaded = _now(device)
+        batch_ends = []
         for raw in batches:
-            engine.batch(raw, side, False, range(batch_size(raw)))
-            times.append(_now(device))
-        row_bytes.append(_row_bytes(sdi))
-
-    engine.sweep(sdi.checkpoints[:1], (Stream(batches, "train_dataset"), side), visit)
-    return times, row_bytes[-1]
+            point.batch(raw, side, range(batch_size(raw)), by_step=False)
+            batch_ends.append(_now(device))
+        row_bytes = _row_bytes(study, point)
+    return _Timing(begun, loaded, batch_ends, row_bytes)
 
 
-def _row_bytes(sdi: SDIInfluence) -> int:
-    """Of one example at one checkpoint, inside a sweep, in the index's numbers."""
-    rows = sdi._engine.featurizer.blank().rows.values()
-    dtype = None if sdi._index is None else sdi._index._dtype
-    return sum(row.shape[-1] * (dtype or row.dtype).itemsize for row in rows)
+def _row_bytes(study: Study, point: Point) -> int:
+    stored = None if study.index is None else study.index.dtype
+    n_bytes = 0
+    for row in point.capture.blank().rows.values():
+        dtype = stored or row.dtype
+        n_bytes += row.shape[-1] * dtype.itemsize
+    return n_bytes
 
 
 def _now(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""The demo: train a looped GPT on parity, then ask which training strings shaped its answers, and at which loop step.
+"""The demo: train a looped GPT on parity, ask what shaped its answers at which loop step.
 
 Everything goes through the public interface, as a user's own script would.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from captum_sdi import plotting
@@ -28,72 +29,61 @@ N_CHECKPOINTS = 5
 
 
 def run(out: Path, seed: int = 0, steps: int = 500) -> None:
-    """Trains, attributes, draws and reports.
+    """Train, attribute, draw and report, into a folder that is made.
 
-    Args:
-        out: The folder to write to; it is made.
-        seed: Of the weights, the data and the sketch.
-        steps: Training steps.
+    `seed` is that of the weights, the data and the sketch.
 
     Raises:
-        ValueError: ``steps`` leaves no room for the checkpoints.
+        ValueError: If `steps` leaves no room for the checkpoints.
     """
     if steps < 2 * N_CHECKPOINTS:
         raise ValueError(f"--steps must be at least {2 * N_CHECKPOINTS}, got {steps}.")
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # the model is so small that threads would mostly wait for each other
-    train, held_out = parity(N_TRAIN + N_HELD_OUT, running=True, seed=seed).split(held_out=N_HELD_OUT)
-    _say(f"1. Training a looped GPT on the parity of {len(train)} bit strings")
-    model, losses, checkpoints = _trained(train, out / "checkpoints", seed, steps)
-    accuracies = {name: accuracy(model, data) for name, data in (("training", train), ("held-out", held_out))}
-    for name, value in accuracies.items():
-        _say(f"   {name} accuracy {value:.1%}")
+    strings = parity(N_TRAIN + N_HELD_OUT, running=True, seed=seed)
+    train, held_out = strings.split(held_out=N_HELD_OUT)
+    say(f"1. Training a looped GPT on the parity of {len(train)} bit strings")
+    trained = train_model(train, out / "checkpoints", seed, steps)
+    model = trained.model
+    accuracies = {"training": accuracy(model, train), "held-out": accuracy(model, held_out)}
+    for name, share in accuracies.items():
+        say(f"   {name} accuracy {share:.1%}")
 
-    _say(f"2. Influence of {len(train)} on {N_TESTS} held-out strings, at {len(checkpoints)} checkpoints")
-    tests = torch.utils.data.Subset(held_out, range(N_TESTS))
-    sdi = SDIInfluence(model, train, checkpoints, batch_size=50, sketch=TensorSketch(dim=2048, seed=seed))
+    n_checkpoints = len(trained.checkpoints)
+    say(f"2. Influence of {len(train)} on {N_TESTS} held-out strings, at {n_checkpoints} checkpoints")
+    tests = Subset(held_out, range(N_TESTS))
+    sketch = TensorSketch(dim=2048, seed=seed)
+    sdi = SDIInfluence(model, train, trained.checkpoints, batch_size=50, sketch=sketch)
     result = sdi.step_influence(tests, show_progress=True)
-    itself = sdi.step_self_influence(show_progress=True)
-    matrix = sdi.step_matrix(torch.utils.data.Subset(held_out, [0]), indices=result.influence_scores[0].topk(3).indices)
-    _check_conservation(model, train, tests, checkpoints, result)
+    self_influence = sdi.step_self_influence(show_progress=True)
+    strongest = result.influence_scores[0].topk(3).indices
+    matrix = sdi.step_matrix(Subset(held_out, [0]), indices=strongest)
+    check_sum_of_steps(result)
+    check_against_autograd(model, train, tests, trained.checkpoints[0])
     result.save(out / "scores.safetensors")
-    itself.save(out / "self_influence.safetensors")
+    self_influence.save(out / "self_influence.safetensors")
 
-    texts = [train.text(i) for i in range(len(train))], [held_out.text(i) for i in range(N_TESTS)]
-    table = _table(result, *texts)
-    _say("\n".join(("3. What shaped the answers", "", *table, "")))
-    pictures = _pictures(out, result, itself, matrix, *texts)
-    _report(out / "report.md", losses, accuracies, table, pictures)
-    _say(f"4. Scores, pictures and report.md are in {out}/")
-
-
-@torch.no_grad()
-def accuracy(model: LoopedGPTForCausalLM, data: TaskDataset) -> float:
-    """The share of strings whose last target, the answer, is the model's most likely token.
-
-    Args:
-        model: The model.
-        data: Rows with labels.
-
-    Returns:
-        Between 0 and 1.
-    """
-    model.eval()
-    right = []
-    for batch in DataLoader(data, batch_size=100):
-        batch = {key: value.to(model.device) for key, value in batch.items()}
-        labels = batch.pop("labels")
-        last = labels.shape[1] - 1 - (labels != -100).flip(1).int().argmax(1)  # (n,) position of the answer
-        rows = torch.arange(len(labels), device=labels.device)
-        predicted = model(**batch).logits[rows, last - 1].argmax(-1)
-        right.append(predicted == labels[rows, last])
-    return torch.cat(right).float().mean().item()
+    train_texts = [train.text(index) for index in range(len(train))]
+    test_texts = [held_out.text(index) for index in range(N_TESTS)]
+    table = influence_table(result, train_texts, test_texts)
+    say("\n".join(["3. What shaped the answers", "", *table, ""]))
+    captions = draw_pictures(out, result, self_influence, matrix, train_texts, test_texts)
+    report = markdown_report(trained.losses, accuracies, table, captions)
+    (out / "report.md").write_text(report, encoding="utf-8")
+    say(f"4. Scores, pictures and report.md are in {out}/")
 
 
-def _trained(
-    train: TaskDataset, folder: Path, seed: int, steps: int
-) -> tuple[LoopedGPTForCausalLM, list[tuple[int, float]], list[str]]:
-    """The model, its logged losses, and the checkpoints its Trainer saved."""
+@dataclass
+class Trained:
+    """A trained model, the losses it logged by step, and the checkpoints that its Trainer saved."""
+
+    model: LoopedGPTForCausalLM
+    losses: dict[int, float]
+    checkpoints: list[str]
+
+
+def train_model(train: TaskDataset, folder: Path, seed: int, steps: int) -> Trained:
+    """Train a small looped GPT with the Trainer of transformers."""
     from transformers import Trainer, TrainingArguments, set_seed
 
     set_seed(seed)
@@ -111,7 +101,7 @@ def _trained(
         injection="concat",
         pad_token_id=train.pad_token_id,
     )
-    every = steps // N_CHECKPOINTS
+    interval = steps // N_CHECKPOINTS
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -120,8 +110,8 @@ def _trained(
         weight_decay=0.1,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 16,
-        logging_steps=every,  # logs the learning rate of every checkpoint's own step
-        save_steps=every,
+        logging_steps=interval,  # logs the learning rate of every checkpoint's own step
+        save_steps=interval,
         save_only_model=True,
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -130,74 +120,119 @@ def _trained(
     model = LoopedGPTForCausalLM(config)
     trainer = Trainer(model=model, args=arguments, train_dataset=train)
     trainer.train()
-    losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    losses = {}
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            losses[int(entry["step"])] = entry["loss"]
     # The last checkpoint is saved when the learning rate has decayed to zero: it would contribute nothing.
-    checkpoints = [str(folder / f"checkpoint-{every * i}") for i in range(1, N_CHECKPOINTS)]
-    return model, losses, checkpoints
+    saved_steps = range(interval, N_CHECKPOINTS * interval, interval)
+    checkpoints = [str(folder / f"checkpoint-{step}") for step in saved_steps]
+    return Trained(model, losses, checkpoints)
 
 
-def _check_conservation(
-    model: LoopedGPTForCausalLM, train: TaskDataset, tests: Dataset, checkpoints: list[str], result: StepInfluence
-) -> None:
-    """The steps sum to TracIn: as sketched, and exactly on a few strings against plain autograd."""
+@torch.no_grad()
+def accuracy(model: LoopedGPTForCausalLM, data: TaskDataset) -> float:
+    """Return the share of strings whose last target, the answer, is the likeliest token."""
+    model.eval()
+    is_right = []
+    for batch in DataLoader(data, batch_size=100):
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        n_examples, length = labels.shape
+        is_target = (labels != -100).int()
+        answers = length - 1 - is_target.flip(1).argmax(1)  # (n,) the last targets' positions
+        rows = torch.arange(n_examples, device=labels.device)
+        logits = model(**batch).logits
+        predicted = logits[rows, answers - 1].argmax(-1)
+        is_right.append(predicted == labels[rows, answers])
+    return torch.cat(is_right).float().mean().item()
+
+
+def check_sum_of_steps(result: StepInfluence) -> None:
+    """Check that the steps sum to the total, as sketched."""
     summed = result.trajectories.sum(-1) + result.prelude + result.coda
-    worst = (summed - result.influence_scores).abs().max() / result.influence_scores.abs().max()
-    assert worst < 1e-4, f"the steps do not sum to the total: {worst}"
-    few = torch.utils.data.Subset(train, range(8))
+    error = relative_error(summed, result.influence_scores)
+    assert error < 1e-4, f"the steps do not sum to the total: {error}"
+
+
+def check_against_autograd(model: LoopedGPTForCausalLM, train: TaskDataset, tests: Dataset, checkpoint: str) -> None:
+    """Check that the steps sum to TracIn: exactly, on a few strings, against plain autograd."""
+    few = Subset(train, range(8))
     model = copy.deepcopy(model)
-    load_checkpoint(model, checkpoints[0])  # a trained model's gradients are so small that rounding would show
-    exact = SDIInfluence(model, few, batch_size=8, sketch=Exact()).step_influence(tests)
-    core = list(model.core.parameters())
-
-    def gradient(row: dict[str, Tensor]) -> Tensor:
-        row = {key: value.unsqueeze(0).to(model.device) for key, value in row.items()}
-        loss = model(**row).loss
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, core)])
-
-    tracin = torch.stack([gradient(tests[0]) @ gradient(few[i]) for i in range(8)])
-    worst = (exact.trajectories[0].sum(-1) - tracin).abs().max() / tracin.abs().max()
-    assert worst < 1e-4, f"the steps do not sum to TracIn from plain autograd: {worst}"
-    _say(f"   conservation: the steps sum to TracIn from plain autograd, relative error {worst:.0e}")
+    load_checkpoint(model, checkpoint)  # a trained model's gradients are so small that rounding would show
+    sdi = SDIInfluence(model, few, batch_size=8, sketch=Exact())
+    exact = sdi.step_influence(tests)
+    test_gradient = core_gradient(model, tests[0])
+    train_gradients = [core_gradient(model, few[index]) for index in range(8)]
+    tracin = torch.stack([test_gradient @ train_gradient for train_gradient in train_gradients])
+    error = relative_error(exact.trajectories[0].sum(-1), tracin)
+    assert error < 1e-4, f"the steps do not sum to TracIn from plain autograd: {error}"
+    say(f"   conservation: the steps sum to TracIn from plain autograd, relative error {error:.0e}")
 
 
-def _table(result: StepInfluence, train_texts: Sequence[str], test_texts: Sequence[str]) -> list[str]:
-    """A Markdown table: test string, its top two proponents and opponents, total, standard error, strongest step."""
-    lines = ["| test string | role | training string | total | ± | strongest step |", "|---|---|---|---|---|---|"]
-    for q, text in enumerate(test_texts):
-        order = result.influence_scores[q].argsort(descending=True).tolist()
-        for role, n in (*(("proponent", n) for n in order[:2]), *(("opponent", n) for n in order[:-3:-1])):
-            total, error = result.influence_scores[q, n].item(), result.score_errors[q, n].item()
-            step = 1 + int(result.trajectories[q, n].abs().argmax())
-            lines.append(f"| {text} | {role} | {train_texts[n]} | {total:+.2e} | {error:.0e} | {step} |")
+def core_gradient(model: LoopedGPTForCausalLM, row: dict[str, Tensor]) -> Tensor:
+    """Return the gradient of one row's loss with respect to the looped block, flat."""
+    batch = {name: tensor.unsqueeze(0).to(model.device) for name, tensor in row.items()}
+    loss = model(**batch).loss
+    parameters = list(model.core.parameters())
+    gradients = torch.autograd.grad(loss, parameters)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def relative_error(estimate: Tensor, truth: Tensor) -> Tensor:
+    """Return the largest error, relative to the largest true entry."""
+    largest_error = (estimate - truth).abs().max()
+    return largest_error / truth.abs().max()
+
+
+def influence_table(result: StepInfluence, train_texts: Sequence[str], test_texts: Sequence[str]) -> list[str]:
+    """Return a Markdown table, by line: each test string's top two proponents and opponents."""
+    lines = [
+        "| test string | role | training string | total | ± | strongest step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for test, text in enumerate(test_texts):
+        totals = result.influence_scores[test]
+        errors = result.score_errors[test]
+        strongest_steps = 1 + result.trajectories[test].abs().argmax(-1)
+        order = totals.argsort(descending=True).tolist()
+        roles = {"proponent": order[:2], "opponent": order[:-3:-1]}
+        for role, train_indices in roles.items():
+            for train in train_indices:
+                numbers = f"{totals[train]:+.2e} | {errors[train]:.0e} | {strongest_steps[train]}"
+                lines.append(f"| {text} | {role} | {train_texts[train]} | {numbers} |")
     return lines
 
 
-def _pictures(
+def draw_pictures(
     out: Path,
     result: StepInfluence,
-    itself: StepInfluence,
+    self_influence: StepInfluence,
     matrix: Tensor,
     train_texts: Sequence[str],
     test_texts: Sequence[str],
 ) -> dict[str, str]:
-    """Draws every kind of plot once; file names with what they show."""
-    asked = test_texts[0]
+    """Draw every kind of plot once; return the caption of each file."""
+    question = test_texts[0]
     best = int(result.influence_scores[0].argmax())
+    proponent = train_texts[best]
+    prompts = [text.split("=")[0] for text in test_texts]
     drawings = {
         "trajectories.png": (
-            plotting.plot_trajectories(result, 0, texts=train_texts, title=f"What shaped the answer to {asked}"),
-            f"The strongest proponents and opponents of `{asked}`, by loop step, with two standard errors.",
+            plotting.plot_trajectories(result, 0, texts=train_texts, title=f"What shaped the answer to {question}"),
+            f"The strongest proponents and opponents of `{question}`, by loop step, with two standard errors.",
         ),
         "heatmap.png": (
-            plotting.plot_heatmap(result, 0, k=12, texts=train_texts, title=f"Acting on {asked}"),
+            plotting.plot_heatmap(result, 0, k=12, texts=train_texts, title=f"Acting on {question}"),
             "The strongest training strings, sorted by total influence: when does each of them act?",
         ),
         "step_matrix.png": (
-            plotting.plot_step_matrix(matrix, (0, 0), title=f"{train_texts[best]} on {asked}"),
-            f"The best proponent of `{asked}`: which step of its own computation acts on which step of the answer's.",
+            plotting.plot_step_matrix(matrix, (0, 0), title=f"{proponent} on {question}"),
+            f"The best proponent of `{question}`: which step of its own computation acts on which step of the "
+            "answer's.",
         ),
         "totals.png": (
-            plotting.plot_totals(result, texts=train_texts, test_texts=[text.split("=")[0] for text in test_texts]),
+            plotting.plot_totals(result, texts=train_texts, test_texts=prompts),
             "Totals beside trajectories: equal totals can have different stories.",
         ),
         "step_share.png": (
@@ -205,31 +240,43 @@ def _pictures(
             "At which loop steps influence acts, over all held-out strings.",
         ),
         "self_influence.png": (
-            plotting.plot_self_influence(itself, texts=train_texts),
+            plotting.plot_self_influence(self_influence, texts=train_texts),
             "Influence of training strings on themselves: the highest are the most memorised.",
         ),
     }
-    for name, (axes, _) in drawings.items():
+    captions = {}
+    for name, (axes, caption) in drawings.items():
         axes.figure.savefig(out / name, dpi=200)  # type: ignore[union-attr]
-    return {name: caption for name, (_, caption) in drawings.items()}
+        captions[name] = caption
+    return captions
 
 
-def _report(
-    path: Path,
-    losses: list[tuple[int, float]],
+def markdown_report(
+    losses: dict[int, float],
     accuracies: dict[str, float],
     table: Sequence[str],
-    pictures: dict[str, str],
-) -> None:
-    lines = ["# Which training strings shaped the answers, and at which loop step?", ""]
-    lines += ["A looped GPT (width 64, one block applied 8 times between a prelude and a coda) trained on parity.", ""]
-    lines += ["| step | training loss |", "|---|---|", *(f"| {step} | {loss:.4f} |" for step, loss in losses), ""]
-    lines += [f"{name} accuracy: {value:.1%}  " for name, value in accuracies.items()]
+    captions: dict[str, str],
+) -> str:
+    """Return the report in Markdown."""
+    lines = [
+        "# Which training strings shaped the answers, and at which loop step?",
+        "",
+        "A looped GPT (width 64, one block applied 8 times between a prelude and a coda) trained on parity.",
+        "",
+        "| step | training loss |",
+        "|---|---|",
+    ]
+    for step, loss in losses.items():
+        lines.append(f"| {step} | {loss:.4f} |")
+    lines.append("")
+    for name, share in accuracies.items():
+        lines.append(f"{name} accuracy: {share:.1%}  ")
     lines += ["", "Influence is positive when training on a string lowers the loss of the test string.", "", *table, ""]
-    for name, caption in pictures.items():
+    for name, caption in captions.items():
         lines += [f"![{caption}]({name})", "", caption, ""]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
-def _say(text: str) -> None:
-    tqdm.write(text)  # does not tear a progress bar apart
+def say(text: str) -> None:
+    """Print above the progress bars, without tearing them apart."""
+    tqdm.write(text)

@@ -51,7 +51,7 @@ class Point:
     def batch(
         self, raw: Any, side: Side, positions: Sequence[int], *, by_step: bool, transform: Transform | None = None
     ) -> StepFeatures:
-        """Compute the features of one batch.
+        """Compute the features of one batch, after its rehearsal.
 
         Args:
             raw: The batch.
@@ -59,11 +59,12 @@ class Point:
             positions: Of its examples.
             by_step: Keep loop steps apart.
             transform: Applied to every per-example gradient before the sketch.
+
+        Returns:
+            ``(n, b, width)`` for each parameter.
         """
         self.rehearsal.before_batch(self.capture, raw, side, positions)
-        features = self.pieces.features(
-            self.capture, raw, side, positions, by_step=by_step, transform=transform
-        )
+        features = self.pieces.features(self.capture, raw, side, positions, by_step=by_step, transform=transform)
         dtype = score_dtype(self.model)
         return features.map(lambda row: row.to(dtype))
 

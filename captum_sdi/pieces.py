@@ -31,16 +31,7 @@ class Pieces:
         by_step: bool,
         transform: Callable[[str, Gradient], Gradient] | None = None,
     ) -> StepFeatures:
-        """Compute the features of a batch.
-
-        Args:
-            capture: The hooks at a checkpoint.
-            raw: The batch.
-            side: How it is run.
-            positions: Of its examples.
-            by_step: Keep loop steps apart.
-            transform: Applied to every per-example gradient before the sketch.
-        """
+        """Compute the features of a batch, as `captum_sdi.passes.Point.batch` does."""
         pieces: list[StepFeatures] = []
         n_done = 0
         while n_done < len(positions):

@@ -20,6 +20,9 @@ def score_dtype(model: nn.Module) -> torch.dtype:
 def is_coarse(model: nn.Module) -> bool:
     """Say whether the model computes in half precision, by its weights or the user's autocast.
 
+    Returns:
+        False for float32 and float64.
+
     Example:
         >>> is_coarse(nn.Linear(2, 2)), is_coarse(nn.Linear(2, 2).half())
         (False, True)

@@ -16,6 +16,9 @@ def is_integer(value: Any) -> TypeGuard[int]:
 def first_few(names: Sequence[object], at_most: int = 5) -> str:
     """Write the first names and how many more there are.
 
+    Returns:
+        Such as "'a', 'b' and 1 more".
+
     Example:
         >>> first_few(["a", "b", "c"], at_most=2)
         "'a', 'b' and 1 more"

@@ -15,8 +15,7 @@ import torch
 from cases import CASES, rows
 from torch import Tensor, nn
 
-from captum_sdi import SDIInfluence, TensorSketch
-from captum_sdi.index import shards
+from captum_sdi import SDIInfluence, TensorSketch, whole_file
 
 TRAIN, TEST = rows(23, seed=1), rows(3, seed=2)
 
@@ -70,7 +69,7 @@ def ended(child: int) -> int:
 
 def killed_while_building(path: Path, moment: random.Random, **changes: Any) -> int:
     """A process that builds an index and is killed with SIGKILL before or after one of its writes reaches the disk."""
-    at, sync, written = moment.randrange(60), shards._sync, iter(range(10**6))
+    at, sync, written = moment.randrange(60), whole_file._sync, iter(range(10**6))
 
     def fatal(file: Path) -> None:
         number = next(written)
@@ -83,7 +82,7 @@ def killed_while_building(path: Path, moment: random.Random, **changes: Any) -> 
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
-        shards._sync = fatal
+        whole_file._sync = fatal
         influence(path, **changes).build_index()
 
     return ended(forked(work))

@@ -24,10 +24,13 @@ from transformers.pytorch_utils import Conv1D
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, find_loop
 from captum_sdi.capture.tape import Tape
+from captum_sdi.checkpoints import listed_checkpoints
 from captum_sdi.data.collate import Collator
+from captum_sdi.data.examples import Examples
 from captum_sdi.data.losses import TokenCrossEntropy
 from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
+from captum_sdi.features import concatenate
 from captum_sdi.loop.parameters import as_loop
 from captum_sdi.passes import Engine
 
@@ -55,11 +58,11 @@ def capture(
     checkpointing: bool = False,
 ) -> dict[str, Tensor]:
     """What the library caught, by parameter: ``(n, 2 + t, entries)``."""
-    engine = Engine(model, lambda *_: 1.0, layers, as_loop(loop), Exact(), checkpointing)
-    stream, side = Stream(batches, "train_dataset"), Side("training", loss_fn, forward_kwargs)
-    caught: list[dict[str, Tensor]] = []
-    engine.sweep([None], (stream, side), lambda *_: caught.append(engine.features(stream, side, True).rows))
-    return caught[0]
+    engine = Engine(model, lambda *_: 1.0, layers, as_loop(loop), Exact(), activation_checkpointing=checkpointing)
+    examples = Examples(Stream(batches, "train_dataset"), Side("training", loss_fn, forward_kwargs))
+    with engine.points(listed_checkpoints([None]), examples) as points:
+        blocks = next(points).blocks(examples, by_step=True)
+        return concatenate([block.features for block in blocks]).rows
 
 
 def assert_same(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-10) -> None:

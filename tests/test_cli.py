@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from captum_sdi import Exact, SDIInfluence, SketchIndex, StepInfluence, TensorSketch
 from captum_sdi.__main__ import main
-from captum_sdi.cli.rows import Encoder
+from captum_sdi.cli.encoder import Encoder
+from captum_sdi.passes import Engine, Point
 from captum_sdi.models import LoopedGPTForCausalLM, loop_layers
-from captum_sdi.passes import Engine
 
 CASE = CASES[1]
 RATES = {5: 0.25, 10: 0.125}
@@ -244,16 +244,16 @@ def test_named_layers_a_pooled_row_and_half_precision(here: Path) -> None:
 def test_an_interrupted_index_is_completed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("captum_sdi.index.build.SHARD_BYTES", 1)  # a shard per batch
-    real, calls = Engine.batch, []
+    monkeypatch.setattr("captum_sdi.index.writer.SHARD_BYTES", 1)  # a shard per batch
+    real, calls = Point.batch, []
 
-    def batch(self: Engine, *arguments: Any) -> Any:
+    def batch(self: Point, *arguments: Any, **settings: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(self, *arguments)
+        return real(self, *arguments, **settings)
 
-    monkeypatch.setattr(Engine, "batch", batch)
+    monkeypatch.setattr(Point, "batch", batch)
     line = f"{INDEX} --batch-size 4"
     assert run(line) == 130
     assert capsys.readouterr().err == "captum-sdi: interrupted: the same command goes on from here\n"
@@ -274,7 +274,7 @@ def test_a_failed_index_is_not_taken_for_another(
     assert run(INDEX, train="other.jsonl") == 1
     assert "is of another train_dataset" in capsys.readouterr().err
     assert Path("idx/command.json").read_text() == before
-    monkeypatch.setattr(Engine, "sweep", lambda *_: (_ for _ in ()).throw(ValueError("nothing\nworks")))
+    monkeypatch.setattr(Engine, "points", lambda *_: (_ for _ in ()).throw(ValueError("nothing\nworks")).__next__())
     assert run(INDEX, index="idx2") == 1
     assert capsys.readouterr().err == "captum-sdi: error: nothing works\n"
     assert not Path("idx2").exists()

@@ -21,7 +21,7 @@ from captum_sdi.capture.tape import Tape
 from captum_sdi.checkpoints import checkpoint_names
 from captum_sdi.features import POOLED, Bins, Columns, Dense, Gradient, Noise, Outer, StepFeatures
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-from captum_sdi.scores.contract import Scores, pair_scores, self_scores, with_total
+from captum_sdi.scores.contract import Scores, pair_scores, self_scores
 from captum_sdi.sketch.base import Projection
 from captum_sdi.tasks import TaskDataset, parity
 
@@ -161,9 +161,9 @@ def scores_of(sketch: TensorSketch | Exact, gradients: list[Stored]) -> dict[str
 
 def _scores_at(sketch: TensorSketch | Exact, stored: Stored, checkpoint: str) -> dict[str, Scores]:
     test, train = stored.features(sketch, checkpoint)
-    pairs = pair_scores(with_total(test), train.summed())
-    selves = self_scores(train)
-    aggregated = pair_scores(with_total(test.aggregated()), train.summed())
+    pairs = pair_scores(test.with_total(), train.summed())
+    selves = self_scores(train, train)
+    aggregated = pair_scores(test.aggregated().with_total(), train.summed())
     first = Columns.of_step(0)  # after the total, prelude and coda
     return {
         "totals": Scores(pairs.values[..., 0], pairs.variances[..., 0]),
@@ -222,7 +222,7 @@ def test_factors_hashed_in_blocks_need_their_share_of_the_bound(seed: int) -> No
     for draw in range(seed * DRAWS, (seed + 1) * DRAWS):
         projection = TensorSketch(dim, draw).projection("weight", parameter)
         features = StepFeatures({"": projection(gradient).unsqueeze(1)}, {"": projection.noise}, torch.ones(n))
-        scores = self_scores(features)
+        scores = self_scores(features, features)
         scores = Scores(scores.values[:, 0], scores.variances[:, 0])
         coverage["with"].append(covered(scores, exact))
         coverage["without"].append(covered(Scores(scores.values, scores.variances / factor), exact))

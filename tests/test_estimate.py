@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captum_sdi import SDIInfluence, TensorSketch
 from captum_sdi.cost import Estimate, estimate
-from captum_sdi.passes import Engine
+from captum_sdi.passes import Point
 
 TRAIN = rows(10, seed=1)
 COST = Estimate(
@@ -56,12 +56,12 @@ def test_a_batch_and_a_checkpoint_are_timed_apart(monkeypatch: pytest.MonkeyPatc
 def test_it_measures_examples_from_all_over_and_a_batch_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def batch(self: Engine, raw: Any, *arguments: Any) -> Any:
+    def batch(self: Point, raw: Any, *arguments: Any, **settings: Any) -> Any:
         seen.append(raw["input_ids"].tolist())
-        return real(self, raw, *arguments)
+        return real(self, raw, *arguments, **settings)
 
-    real = Engine.batch
-    monkeypatch.setattr(Engine, "batch", batch)
+    real = Point.batch
+    monkeypatch.setattr(Point, "batch", batch)
     data = [{"input_ids": torch.tensor([i, 1, 2]), "labels": torch.tensor([i, 1, 2])} for i in range(10)]
     estimate(SDIInfluence(looped_gpt()(), data, batch_size=4), longest=7)
     assert {tuple(row[0] for row in ids) for ids in seen[:-1]} == {(0, 2, 5, 7)}

@@ -17,6 +17,7 @@ from index_faults import TEST, TRAIN, checkpoints, influence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from captum_sdi.passes import Point
 from captum_sdi import Exact, SDIInfluence, SketchIndex, TensorSketch
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.fingerprints import example_fingerprints
@@ -110,13 +111,13 @@ def test_a_second_question_recomputes_nothing_of_the_train_set(tmp_path: Path, m
     sdi(tmp_path).build_index()
     asked = sdi(tmp_path)
     passes: list[tuple[str, int]] = []
-    swept = type(asked._engine)._tried
+    batch = Point.batch
 
-    def counted(self: Any, raw: Any, side: Any, by_step: bool, positions: Any) -> Any:
+    def counted(self: Point, raw: Any, side: Any, positions: Any, **settings: Any) -> Any:
         passes.append((side.name, len(positions)))
-        return swept(self, raw, side, by_step, positions)
+        return batch(self, raw, side, positions, **settings)
 
-    monkeypatch.setattr(type(asked._engine), "_tried", counted)
+    monkeypatch.setattr(Point, "batch", counted)
     first = asked.step_influence(TEST, k=3)
     assert passes == [("train", 1), ("test", 3)] * 2  # one stored row for each checkpoint
     passes.clear()

@@ -1,124 +1,112 @@
-"""What each command does, step by step; errors are exceptions, which `captum_sdi.__main__` makes one line of."""
+"""The commands, step by step. What goes wrong is an exception, of which `captum_sdi.__main__` prints one line."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import shutil
-import sys
+from argparse import Namespace
 from pathlib import Path
 
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
-
 from captum_sdi.cli import pictures
-from captum_sdi.cli.loading import attribution, load_encoder, load_model, resolved_checkpoints
+from captum_sdi.cli.loading import build_influence, load_encoder, load_model, resolve_checkpoints
 from captum_sdi.cli.options import FORMATS
+from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import ARRAYS, LINES, TENSORS, Results
-from captum_sdi.cli.rows import Encoder, JsonLines
-from captum_sdi.cost import estimate, readable_size
+from captum_sdi.cli.rows import JsonLines
+from captum_sdi.cost import estimate
+from captum_sdi.cost import readable_size
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.scores.result import StepInfluence
 
+# --- the commands ---
 
-def index(options: argparse.Namespace) -> None:
-    """``captum-sdi index``: everything is checked before the first file is written.
 
-    Args:
-        options: What was typed.
-
-    Raises:
-        ValueError: The folder holds an index of something else.
-    """
-    recipe, folder = Recipe.of(options), options.index
-    recipe = dataclasses.replace(recipe, checkpoints=resolved_checkpoints(recipe))
-    earlier = Recipe.read(folder)
-    if earlier is not None and (differences := earlier.differences(recipe)):
-        raise ValueError(
-            f"{folder} holds an index made with {'; '.join(differences)}. Name another --index, or say the same."
-        )
-    model, encode = _loaded(recipe, options)
-    train = JsonLines(options.train, encode, show_progress=_shows(options))
-    _note(train, options)
+def index(options: Namespace) -> None:
+    """Run ``captum-sdi index``: check everything, then write the first file."""
+    folder = options.index
+    recipe = Recipe.from_options(options)
+    recipe = dataclasses.replace(recipe, checkpoints=resolve_checkpoints(recipe))
+    check_same_recipe(recipe, folder)
+    show_progress = shows_progress(options)
+    model = load_model(recipe, options.device, quiet=options.quiet)
+    train = JsonLines(options.train, load_encoder(recipe, model), show_progress=show_progress)
+    print_summary(train, options)
     recipe = dataclasses.replace(recipe, train_digest=train.digest)
-    sdi = attribution(recipe, model, train, folder)
+    sdi = build_influence(recipe, model, train, folder)
     if options.dry_run:
-        _print(f"{estimate(sdi, longest=train.longest)}; {readable_size(_free(folder))} are free")
+        cost = estimate(sdi, longest=train.longest)
+        print_line(f"{cost}; {readable_size(free_bytes(folder))} are free")
         return
     recipe = dataclasses.replace(recipe, batch_size=sdi.batch_size)
-    _build(sdi, recipe, folder, _shows(options))
-    _say(SketchIndex.open(folder), options)
+    try:
+        sdi.build_index(show_progress=show_progress)
+    except KeyboardInterrupt:
+        write_recipe(recipe, folder)  # captum-sdi score may complete the index, too
+        raise
+    write_recipe(recipe, folder)
+    print_unless_quiet(SketchIndex.open(folder), options)
 
 
-def score(options: argparse.Namespace) -> None:
-    """``captum-sdi score``.
-
-    Args:
-        options: What was typed.
+def score(options: Namespace) -> None:
+    """Run ``captum-sdi score``: find the strongest training examples, write them and draw them.
 
     Raises:
-        ValueError: There is no index, results are in the way, or ``--rerank`` chooses among too few.
+        ValueError: If ``--rerank`` leaves fewer candidates than ``-k`` training examples.
     """
-    _check_free(options.out, options.overwrite)
+    check_output_folder(options.out, overwrite=options.overwrite)
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
-    recipe = _recipe(options)
-    model, encode = _loaded(recipe, options)
-    queries = JsonLines(options.query, encode, show_progress=_shows(options))
-    _note(queries, options)
-    train = JsonLines(recipe.train, encode, recipe.train_digest, show_progress=_shows(options))
-    sdi = attribution(recipe, model, train, options.index, options.n_loops)
-    scores = _scored(sdi, queries, options)
-    if not _is_first_process():
+    show_progress = shows_progress(options)
+    recipe = recipe_of_index(options)
+    model = load_model(recipe, options.device, quiet=options.quiet)
+    encoder = load_encoder(recipe, model)
+    queries = JsonLines(options.query, encoder, show_progress=show_progress)
+    print_summary(queries, options)
+    train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
+    sdi = build_influence(recipe, model, train, options.index, options.n_loops)
+    scores = score_queries(sdi, queries, options)
+    if not is_first_process():
         return
-    results = Results.of(scores, queries, train, not options.opponents)
-    _clear(options.out)
+    results = Results.from_scores(scores, queries, train, proponents=not options.opponents)
+    remove_results(options.out)
     results.write(options.out)
-    names = [LINES, ARRAYS, TENSORS]
+    files = [LINES, ARRAYS, TENSORS]
     if options.pictures:
-        names += pictures.draw(results, range(len(queries))[: options.pictures], 5, options.out, options.format)
-    _say(f"{results}\n{options.out}: {', '.join(names)}", options)
+        drawn = range(len(queries))[: options.pictures]
+        files += pictures.draw(results, drawn, 5, options.out, options.format)
+    print_unless_quiet(f"{results}\n{options.out}: {', '.join(files)}", options)
 
 
-def plot(options: argparse.Namespace) -> None:
-    """``captum-sdi plot``.
-
-    Args:
-        options: What was typed.
+def plot(options: Namespace) -> None:
+    """Run ``captum-sdi plot``: draw saved results.
 
     Raises:
-        ValueError: There are no results, or not that query among them.
+        ValueError: If a query is not among the results.
     """
-    results, out = Results.read(options.results), options.out or options.results
-    everything = range(len(results.lines))
-    queries = options.query or everything[: options.pictures]
-    if absent := sorted(set(queries) - set(everything)):
-        raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {everything[-1]}.")
-    names = pictures.draw(results, queries, options.k, out, options.format)
-    _say(f"{out}: {', '.join(names)}", options)
+    results = Results.read(options.results)
+    folder = options.out or options.results
+    positions = range(len(results.lines))
+    queries = options.query or positions[: options.pictures]
+    absent = sorted(set(queries) - set(positions))
+    if absent:
+        raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
+    files = pictures.draw(results, queries, options.k, folder, options.format)
+    print_unless_quiet(f"{folder}: {', '.join(files)}", options)
 
 
-def show(options: argparse.Namespace) -> None:
-    """``captum-sdi show``.
-
-    Args:
-        options: What was typed.
-    """
-    _print(_opened(options.index))
+def show(options: Namespace) -> None:
+    """Run ``captum-sdi show``: print what is in an index."""
+    print_line(open_index(options.index))
 
 
-def demo(options: argparse.Namespace) -> None:
-    """``captum-sdi demo``.
-
-    Args:
-        options: What was typed.
+def demo(options: Namespace) -> None:
+    """Run ``captum-sdi demo``.
 
     Raises:
-        ImportError: What the demo trains with is not installed.
+        ImportError: If a package that the demo trains with is not installed.
     """
     try:
         from captum_sdi.demo import run  # imports transformers.Trainer, which needs the extra `train`
@@ -128,29 +116,35 @@ def demo(options: argparse.Namespace) -> None:
         raise ImportError(f"{error} - install what the demo trains with: pip install 'captum-sdi[train]'") from error
 
 
-# --- what they share ---
+# --- the recipe of an index ---
 
 
-def _build(sdi: SDIInfluence, recipe: Recipe, folder: Path, show_progress: bool) -> None:
-    try:
-        sdi.build_index(show_progress)
-    except KeyboardInterrupt:
-        _record(recipe, folder)  # captum-sdi score may complete it, too
-        raise
-    _record(recipe, folder)
+def check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Check that an index that is already in the folder was made with the same numbers."""
+    earlier = Recipe.read(folder)
+    differences = [] if earlier is None else earlier.differences(recipe)
+    if differences:
+        raise ValueError(
+            f"{folder} holds an index made with {'; '.join(differences)}. Name another --index, or say the same."
+        )
 
 
-def _record(recipe: Recipe, folder: Path) -> None:
-    """Only where an index is: beside other files there would never be one."""
-    if _is_first_process() and (folder / MANIFEST).is_file():
+def write_recipe(recipe: Recipe, folder: Path) -> None:
+    """Write the recipe into a folder that holds an index; other files are left alone."""
+    if is_first_process() and (folder / MANIFEST).is_file():
         recipe.write(folder)
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe of the index that is to be scored, and where its things are now."""
-    _opened(options.index)
-    moved = {name: getattr(options, name) for name in ("model", "checkpoints", "train", "tokenizer")}
-    recipe = Recipe.read(options.index, **moved)
+def recipe_of_index(options: Namespace) -> Recipe:
+    """Return the recipe of the index to be scored, with what the options of scoring change."""
+    open_index(options.index)
+    recipe = Recipe.read(
+        options.index,
+        model=options.model,
+        checkpoints=options.checkpoints,
+        train=options.train,
+        tokenizer=options.tokenizer,
+    )
     if recipe is None:
         raise ValueError(
             f"{options.index} does not say how it was built: there is no {NAME} in it. Run captum-sdi index again as "
@@ -161,76 +155,60 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
     return dataclasses.replace(
         recipe,
-        checkpoints=resolved_checkpoints(recipe),
+        checkpoints=resolve_checkpoints(recipe),
         batch_size=options.batch_size or recipe.batch_size,
         trust_remote_code=options.trust_remote_code,  # a folder, which may come from a stranger, cannot grant it
     )
 
 
-def _loaded(recipe: Recipe, options: argparse.Namespace) -> tuple[PreTrainedModel, Encoder]:
-    if options.quiet:
-        disable_progress_bar()  # transformers has one for loading weights
-    model = load_model(recipe, options.device)
-    return model, load_encoder(recipe, model)
+def open_index(folder: Path) -> SketchIndex:
+    """Open an index, or say how to write one."""
+    if not folder.is_dir():
+        raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
+    return SketchIndex.open(folder)
 
 
-def _scored(sdi: SDIInfluence, queries: JsonLines, options: argparse.Namespace) -> StepInfluence:
-    rank_by = None if options.rank_by is None else options.rank_by - 1
-    ranking = {"rank_by": rank_by, "rerank": options.rerank}
+def free_bytes(folder: Path) -> int:
+    """Return how much is free on the disk that a folder is on, or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+# --- scores ---
+
+
+def score_queries(sdi: SDIInfluence, queries: JsonLines, options: Namespace) -> StepInfluence:
+    """Return the scores of the strongest training examples of each query."""
     try:
-        return sdi.step_influence(queries, options.k, not options.opponents, _shows(options), **ranking)
+        return sdi.step_influence(
+            queries,
+            options.k,
+            proponents=not options.opponents,
+            show_progress=shows_progress(options),
+            rank_by=None if options.rank_by is None else options.rank_by - 1,
+            rerank=options.rerank,
+        )
     except ValueError as error:
         if str(error).startswith("rank_by="):  # which counts from 0
             raise ValueError(f"--rank-by {options.rank_by}: no query runs that many loop steps.") from error
         raise
 
 
-def _opened(folder: Path) -> SketchIndex:
-    if not folder.is_dir():
-        raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
-    return SketchIndex.open(folder)
-
-
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Before hours of work: results have a place to go."""
+def check_output_folder(folder: Path, *, overwrite: bool) -> None:
+    """Check, before hours of work, that results have a folder to go to."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; name a folder.")
     if (folder / LINES).exists() and not overwrite:
         raise ValueError(f"{folder} holds the results of an earlier run: name another --out, or say --overwrite.")
 
 
-def _clear(folder: Path) -> None:
-    """Removes an earlier run's files, of which a later one may write fewer."""
-    for pattern in (LINES, ARRAYS, TENSORS, *(f"{name}.{end}" for name in pictures.NAMES for end in FORMATS)):
+def remove_results(folder: Path) -> None:
+    """Remove the files of an earlier run, which may have written more of them."""
+    patterns = [LINES, ARRAYS, TENSORS]
+    for name in pictures.NAMES:
+        patterns += [f"{name}.{extension}" for extension in FORMATS]
+    for pattern in patterns:
         for file in folder.glob(pattern):
             file.unlink()
-
-
-def _free(folder: Path) -> int:
-    """Bytes on the disk that a folder is on, or will be."""
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free
-
-
-def _is_first_process() -> bool:
-    """Of those of an `accelerate launch` or `torchrun`, which share the work."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _shows(options: argparse.Namespace) -> bool:
-    return not options.quiet and _is_first_process()
-
-
-def _note(data: JsonLines, options: argparse.Namespace) -> None:
-    """What was read, beside the output that a pipe would take."""
-    if _shows(options):
-        sys.stderr.write(f"{data.summary()}\n")
-
-
-def _say(text: object, options: argparse.Namespace) -> None:
-    if _shows(options):
-        _print(text)
-
-
-def _print(text: object) -> None:
-    sys.stdout.write(f"{text}\n")

@@ -1,4 +1,4 @@
-"""From a recipe to what it names: the model, the tokenizer, the examples and the `SDIInfluence`."""
+"""From a recipe to what it names: the model, the tokenizer, the checkpoints and the `SDIInfluence`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from captum_sdi.checkpoints import find_checkpoints
+from captum_sdi.cli.encoder import Encoder
 from captum_sdi.cli.recipe import Recipe
-from captum_sdi.cli.rows import Encoder
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
 from captum_sdi.sketch.tensor_sketch import TensorSketch
@@ -19,145 +20,138 @@ from captum_sdi.sketch.tensor_sketch import TensorSketch
 ADAPTER = "adapter_config.json"
 CONFIGS = ("config.json", ADAPTER)
 """One of them is in every model's folder."""
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+"""One of them is in every tokenizer's folder."""
 
 
-def load_model(recipe: Recipe, device: str) -> Any:
-    """The model, looped where the recipe says so.
-
-    Args:
-        recipe: What to load.
-        device: Where to, or auto.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ValueError: There is no such model or device, or the layers cannot be looped.
-    """
-    place, dtype = _device(device), recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    _check_place(recipe.model, "--model")
+def load_model(recipe: Recipe, device_name: str, *, quiet: bool) -> Any:
+    """Load the model, looped where the recipe says so, in evaluation mode."""
+    if quiet:
+        disable_progress_bar()  # transformers has one for loading weights
+    device = usable_device(device_name)
+    check_model_folder(recipe.model)
     try:
-        model = _model_or_adapter(recipe, dtype)
+        model = load_looped_model(recipe)
     except OSError as error:
-        unless = "" if os.path.exists(recipe.model) else " is no folder, and the Hub does not give it"
-        raise ValueError(f"--model {recipe.model}{unless}: {error}") from error
-    return model.to(place).eval()
+        unless_folder = "" if os.path.exists(recipe.model) else " is no folder, and the Hub does not give it"
+        raise ValueError(f"--model {recipe.model}{unless_folder}: {error}") from error
+    return model.to(device).eval()
+
+
+def load_looped_model(recipe: Recipe) -> Any:
+    """Load the model, or the adapters and the model below them, and loop its layers on request."""
+    is_adapter = (Path(recipe.model) / ADAPTER).is_file()
+    base = recipe.model
+    if is_adapter:
+        from peft import PeftConfig, PeftModel  # optional: only adapters need it
+
+        base = PeftConfig.from_pretrained(recipe.model).base_model_name_or_path
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=named_dtype(recipe.dtype), trust_remote_code=recipe.trust_remote_code
+    )
+    if recipe.loop_layers is not None:
+        model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, recipe.model, is_trainable=True)
+    return model
 
 
 def load_encoder(recipe: Recipe, model: Any) -> Encoder:
-    """What makes the model's inputs of the lines of a file.
-
-    Args:
-        recipe: Names the tokenizer, and says how it is used.
-        model: Says which tokens it knows, and how many of them it takes.
-
-    Returns:
-        The encoder; without a tokenizer where there is none, which is an error only for lines that need one.
-    """
+    """Return the encoder of lines; without a tokenizer, it takes only token ids."""
     longest = getattr(model.config, "max_position_embeddings", None)
     return Encoder(
         vocab_size=model.get_input_embeddings().num_embeddings,
-        tokenizer=_tokenizer(recipe),
+        tokenizer=load_tokenizer(recipe),
         max_length=recipe.max_length or longest,
         special_tokens=recipe.special_tokens,
     )
 
 
-def attribution(recipe: Recipe, model: Any, train: Any, index: Path | None, n_loops: int | None = None) -> SDIInfluence:
-    """The object that does the work.
+def load_tokenizer(recipe: Recipe) -> Any:
+    """Load the tokenizer; None where none was named and the model's folder has none."""
+    folder = Path(recipe.model)
+    if recipe.tokenizer is None and folder.is_dir():
+        has_tokenizer = any(next(folder.glob(pattern), None) for pattern in TOKENIZERS)
+        if not has_tokenizer:
+            return None
+    return AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model, trust_remote_code=recipe.trust_remote_code)
 
-    Args:
-        recipe: Its settings.
-        model: The model.
-        train: The training examples.
-        index: The index's folder; None for none.
-        n_loops: Loop steps on the test side; None: as on the training side.
 
-    Returns:
-        It, before anything is computed.
-    """
-    depth, test_depth = ({"n_loops": n} if n is not None else None for n in (recipe.n_loops, n_loops))
-    layers: Any = {"loop": "loop", "all": None}.get(" ".join(recipe.layers), list(recipe.layers))
+def build_influence(
+    recipe: Recipe, model: Any, train: Any, index: Path | None, n_loops: int | None = None
+) -> SDIInfluence:
+    """Return the `SDIInfluence` of a recipe; `n_loops` sets the depth of the test side alone."""
+    layers: Any = list(recipe.layers)
+    if layers == ["loop"]:
+        layers = "loop"
+    elif layers == ["all"]:
+        layers = None
     return SDIInfluence(
         model,
         train,
-        recipe.checkpoints and list(recipe.checkpoints),
+        None if recipe.checkpoints is None else list(recipe.checkpoints),
         layers=layers,
         batch_size=recipe.batch_size,
         loop=recipe.loop,
-        sketch=TensorSketch(recipe.dim, recipe.seed, recipe.pool),
-        forward_kwargs=depth,
-        test_forward_kwargs=test_depth,
+        sketch=TensorSketch(recipe.dim, recipe.seed, pool=recipe.pool),
+        forward_kwargs=depth_kwargs(recipe.n_loops),
+        test_forward_kwargs=depth_kwargs(n_loops),
         activation_checkpointing=recipe.activation_checkpointing,
         index=index,
-        index_dtype=None if recipe.index_dtype is None else getattr(torch, recipe.index_dtype),
+        index_dtype=None if recipe.index_dtype is None else named_dtype(recipe.index_dtype),
     )
 
 
-def resolved_checkpoints(recipe: Recipe) -> tuple[str, ...] | None:
-    """The checkpoints one by one, so that those a run adds later are not taken for the index's.
-
-    Args:
-        recipe: Names them, or a folder of them.
-
-    Returns:
-        Their paths; None for the model's own weights.
-
-    Raises:
-        ValueError: One of them is not there.
-    """
+def resolve_checkpoints(recipe: Recipe) -> tuple[str, ...] | None:
+    """Return the checkpoints one by one: a run that goes on adds none to those of the index."""
     if recipe.checkpoints is None:
         return None
     for path in recipe.checkpoints:
         if not os.path.exists(path):
             raise ValueError(f"There is no checkpoint at {path}; say with --checkpoints where it is.")
-    found = find_checkpoints(recipe.checkpoints[0] if len(recipe.checkpoints) == 1 else list(recipe.checkpoints))
-    return tuple(map(os.path.abspath, found))
+    folder_or_list = recipe.checkpoints[0] if len(recipe.checkpoints) == 1 else list(recipe.checkpoints)
+    checkpoints = find_checkpoints(folder_or_list)
+    return tuple(os.path.abspath(checkpoint) for checkpoint in checkpoints)
 
 
-def _model_or_adapter(recipe: Recipe, dtype: Any) -> Any:
-    adapter = (Path(recipe.model) / ADAPTER).is_file()
-    if adapter:
-        from peft import PeftConfig, PeftModel  # optional: only adapters need it
-    place = PeftConfig.from_pretrained(recipe.model).base_model_name_or_path if adapter else recipe.model
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, trust_remote_code=recipe.trust_remote_code)
-    if recipe.loop_layers is not None:
-        model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
-    return PeftModel.from_pretrained(model, recipe.model, is_trainable=True) if adapter else model
-
-
-def _device(name: str) -> torch.device:
+def usable_device(name: str) -> torch.device:
+    """Return the device of that name, after a tensor was put there."""
     if name == "auto":  # one GPU for each process of a launch
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        local_rank = os.environ.get("LOCAL_RANK", 0)
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        first_line = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {first_line}") from error
     return device
 
 
-def _check_place(model: str, option: str) -> None:
-    """What a path that is no model's folder should have been."""
+def named_dtype(name: str) -> Any:
+    """Return the dtype that torch calls so, or ``auto``, which transformers understands."""
+    return name if name == "auto" else getattr(torch, name)
+
+
+def depth_kwargs(n_loops: int | None) -> dict[str, int] | None:
+    """Return the forward keywords that set a number of loop steps."""
+    return None if n_loops is None else {"n_loops": n_loops}
+
+
+def check_model_folder(model: str) -> None:
+    """Check that a path is a model's folder; a name on the Hub passes."""
     folder = Path(model)
     if not folder.exists():
         if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-            raise ValueError(f"There is no folder {model}; say with {option} where the model is.")
+            raise ValueError(f"There is no folder {model}; say with --model where the model is.")
         return
     if any((folder / name).is_file() for name in CONFIGS):
         return
-    steps = sorted(
-        (file for name in CONFIGS for file in folder.glob(f"checkpoint-*/{name}")),
-        key=lambda file: len(file.parent.name),
-    )
-    advice = f" It holds checkpoints: --model {steps[-1].parent} --checkpoints {model}." if steps else ""
+    checkpoints: list[Path] = []
+    for name in CONFIGS:
+        checkpoints += [file.parent for file in folder.glob(f"checkpoint-*/{name}")]
+    advice = ""
+    if checkpoints:
+        latest = max(checkpoints, key=lambda checkpoint: (len(checkpoint.name), checkpoint.name))  # 5, 10, 15
+        advice = f" It holds checkpoints: --model {latest} --checkpoints {model}."
     raise ValueError(f"{model} is no model's folder: there is no {CONFIGS[0]} in it.{advice}")
-
-
-def _tokenizer(recipe: Recipe) -> Any:
-    """The tokenizer; None where the model's folder has none and none was named."""
-    folder = Path(recipe.model)
-    files = ("tokenizer*", "vocab*", "*.model")
-    if recipe.tokenizer is None and folder.is_dir() and not any(any(folder.glob(file)) for file in files):
-        return None
-    return AutoTokenizer.from_pretrained(recipe.tokenizer or recipe.model, trust_remote_code=recipe.trust_remote_code)

@@ -14,43 +14,34 @@ from captum_sdi.cli.results import Results
 NAMES = ("trajectories-*", "heatmap-*", "totals", "step-share")
 """Of all pictures, as patterns."""
 
-_MOST = 20  # training examples of either sign in a heat map, which are then named
-_ROWS = 80  # as many as plot_totals draws
+HEATMAP_EXAMPLES = 20  # of either sign; so few can be named beside the heat map
+TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading and twice two examples
 
 
 def draw(results: Results, queries: Sequence[int], k: int, folder: Path, format: str) -> list[str]:
-    """Draws and saves.
-
-    Args:
-        results: The scores.
-        queries: Positions of the queries to draw.
-        k: How many proponents, and how many opponents, in a picture of lines.
-        folder: Where to; made where there is none.
-        format: What kind of file.
-
-    Returns:
-        The files' names.
-    """
+    """Draw and save the pictures of the queries at these positions; return the files' names."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for name, axes in _pictures(results, queries, k):
+    files = []
+    for name, axes in drawn_axes(results, queries, k):
+        file = f"{name}.{format}"
         figure = axes.figure
-        figure.savefig(folder / f"{name}.{format}", dpi=200)  # type: ignore[union-attr]
+        figure.savefig(folder / file, dpi=200)  # type: ignore[union-attr]
         plt.close(figure)  # type: ignore[arg-type]
-        names.append(f"{name}.{format}")
-    return names
+        files.append(file)
+    return files
 
 
-def _pictures(results: Results, queries: Sequence[int], k: int) -> Iterator[tuple[str, Axes]]:
-    """Names and drawings, one at a time."""
-    scores, texts, asked = results.scores, results.train_texts, results.query_texts
+def drawn_axes(results: Results, queries: Sequence[int], k: int) -> Iterator[tuple[str, Axes]]:
+    """Yield the name of each picture and its axes, one picture at a time."""
+    scores = results.scores
+    train_texts, query_texts = results.train_texts, results.query_texts
     for q in queries:
-        yield (
-            f"trajectories-{q}",
-            plotting.plot_trajectories(scores, q, k=k, texts=texts, title=f"query {q}: {asked[q]}"),
-        )
-        yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=_MOST, texts=texts, title=f"query {q}: {asked[q]}")
-    together = queries[: _ROWS // 5]  # a heading and twice two examples each
-    yield "totals", plotting.plot_totals(scores, together, k=2, texts=texts, test_texts=asked)
-    among = f"{len(asked)} {'query' if len(asked) == 1 else 'queries'}, top {scores.influence_scores.shape[1]} of each"
-    yield "step-share", plotting.plot_step_share(scores, title=among)
+        title = f"query {q}: {query_texts[q]}"
+        yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, texts=train_texts, title=title)
+        yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=HEATMAP_EXAMPLES, texts=train_texts, title=title)
+    first = queries[:TOTALS_QUERIES]
+    yield "totals", plotting.plot_totals(scores, first, k=2, texts=train_texts, test_texts=query_texts)
+    n_queries, n_examples = scores.influence_scores.shape
+    noun = "query" if n_queries == 1 else "queries"
+    title = f"{n_queries} {noun}, top {n_examples} of each"
+    yield "step-share", plotting.plot_step_share(scores, title=title)

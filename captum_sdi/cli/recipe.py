@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-NAME = "command.json"
-_FORMAT = {"format": "captum_sdi.command", "format_version": 1}
+from captum_sdi.whole_file import write_whole
 
-_PLACES = ("model", "checkpoints", "train", "tokenizer")
-"""Where things are; they may move."""
-_COSTS = ("batch_size", "activation_checkpointing")
-"""What changes no number."""
+NAME = "command.json"
+HEADER = {"format": "captum_sdi.command", "format_version": 1}
+
+PATHS = ("model", "checkpoints", "train", "tokenizer")
+"""Options that say where something is; it may move."""
+COSTS = ("batch_size", "activation_checkpointing")
+"""Options that change no number."""
+NOT_COMPARED = {*PATHS, *COSTS, "trust_remote_code", "train_digest"}
 
 
 @dataclass(frozen=True)
@@ -46,46 +50,50 @@ class Recipe:
     train_digest: str | None = None
 
     @staticmethod
-    def of(options: argparse.Namespace) -> Recipe:
-        """The recipe that was typed.
+    def from_options(options: Namespace) -> Recipe:
+        """Return the recipe that was typed, its local paths absolute."""
+        settings = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Recipe)}
+        for name in PATHS:
+            settings[name] = map_paths(absolute_path, settings[name])
+        return Recipe.from_settings(settings)
 
-        Args:
-            options: Of ``captum-sdi index``.
-
-        Returns:
-            The recipe, its local paths absolute.
-        """
-        given = {field.name: getattr(options, field.name, None) for field in dataclasses.fields(Recipe)}
-        given |= {name: _each(given[name], _absolute) for name in _PLACES}
-        return Recipe(**{name: _frozen(value) for name, value in given.items()})
+    @staticmethod
+    def from_settings(settings: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of settings that argparse or JSON gave, which have lists for tuples."""
+        frozen = dict(settings)
+        for name, value in settings.items():
+            if isinstance(value, list):
+                frozen[name] = tuple(value)
+        return Recipe(**frozen)
 
     @staticmethod
     def read(folder: Path, **moved: Any) -> Recipe | None:
-        """The recipe of an index.
+        """Read the recipe in an index's folder, if there is one.
 
-        Args:
-            folder: The index's.
-            **moved: Where things are now, if not None; anything else is found beside the index as it was then, or
-                where it was.
+        Paths in `moved` that are not None say where things are now. The others are found beside the index, if they
+        moved together with it, or where they were.
 
         Returns:
             The recipe; None when the folder has none.
 
         Raises:
-            ValueError: It is damaged, or of another version.
+            ValueError: If it is damaged, or of another version.
         """
         file = folder / NAME
         if not file.is_file():
             return None
         try:
-            said = json.loads(file.read_text(encoding="utf-8"))
-            found = {key: said.pop(key, None) for key in _FORMAT}
-            if found != _FORMAT:
-                raise ValueError(f"{found} instead of {_FORMAT}")
-            places = {name: said.pop(name) for name in _PLACES}
-            here = {name: _each(place, lambda one: _found(one, folder)) for name, place in places.items()}
-            here |= {name: _each(place, _absolute) for name, place in moved.items() if place is not None}
-            return Recipe(**{name: _frozen(value) for name, value in {**said, **here}.items()})
+            settings = json.loads(file.read_text(encoding="utf-8"))
+            header = {key: settings.pop(key, None) for key in HEADER}
+            if header != HEADER:
+                raise ValueError(f"{header} instead of {HEADER}")
+            locate = partial(located_path, folder)
+            for name in PATHS:
+                settings[name] = map_paths(locate, settings[name])
+            for name, path in moved.items():
+                if path is not None:
+                    settings[name] = map_paths(absolute_path, path)
+            return Recipe.from_settings(settings)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged, or of another version of captum_sdi: {error}. Remove it and run captum-sdi index "
@@ -93,66 +101,63 @@ class Recipe:
             ) from error
 
     def write(self, folder: Path) -> None:
-        """Writes the recipe into an index's folder, whole or not at all.
-
-        Args:
-            folder: The index's.
-        """
-        said = {**_FORMAT, **dataclasses.asdict(self)}
-        said |= {name: _each(said[name], lambda one: _place(one, folder)) for name in _PLACES}
-        unfinished = folder / f"{NAME}.unfinished"
-        unfinished.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / NAME)
+        """Write the recipe into an index's folder, whole or not at all."""
+        settings = {**HEADER, **dataclasses.asdict(self)}
+        store = partial(stored_path, folder)
+        for name in PATHS:
+            settings[name] = map_paths(store, settings[name])
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_whole(folder / NAME, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     def differences(self, other: Recipe) -> list[str]:
-        """What another recipe says otherwise, in the words of the command line.
-
-        Args:
-            other: The other one.
-
-        Returns:
-            One entry per option that changes a number.
-        """
-        free = {*_PLACES, *_COSTS, "trust_remote_code", "train_digest"}
-        names = [field.name for field in dataclasses.fields(self) if field.name not in free]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
-        return [f"{_typed(name, ours)}, not {_typed(name, theirs)}" for name, ours, theirs in pairs if ours != theirs]
+        """Return every difference that changes a number, in the words of the command line."""
+        differences = []
+        for field in dataclasses.fields(self):
+            name = field.name
+            own_value, other_value = getattr(self, name), getattr(other, name)
+            if name not in NOT_COMPARED and own_value != other_value:
+                differences.append(f"{as_typed(name, own_value)}, not {as_typed(name, other_value)}")
+        return differences
 
 
-def _frozen(value: Any) -> Any:
-    """An option as a recipe holds it: a list as a tuple."""
-    return tuple(value) if isinstance(value, list | tuple) else value
+def map_paths(change: Callable[[Any], Any], paths: Any) -> Any:
+    """Change one path, or each path of a list; None, where no path was given, stays."""
+    if paths is None:
+        return None
+    if isinstance(paths, list | tuple):
+        return [change(path) for path in paths]
+    return change(paths)
 
 
-def _absolute(place: Any) -> str:
-    """A path that exists as an absolute one; anything else may be a name on the Hub."""
-    return os.path.abspath(place) if isinstance(place, Path) or os.path.exists(place) else place
+def absolute_path(path: Any) -> str:
+    """Return a local path as an absolute one; anything else may be a name on the Hub."""
+    is_local = isinstance(path, Path) or os.path.exists(path)
+    return os.path.abspath(path) if is_local else path
 
 
-def _each(value: Any, change: Callable[[Any], Any]) -> Any:
-    return [change(one) for one in value] if isinstance(value, list | tuple) else value and change(value)
-
-
-def _place(path: str, folder: Path) -> Any:
-    """A path from the index's folder and from the root; a name on the Hub as it is."""
+def stored_path(folder: Path, path: str) -> Any:
+    """Return a path both from the index's folder and from the root; a name on the Hub as it is."""
     if not os.path.isabs(path):
         return path
     return {"from here": os.path.relpath(path, folder.absolute()), "absolute": path}
 
 
-def _found(place: Any, folder: Path) -> str:
-    """Where it is now, or was: things that moved together with the index are found beside it."""
-    if isinstance(place, str):
-        return place
-    beside = os.path.normpath(folder.absolute() / place["from here"])
-    return beside if os.path.exists(beside) else place["absolute"]
+def located_path(folder: Path, stored: Any) -> str:
+    """Return where a stored path leads: beside the index, if it moved with it, or where it was."""
+    if isinstance(stored, str):
+        return stored
+    moved_path = os.path.normpath(folder.absolute() / stored["from here"])
+    return moved_path if os.path.exists(moved_path) else stored["absolute"]
 
 
-def _typed(name: str, value: Any) -> str:
-    """An option as it is typed."""
+def as_typed(name: str, value: Any) -> str:
+    """Return an option as it is typed."""
     if name == "special_tokens":
         return "special tokens" if value else "--no-special-tokens"
     option = f"--{name.replace('_', '-')}"
-    if value is None or isinstance(value, bool):
-        return option if value else f"no {option}"
-    return f"{option} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    if value is None or value is False:
+        return f"no {option}"
+    if value is True:
+        return option
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join([option, *map(str, values)])

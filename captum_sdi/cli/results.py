@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from captum_sdi.cli.rows import JsonLines
+from captum_sdi.cli.rows import JsonLines, clip
 from captum_sdi.scores.result import StepInfluence
 
 LINES, ARRAYS, TENSORS = "scores.jsonl", "scores.npz", "scores.safetensors"
-_QUERIES, _EXAMPLES = 10, 3  # as many as a screen holds
+QUERIES_SHOWN, EXAMPLES_SHOWN = 10, 3  # as many as a screen holds
 
 
 @dataclass(frozen=True)
@@ -29,79 +29,63 @@ class Results:
     """Those of ``scores.jsonl``, one per query."""
 
     @staticmethod
-    def of(scores: StepInfluence, queries: JsonLines, train: JsonLines, proponents: bool) -> Results:
-        """Looks the examples up.
-
-        Args:
-            scores: With ``indices``.
-            queries: The test examples.
-            train: The training examples.
-            proponents: Whether the highest scores come first.
-
-        Returns:
-            The results.
-        """
+    def from_scores(scores: StepInfluence, queries: JsonLines, train: JsonLines, *, proponents: bool) -> Results:
+        """Look up the examples of scores, which have ``indices`` of proponents or of opponents."""
         role = "proponents" if proponents else "opponents"
-        lines = [
-            {
+        lines = []
+        for q in range(len(queries)):
+            line = {
                 "query": q,
                 "line": queries.line(q),
-                "example": queries.about(q),
+                "example": queries.description(q),
                 "n_steps": int(scores.n_steps[q]),
-                role: _pairs(scores, q, train),
+                role: describe_pairs(scores, q, train),
             }
-            for q in range(len(queries))
-        ]
+            lines.append(line)
         return Results(scores, lines)
 
     @staticmethod
     def read(folder: Path) -> Results:
-        """Reads what `write` wrote.
-
-        Args:
-            folder: Where.
-
-        Returns:
-            The results.
-
-        Raises:
-            ValueError: There are none, or those of two runs.
-        """
+        """Read what `write` wrote, and check that it is of one run."""
         for name in (LINES, TENSORS):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no results of captum-sdi score: there is no {name} in it.")
         with (folder / LINES).open(encoding="utf-8") as file:  # a text may hold what str.splitlines would split at
             lines = [json.loads(line) for line in file]
         results = Results(StepInfluence.load(folder / TENSORS), lines)
-        indices = [[pair["index"] for pair in results.pairs(q)] for q in range(len(results.lines))]
-        if results.scores.indices is None or results.scores.indices.tolist() != indices:
+        indices = results.scores.indices
+        if indices is None or indices.tolist() != results.train_indices:
             raise ValueError(f"{LINES} and {TENSORS} in {folder} are of different runs: run captum-sdi score again.")
         return results
 
     def write(self, folder: Path) -> None:
-        """Writes the three files.
-
-        Args:
-            folder: Where; made where there is none.
-        """
+        """Write the three files; the folder is made where there is none."""
         folder.mkdir(parents=True, exist_ok=True)
-        fields = {field.name: getattr(self.scores, field.name) for field in dataclasses.fields(self.scores)}
-        np.savez(folder / ARRAYS, **{name: value.cpu().numpy() for name, value in fields.items()})
+        arrays = {}
+        for field in dataclasses.fields(self.scores):
+            tensor = getattr(self.scores, field.name)
+            arrays[field.name] = tensor.cpu().numpy()
+        np.savez(folder / ARRAYS, **arrays)
         self.scores.save(folder / TENSORS)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines)
-        (folder / LINES).write_text(text, encoding="utf-8")
+        json_lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines]
+        (folder / LINES).write_text("".join(json_lines), encoding="utf-8")
 
-    def pairs(self, q: int) -> list[dict[str, Any]]:
-        """What acted on a query, best first.
+    @property
+    def pairs(self) -> list[list[dict[str, Any]]]:
+        """For each query, its training examples, the strongest first."""
+        pairs = []
+        for line in self.lines:
+            role = "proponents" if "proponents" in line else "opponents"
+            pairs.append(line[role])
+        return pairs
 
-        Args:
-            q: The query's position.
-
-        Returns:
-            One entry per training example.
-        """
-        line = self.lines[q]
-        return line["proponents" if "proponents" in line else "opponents"]
+    @property
+    def train_indices(self) -> list[list[int]]:
+        """For each query, the positions of its training examples, the strongest first."""
+        indices = []
+        for pairs in self.pairs:
+            indices.append([pair["index"] for pair in pairs])
+        return indices
 
     @property
     def query_texts(self) -> list[str]:
@@ -110,51 +94,61 @@ class Results:
 
     @property
     def train_texts(self) -> list[str]:
-        """What each training example says, as far as it occurs in the scores."""
-        said = {pair["index"]: pair["example"]["text"] for q in range(len(self.lines)) for pair in self.pairs(q)}
-        return [said.get(i, "") for i in range(1 + max(said))]
+        """What each training example says; nothing for one that does not occur in the scores."""
+        known: dict[int, str] = {}
+        for pairs in self.pairs:
+            known |= {pair["index"]: pair["example"]["text"] for pair in pairs}
+        return [known.get(index, "") for index in range(1 + max(known))]
 
     def __str__(self) -> str:
         width = min(120, shutil.get_terminal_size().columns)
-        lines = []
-        for q in range(min(_QUERIES, len(self.lines))):
-            lines += [_clipped(f"query {q}: {self.query_texts[q]}", width), "       score  ± error  step  example"]
-            for pair in self.pairs(q)[:_EXAMPLES]:
+        table = []
+        shown = list(zip(self.query_texts, self.pairs, strict=True))[:QUERIES_SHOWN]
+        for q, (query_text, pairs) in enumerate(shown):
+            table.append(f"query {q}: {query_text}")
+            table.append("       score  ± error  step  example")
+            for pair in pairs[:EXAMPLES_SHOWN]:
                 step = 1 + int(np.abs(pair["trajectory"]).argmax())
-                numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}  "
-                lines.append(_clipped(f"{numbers}#{pair['index']}: {pair['example']['text']}", width))
-        if (more := len(self.lines) - _QUERIES) > 0:
-            lines.append(f"... and {more:,} more queries in {LINES}")
-        return "\n".join(lines)
+                numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}"
+                table.append(f"{numbers}  #{pair['index']}: {pair['example']['text']}")
+        table = [clip(printable(line), width) for line in table]
+        n_more = len(self.lines) - QUERIES_SHOWN
+        if n_more > 0:
+            table.append(f"... and {n_more:,} more queries in {LINES}")
+        return "\n".join(table)
 
 
-def _pairs(scores: StepInfluence, q: int, train: JsonLines) -> list[dict[str, Any]]:
-    assert scores.indices is not None
-    steps = int(scores.n_steps[q])
-    return [
-        {
+def describe_pairs(scores: StepInfluence, q: int, train: JsonLines) -> list[dict[str, Any]]:
+    """Return the numbers and the description of a query's training examples, strongest first."""
+    assert scores.indices is not None  # the scores are the k strongest
+    n_steps = int(scores.n_steps[q])
+    pairs = []
+    for place, index in enumerate(scores.indices[q].tolist()):
+        pair = {
             "index": index,
             "line": train.line(index),
-            "score": _number(scores.influence_scores[q, place]),
-            "error": _number(scores.score_errors[q, place]),
-            "trajectory": _numbers(scores.trajectories[q, place, :steps]),
-            "trajectory_errors": _numbers(scores.trajectory_errors[q, place, :steps]),
-            "prelude": _number(scores.prelude[q, place]),
-            "coda": _number(scores.coda[q, place]),
-            "example": train.about(index),
+            "score": short_number(scores.influence_scores[q, place]),
+            "error": short_number(scores.score_errors[q, place]),
+            "trajectory": short_numbers(scores.trajectories[q, place, :n_steps]),
+            "trajectory_errors": short_numbers(scores.trajectory_errors[q, place, :n_steps]),
+            "prelude": short_number(scores.prelude[q, place]),
+            "coda": short_number(scores.coda[q, place]),
+            "example": train.description(index),
         }
-        for place, index in enumerate(scores.indices[q].tolist())
-    ]
+        pairs.append(pair)
+    return pairs
 
 
-def _number(value: Tensor) -> float:
-    return float(f"{value.item():.7g}")  # float32 says no more
+def short_number(value: Tensor) -> float:
+    """Return a number with the seven digits that float32 has."""
+    return float(f"{value.item():.7g}")
 
 
-def _numbers(values: Tensor) -> list[float]:
-    return [_number(value) for value in values]
+def short_numbers(values: Tensor) -> list[float]:
+    """Return numbers with the seven digits that float32 has."""
+    return [short_number(value) for value in values]
 
 
-def _clipped(text: str, width: int) -> str:
-    line = "".join(char if char.isprintable() else " " for char in text)
-    return line if len(line) <= width else line[: width - 1] + "…"
+def printable(text: str) -> str:
+    """Return a text with blanks for line breaks and control characters."""
+    return "".join(char if char.isprintable() else " " for char in text)

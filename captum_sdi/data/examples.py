@@ -21,6 +21,14 @@ class Examples:
     stream: Stream
     side: Side
 
+    @property
+    def n_batches(self) -> int | None:
+        """How many batches there are; None where only a pass can tell."""
+        try:
+            return len(self.stream)
+        except TypeError:
+            return None
+
     def batches(self, only: Tensor | None = None) -> Iterator[tuple[Tensor, Any]]:
         """Read the stream, or the examples at some positions alone.
 

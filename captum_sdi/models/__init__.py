@@ -1,6 +1,10 @@
-"""Looped models to train and attribute, and loops for models that have none; importing registers with AutoModel."""
+"""Looped models to train and attribute, and loops for models that have none.
 
-from captum_sdi.models.loop_layers import loop_layers
-from captum_sdi.models.looped_gpt import LoopedGPTConfig, LoopedGPTForCausalLM
+Importing registers the looped GPT with `AutoConfig` and `AutoModelForCausalLM`.
+"""
+
+from captum_sdi.models.looped_gpt import LoopedGPTForCausalLM
+from captum_sdi.models.looped_gpt_config import LoopedGPTConfig
+from captum_sdi.models.looping import loop_layers
 
 __all__ = ["LoopedGPTConfig", "LoopedGPTForCausalLM", "loop_layers"]

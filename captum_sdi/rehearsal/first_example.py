@@ -141,9 +141,7 @@ class Rehearsal:
         example = select(raw, [number])
         _, losses = capture.forward(example, self._with_label_check(raw, side, positions))
         coarse, is_very_first = is_coarse(self._model), not self._rehearsed
-        first = FirstExample(
-            capture, self._loop, example, side, positions[number], losses, coarse, is_very_first
-        )
+        first = FirstExample(capture, self._loop, example, side, positions[number], losses, coarse, is_very_first)
         for check in CHECKS:
             check(first)
         self._rehearsed.add(identity(side))

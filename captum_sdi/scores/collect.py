@@ -6,6 +6,7 @@ from an index: a collector takes either order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -154,10 +155,11 @@ class Ranking:
 class TopExamples:
     """The k best train examples of each test example, by one number per pair.
 
+    What is kept of a block is ``(q, n)`` until its last checkpoint has come, and then its winners alone.
+
     Args:
         ranking: Which examples are the best.
-        n_checkpoints: How many blocks of one number there are. With one, whole trajectories are kept beside the
-            numbers; with several, what is kept of a block is ``(q, n)`` until its last checkpoint has come.
+        n_checkpoints: How many blocks of one number there are.
     """
 
     def __init__(self, ranking: Ranking, n_checkpoints: int) -> None:
@@ -165,49 +167,54 @@ class TopExamples:
         self._best = RunningBest(ranking)
         self._pending: dict[int, tuple[int, Tensor]] = {}
         self._n_columns = 0
-        self._n_steps: Tensor | None = None
 
     def add(self, block: ScoredBlock) -> None:
         """Take one block at one checkpoint."""
         values = block.scores.values
         self._n_columns = max(self._n_columns, values.shape[-1])
-        self._n_steps = deeper(self._n_steps, block.n_steps)
-        ranked = self._ranking.column_of(values)
         if self._n_checkpoints == 1:
             self._ranking.check_column(self._n_columns)
-            self._best.add(block.positions, ranked, values, block.scores.variances)
-            return
-        n_seen, total = self._pending.pop(block.number, (0, None))
-        n_seen, total = n_seen + 1, ranked if total is None else total + ranked
-        if n_seen < self._n_checkpoints:
-            self._pending[block.number] = n_seen, total
+        ranked = self._ranking.column_of(values)
+        n_summed, total = 1, ranked
+        if block.number in self._pending:
+            n_earlier, earlier = self._pending.pop(block.number)
+            n_summed, total = n_earlier + 1, earlier + ranked
+        if n_summed < self._n_checkpoints:
+            self._pending[block.number] = n_summed, total
         else:
             self._best.add(block.positions, total)
 
-    def result(self) -> BestExamples:
-        """Return the k best.
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return positions and what they are ranked by, ``(q, k)`` each, best first.
 
         Raises:
             ValueError: If they are ranked by a step that no test example ran.
         """
         self._ranking.check_column(self._n_columns)
+        indices, ranked = self._best.result()
+        return indices, ranked
+
+
+class TopTrajectories:
+    """The k best train examples of each test example with their trajectories, where there is one checkpoint."""
+
+    def __init__(self, ranking: Ranking) -> None:
+        self._ranking = ranking
+        self._best = RunningBest(ranking)
+        self._n_steps: Tensor | None = None
+
+    def add(self, block: ScoredBlock) -> None:
+        """Take one block."""
+        values = block.scores.values
+        self._ranking.check_column(values.shape[-1])
+        self._best.add(block.positions, self._ranking.column_of(values), values, block.scores.variances)
+        self._n_steps = deeper(self._n_steps, block.n_steps)
+
+    def result(self) -> tuple[Sums, Tensor]:
+        """Return the winners' scores ``(q, k, b)`` and positions ``(q, k)``, best first."""
         assert self._n_steps is not None, "no block was added"
-        indices, ranked, *carried = self._best.result()
-        scores = Scores(*carried) if carried else None
-        return BestExamples(indices, ranked, scores, self._n_steps)
-
-
-class BestExamples(NamedTuple):
-    """What `TopExamples` found."""
-
-    indices: Tensor
-    """``(q, k)`` positions of train examples, best first."""
-    ranked: Tensor
-    """``(q, k)`` what they are ranked by."""
-    scores: Scores | None
-    """``(q, k, b)``, where there is one checkpoint."""
-    n_steps: Tensor
-    """``(q,)``."""
+        indices, _, values, variances = self._best.result()
+        return Sums(Scores(values, variances), self._n_steps), indices
 
 
 class Winners:
@@ -232,6 +239,18 @@ class Winners:
         """Return the sums ``(q, k, b)``."""
         assert self._n_steps is not None, "no block was added"
         return Sums(Scores(self._values.result(), self._variances.result()), self._n_steps)
+
+
+def join_tests(parts: Sequence[Sums]) -> Sums:
+    """Join the sums ``(q, k, b)`` of consecutive test examples, shallower ones padded with zeros.
+
+    Returns:
+        The sums of all test examples.
+    """
+    values = equally_deep([sums.scores.values for sums in parts], joined_axis=0)
+    variances = equally_deep([sums.scores.variances for sums in parts], joined_axis=0)
+    n_steps = torch.cat([sums.n_steps for sums in parts])
+    return Sums(Scores(torch.cat(values), torch.cat(variances)), n_steps)
 
 
 class PerCheckpoint:

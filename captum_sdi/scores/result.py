@@ -79,6 +79,9 @@ class StepInfluence:
             scores: Values and variances ``(..., b)`` in the order of `captum_sdi.features.Columns`.
             n_steps: ``(q,)`` how many loop steps each test example ran.
             indices: ``(q, k)`` the train examples; None when all are given in order.
+
+        Returns:
+            The result, its errors the square roots of the variances.
         """
         values = scores.values
         errors = scores.variances.clamp(min=0).sqrt()

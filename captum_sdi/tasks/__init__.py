@@ -16,7 +16,8 @@ function here:
 """
 
 from captum_sdi.tasks.addition import addition
-from captum_sdi.tasks.dataset import Example, TaskDataset, draw_examples
+from captum_sdi.tasks.dataset import Example, TaskDataset
+from captum_sdi.tasks.drawing import draw_examples
 from captum_sdi.tasks.p_hop import p_hop
 from captum_sdi.tasks.parity import parity
 from captum_sdi.tasks.sorting import sorting

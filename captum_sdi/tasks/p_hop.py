@@ -3,7 +3,9 @@
 from functools import partial
 from string import ascii_lowercase
 
-from captum_sdi.tasks.dataset import Example, TaskDataset, check_integer, check_range, draw_examples
+from captum_sdi.tasks.arguments import check_integer, check_range
+from captum_sdi.tasks.dataset import NO_TARGET, Example, TaskDataset
+from captum_sdi.tasks.drawing import draw_examples
 
 
 def p_hop(
@@ -15,7 +17,7 @@ def p_hop(
     running: bool = False,
     seed: int = 0,
 ) -> TaskDataset:
-    """Draw different strings, each with the letter to which p hops from its last one lead: "2:acdbcb=d".
+    """Draw different strings, each with the letter p hops before its last one: "2:acdbcb=d".
 
     A hop goes from a letter to the one after its most recent earlier occurrence: above from the last "b"
     to the second "c", and from there to "d" (Sanford, Hsu & Telgarsky, arXiv 2402.09268). One hop is
@@ -50,48 +52,57 @@ def p_hop(
     check_range("hops", min_hops, max_hops)
     check_integer("letters", letters, minimum=3, maximum=len(ascii_lowercase))
     check_integer("length", length, minimum=max_hops + 2)
-    strings = letters * (letters - 1) ** (length - 1)
-    spaces = dict.fromkeys(range(min_hops, max_hops + 1), strings)
-    examples = draw_examples(size, seed, spaces, partial(_example, length, letters, running), "numbers of hops")
-    used = "".join(sorted({digit for hops in spaces for digit in str(hops)}))
-    return TaskDataset(examples, f"{ascii_lowercase[:letters]}{used}:=", length + len(f"{max_hops}:=?"))
+    n_strings = letters * (letters - 1) ** (length - 1)
+    spaces = dict.fromkeys(range(min_hops, max_hops + 1), n_strings)
+    make = partial(hop_example, length=length, letters=letters, running=running)
+    examples = draw_examples(size, seed, spaces, make, kinds="numbers of hops")
+    all_hops = "".join(str(hops) for hops in spaces)
+    digits = sorted(set(all_hops))
+    characters = ascii_lowercase[:letters] + "".join(digits) + ":="
+    return TaskDataset(examples, characters, length + len(f"{max_hops}:=?"))
 
 
-def _example(length: int, letters: int, running: bool, hops: int, number: int) -> Example | None:
-    """Return the question about the string with that number; None if its hops lead out of the string."""
-    string = _string(number, length, letters)
-    ends = _hop(string, hops)
-    if ends[-1] is None:
+def hop_example(hops: int, number: int, *, length: int, letters: int, running: bool) -> Example | None:
+    """Return the question about the string with that number; None if its hops lead nowhere."""
+    prefix = f"{hops}:"
+    string = number_to_string(number, length, letters)
+    reached = reached_letters(string, hops)
+    answer = reached[-1]
+    if answer is None:
         return None
-    answer = string[ends[-1]]
-    question = Example.question(f"{hops}:{string}=", answer, difficulty=hops)
-    if not running:
-        return question
-    # What is predicted after a letter is the target of the next position.
-    found = "".join(" " if end is None else string[end] for end in ends)
-    return question._replace(targets=f"{' ' * len(f'{hops}:')} {found}{answer}")
+    example = Example.question(f"{prefix}{string}=", answer, difficulty=hops)
+    if running:
+        # A causal model predicts after a letter the target of the next position.
+        before_letters = NO_TARGET * (len(prefix) + 1)
+        after_letters = "".join(letter or NO_TARGET for letter in reached)
+        return example._replace(targets=before_letters + after_letters + answer)
+    return example
 
 
-def _string(number: int, length: int, letters: int) -> str:
-    """Write a number as a string whose neighbours differ: `letters` firsts, `letters - 1` choices after."""
-    places = []
+def number_to_string(number: int, length: int, letters: int) -> str:
+    """Write a number as a string of `letters` different letters whose neighbours differ."""
+    choices = []  # of the letters after the first, which differ from the one before
     for _ in range(length - 1):
         number, choice = divmod(number, letters - 1)
-        places.append(choice)
-    string = ascii_lowercase[number]
-    for choice in places:
-        string += ascii_lowercase[:letters].replace(string[-1], "")[choice]
+        choices.append(choice)
+    alphabet = ascii_lowercase[:letters]
+    string = alphabet[number]
+    for choice in choices:
+        other_letters = alphabet.replace(string[-1], "")
+        string += other_letters[choice]
     return string
 
 
-def _hop(string: str, hops: int) -> list[int | None]:
-    """Return for each place where `hops` hops from it lead, None where one of them finds nothing."""
-    once: list[int | None] = []
-    last: dict[str, int] = {}
-    for place, letter in enumerate(string):
-        once.append(last[letter] + 1 if letter in last else None)
-        last[letter] = place
-    ends: list[int | None] = list(range(len(string)))
+def reached_letters(string: str, hops: int) -> list[str | None]:
+    """Return the letter `hops` hops from each position, None where a hop finds no earlier one."""
+    hop_targets: dict[int | None, int] = {}
+    latest_positions: dict[str, int] = {}
+    for position, letter in enumerate(string):
+        if letter in latest_positions:
+            hop_targets[position] = latest_positions[letter] + 1
+        latest_positions[letter] = position
+    reached: list[int | None] = list(range(len(string)))
     for _ in range(hops):
-        ends = [None if end is None else once[end] for end in ends]
-    return ends
+        reached = [hop_targets.get(position) for position in reached]
+    letter_at: dict[int | None, str] = dict(enumerate(string))
+    return [letter_at.get(position) for position in reached]

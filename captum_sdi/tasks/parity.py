@@ -2,7 +2,9 @@
 
 from functools import partial
 
-from captum_sdi.tasks.dataset import Example, TaskDataset, check_range, draw_examples
+from captum_sdi.tasks.arguments import check_range
+from captum_sdi.tasks.dataset import Example, TaskDataset
+from captum_sdi.tasks.drawing import draw_examples
 
 
 def parity(size: int, min_bits: int = 1, max_bits: int = 8, running: bool = False, seed: int = 0) -> TaskDataset:
@@ -11,14 +13,9 @@ def parity(size: int, min_bits: int = 1, max_bits: int = 8, running: bool = Fals
     Lengths are drawn equally often until the strings of one run out: there are only 2^b of b bits,
     510 of 1 to 8 bits.
 
-    Args:
-        size: Number of strings.
-        min_bits: Length of the shortest.
-        max_bits: Length of the longest.
-        running: Whether the parity of the bits so far is predicted after every bit too. From 400
-            strings of up to 8 bits a small looped GPT then learns several times faster, and the
-            rule rather than the strings. The texts stay the same.
-        seed: The same seed gives the same strings.
+    With `running` the parity of the bits so far is predicted after every bit too. From 400 strings of
+    up to 8 bits a small looped GPT then learns several times faster, and the rule rather than the
+    strings. The texts stay the same.
 
     Returns:
         Rows of `max_bits + 2` positions.
@@ -37,15 +34,23 @@ def parity(size: int, min_bits: int = 1, max_bits: int = 8, running: bool = Fals
         ('         1', ' 001000111')
     """
     check_range("bits", min_bits, max_bits)
-    spaces = {bits: 2**bits for bits in range(min_bits, max_bits + 1)}
-    examples = draw_examples(size, seed, spaces, partial(_example, running))
+    lengths = range(min_bits, max_bits + 1)
+    spaces = {bits: 2**bits for bits in lengths}
+    examples = draw_examples(size, seed, spaces, partial(parity_example, running=running))
     return TaskDataset(examples, characters="01=", length=max_bits + 2)
 
 
-def _example(running: bool, bits: int, number: int) -> Example:
+def parity_example(bits: int, number: int, *, running: bool) -> Example:
+    """Return the bit string that writes `number`, followed by its parity."""
     string = f"{number:0{bits}b}"
-    so_far = [str(string[:end].count("1") % 2) for end in range(1, bits + 1)]
-    if not running:
-        return Example.question(f"{string}=", so_far[-1])
-    # What is predicted after a bit is the target of the next position.
-    return Example(f"{string}={so_far[-1]}", f" {''.join(so_far)}{so_far[-1]}")
+    parity_so_far = 0
+    running_parity = ""
+    for bit in string:
+        parity_so_far ^= int(bit)
+        running_parity += str(parity_so_far)
+    answer = str(parity_so_far)
+    example = Example.question(f"{string}=", answer)
+    if running:
+        # A causal model predicts after a bit the target of the next position.
+        return example._replace(targets=f" {running_parity}{answer}")
+    return example

@@ -1,4 +1,4 @@
-"""Sudoku: fill in the blanks of a grid so that every row, column and box holds each digit once."""
+"""Sudoku: fill in a grid so that every row, column and box holds each digit once."""
 
 import random
 from collections.abc import Mapping
@@ -8,18 +8,20 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from captum_sdi.tasks.dataset import Example, TaskDataset, check_integer, check_range, draw_examples
+from captum_sdi.tasks.arguments import check_integer, check_range
+from captum_sdi.tasks.dataset import NO_TARGET, Example, TaskDataset
+from captum_sdi.tasks.drawing import draw_examples
 from captum_sdi.tasks.sudoku_solver import rounds_to_solve, solutions
 
 BLANK = "."
 DIGITS = "123456789"
 
-# The fewest givens with one solution; of 9x9: McGuire, Tugemann & Civario, arXiv 1201.0749.
 FEWEST_GIVENS = {2: 4, 3: 17}
+"""The fewest givens with one solution, by width of a box; of 9x9: McGuire, Tugemann & Civario, arXiv 1201.0749."""
 USUAL_GIVENS = {2: (4, 8), 3: (26, 36)}
 
-# A puzzle is made from the number that seeds its generator: more numbers than anybody draws.
-_NUMBERS = 2**62
+N_SEEDS = 2**62
+"""A puzzle is made from the seed of its random numbers; there are more seeds than anybody draws."""
 
 
 def sudoku(
@@ -56,13 +58,18 @@ def sudoku(
         Example(text='....2......4.31.', targets='3421 143123 4  2', difficulty=3)
     """
     check_integer("box", box, minimum=2, maximum=3)
-    fewest, most = USUAL_GIVENS[box]
-    min_givens = fewest if min_givens is None else min_givens
-    max_givens = most if max_givens is None else max_givens
-    check_range("givens", min_givens, max_givens, minimum=FEWEST_GIVENS[box], maximum=box**4 - 1)
-    spaces = dict.fromkeys(range(min_givens, max_givens + 1), _NUMBERS)
-    examples = draw_examples(size, seed, spaces, partial(_example, box, set()), "numbers of givens")
-    return TaskDataset(examples, characters=DIGITS[: box * box] + BLANK, length=box**4)
+    usual_min_givens, usual_max_givens = USUAL_GIVENS[box]
+    if min_givens is None:
+        min_givens = usual_min_givens
+    if max_givens is None:
+        max_givens = usual_max_givens
+    n_cells = box**4
+    check_range("givens", min_givens, max_givens, minimum=FEWEST_GIVENS[box], maximum=n_cells - 1)
+    spaces = dict.fromkeys(range(min_givens, max_givens + 1), N_SEEDS)
+    make = partial(puzzle_example, box=box, known_patterns=set())
+    examples = draw_examples(size, seed, spaces, make, kinds="numbers of givens")
+    digits = DIGITS[: box * box]
+    return TaskDataset(examples, characters=digits + BLANK, length=n_cells)
 
 
 def permute_digits(
@@ -84,43 +91,55 @@ def permute_digits(
         >>> bool(((batch["input_ids"] <= 4) == (puzzles.input_ids <= 4)).all())  # same givens, other digits
         True
     """
-    n = len(batch["input_ids"])
-    orders = torch.rand(n, digits, generator=generator).argsort(dim=1).to(batch["input_ids"].device) + 1
+    input_ids = batch["input_ids"]
+    random_numbers = torch.rand(len(input_ids), digits, generator=generator)
+    new_digits = random_numbers.argsort(dim=1).to(input_ids.device) + 1  # (n, digits)
+    relabelled = {}
+    for name, tokens in batch.items():
+        relabelled[name] = tokens
+        if name in ("input_ids", "labels"):
+            is_digit = (tokens >= 1) & (tokens <= digits)
+            digit_indices = (tokens - 1).clamp(0, digits - 1)
+            relabelled[name] = torch.where(is_digit, new_digits.gather(1, digit_indices), tokens)
+    return relabelled
 
-    def relabelled(tokens: Tensor) -> Tensor:
-        is_digit = (tokens >= 1) & (tokens <= digits)
-        return torch.where(is_digit, orders.gather(1, (tokens - 1).clamp(0, digits - 1)), tokens)
 
-    return {name: relabelled(tokens) if name in ("input_ids", "labels") else tokens for name, tokens in batch.items()}
-
-
-def _example(box: int, seen: set[tuple[int, ...]], givens: int, number: int) -> Example | None:
-    """Return the puzzle of a number; None if it has too many givens, or is a relabelled one of `seen`."""
-    rng = random.Random(number)
-    solution = next(solutions([0] * box**4, box, rng))
-    puzzle = _blanked(solution, box, givens, rng)
-    pattern = _relabelled(puzzle)
-    if puzzle.count(0) != box**4 - givens or pattern in seen:
+def puzzle_example(givens: int, seed: int, *, box: int, known_patterns: set[tuple[int, ...]]) -> Example | None:
+    """Return the puzzle of a seed; None if it has too many givens, or only relabels a known one."""
+    rng = random.Random(seed)
+    empty_grid = [0] * box**4
+    solution = next(solutions(empty_grid, box, rng))
+    puzzle = blank_cells(solution, box, givens, rng)
+    pattern = label_pattern(puzzle)
+    n_givens = len(puzzle) - puzzle.count(0)
+    if n_givens != givens or pattern in known_patterns:
         return None
-    seen.add(pattern)
-    text = "".join(DIGITS[digit - 1] if digit else BLANK for digit in puzzle)
-    targets = "".join(" " if digit else DIGITS[right - 1] for digit, right in zip(puzzle, solution, strict=True))
-    return Example(text, targets, rounds_to_solve(puzzle, solution, box))
+    known_patterns.add(pattern)
+    symbols = BLANK + DIGITS
+    text = "".join(symbols[given] for given in puzzle)
+    targets = ""
+    for given, digit in zip(puzzle, solution, strict=True):
+        targets += NO_TARGET if given else symbols[digit]
+    return Example(text, targets, difficulty=rounds_to_solve(puzzle, solution, box))
 
 
-def _blanked(solution: list[int], box: int, givens: int, rng: random.Random) -> list[int]:
-    """Blank cells in random order, where that leaves one solution, until so many digits are given."""
+def blank_cells(solution: list[int], box: int, givens: int, rng: random.Random) -> list[int]:
+    """Blank cells in random order, where one solution stays, until `givens` digits are left."""
     puzzle = list(solution)
-    for cell in rng.sample(range(len(puzzle)), len(puzzle)):
-        if len(puzzle) - puzzle.count(0) == givens:
+    n_givens = n_cells = len(puzzle)
+    for cell in rng.sample(range(n_cells), n_cells):
+        if n_givens == givens:
             break
         puzzle[cell] = 0
-        if len(list(islice(solutions(puzzle, box), 2))) > 1:
+        first_two = list(islice(solutions(puzzle, box), 2))
+        if len(first_two) == 1:
+            n_givens -= 1
+        else:
             puzzle[cell] = solution[cell]
     return puzzle
 
 
-def _relabelled(puzzle: list[int]) -> tuple[int, ...]:
-    """Number the digits in the order in which they appear: equal for puzzles that differ by names only."""
-    names = {0: 0}
-    return tuple(names.setdefault(digit, len(names)) for digit in puzzle)
+def label_pattern(puzzle: list[int]) -> tuple[int, ...]:
+    """Return the digits numbered in order of appearance: equal for relabelled puzzles."""
+    labels = {0: 0}
+    return tuple(labels.setdefault(digit, len(labels)) for digit in puzzle)

@@ -1,0 +1,36 @@
+"""What a command prints: its result, a summary of what it read, and both only once per launch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+
+from captum_sdi.cli.rows import JsonLines
+
+
+def is_first_process() -> bool:
+    """Return whether this process prints and writes for all of its launch."""
+    return os.environ.get("RANK", "0") == "0"  # set by `accelerate launch` and `torchrun`
+
+
+def shows_progress(options: Namespace) -> bool:
+    """Return whether this process draws progress bars and prints summaries."""
+    return not options.quiet and is_first_process()
+
+
+def print_line(text: object) -> None:
+    """Print a command's result to standard output."""
+    sys.stdout.write(f"{text}\n")
+
+
+def print_unless_quiet(text: object, options: Namespace) -> None:
+    """Print a result that ``--quiet`` leaves out."""
+    if shows_progress(options):
+        print_line(text)
+
+
+def print_summary(examples: JsonLines, options: Namespace) -> None:
+    """Print what was read to standard error, so that a pipe takes the result alone."""
+    if shows_progress(options):
+        sys.stderr.write(f"{examples.summary()}\n")

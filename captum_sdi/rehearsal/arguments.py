@@ -1,0 +1,157 @@
+"""What the user passed, looked at before anything is computed.
+
+Where Captum asserts, an AssertionError with its sentence is raised, as code written for Captum expects; everywhere
+else ValueError and TypeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_sdi.data.losses import LossFn
+from captum_sdi.index.faiss import Faiss
+from captum_sdi.preconditioners import Preconditioner
+from captum_sdi.sketch.base import Sketch
+from captum_sdi.words import is_integer, warn_user
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model, and a model whose parameters are nowhere or in several places.
+
+    Raises:
+        TypeError: If it is no module.
+        ValueError: If its parameters are on the meta device, or on several.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    places: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(str(parameter.device), name)
+    if "meta" in places:
+        raise ValueError(
+            f"The model has no weights: {places['meta']!r} is on the meta device. Load it first; if a device_map "
+            "offloaded it to the CPU or to disk, load the model on one device instead."
+        )
+    if len(places) > 1:
+        raise ValueError(
+            f"The model is spread over several devices: {places}. Put it on one, with model.to(device), or load it "
+            "without device_map."
+        )
+
+
+def check_methods(sketch: Any, preconditioner: Any, search: Any, index: Any) -> None:
+    """Refuse objects that are not of their argument's kind.
+
+    Raises:
+        TypeError: If one is not.
+    """
+    if not isinstance(sketch, Sketch) or isinstance(sketch, type):
+        raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
+    if not isinstance(preconditioner, Preconditioner) or isinstance(preconditioner, type):
+        raise TypeError(f"preconditioner= must have acts_on and fit(point, train), got {preconditioner!r}.")
+    if search is not None and (index is None or not isinstance(search, Faiss)):
+        raise TypeError(f"search= must be Faiss(...), beside index=; got {search!r}, index={index!r}.")
+
+
+def check_layers(layers: Any) -> None:
+    """Refuse anything but "loop", None, or a list of names.
+
+    Raises:
+        AssertionError: If it is something else, as in Captum.
+    """
+    if layers is None or layers == "loop":
+        return
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise AssertionError(
+            f"`layers` should be a list! It is {layers!r}; pass layers=[{layers!r}] for one layer, 'loop' for the "
+            "loop's trainable parameters, or None for every trainable parameter."
+        )
+    if len(layers) == 0:
+        raise AssertionError("`layers` cannot be empty! Pass None for every trainable parameter, or name some modules.")
+    if not all(isinstance(layer, str) for layer in layers):
+        raise AssertionError(f"`layers` should contain str layer names. It is {layers!r}.")
+
+
+def checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
+    """Return a loss function that can be called; warn, as Captum does, of one that does not say how it reduces.
+
+    Raises:
+        AssertionError: If it is no function.
+    """
+    if loss_fn is None:
+        return None
+    if not callable(loss_fn):
+        raise AssertionError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
+    if not hasattr(loss_fn, "reduction"):
+        warn_user(  # begins with Captum's sentence
+            f'Since `{argument}` has no "reduction" attribute, the implementation assumes that `{argument}` is a '
+            '"per-example" loss function if it returns one value per example, and calls it on one example at a time '
+            "if it returns a scalar. Please ensure that this is the case."
+        )
+    return loss_fn
+
+
+def check_batch_size(batch_size: Any, argument: str) -> None:
+    """Refuse a batch size that is no number of examples.
+
+    Raises:
+        AssertionError: If it is no int, as in Captum.
+        ValueError: If it is below 1.
+    """
+    if not is_integer(batch_size):
+        raise AssertionError(f"since the `{argument}` argument was a `Dataset`, `batch_size` must be an int.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+
+
+def check_inputs(inputs: Any) -> None:
+    """Refuse no examples at all, and a single row where a batch of rows is meant.
+
+    Raises:
+        AssertionError: If there are none, as in Captum.
+        ValueError: If it is one row.
+    """
+    if inputs is None:
+        raise AssertionError(
+            "`inputs` argument is required. If you wish to calculate self influence scores, please use the "
+            "`self_influence` method instead."
+        )
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if isinstance(ids, Tensor) and ids.ndim == 1:
+        raise ValueError("inputs is one row of a dataset, not a batch of rows: pass it in a list, [row].")
+
+
+def check_top_k(k: Any, rerank: Any, rank_by: Any = None) -> None:
+    """Refuse numbers that name no top k.
+
+    Raises:
+        ValueError: If k, rerank or rank_by cannot be.
+    """
+    if k is not None and (not is_integer(k) or k < 1):
+        raise ValueError(f"k must be an int of at least 1, or None for all training examples; got {k!r}.")
+    if rerank is not None and (k is None or not is_integer(rerank) or rerank < k):
+        raise ValueError(
+            f"rerank={rerank!r} is how many candidates exact gradients decide among: pass k=, and at least k."
+        )
+    if rank_by is not None and (k is None or not is_integer(rank_by) or rank_by < 0):
+        raise ValueError(
+            f"rank_by={rank_by!r} is a 0-based loop step to rank the top k by: pass k=, and an int of 0 or more."
+        )
+
+
+def checked_positions(indices: Any) -> Tensor | None:
+    """Return positions in the train set as a tensor ``(n,)``; None for all.
+
+    Raises:
+        ValueError: If they are no list of positions.
+    """
+    if indices is None:
+        return None
+    positions = torch.as_tensor(indices).cpu()
+    if positions.ndim != 1 or positions.is_floating_point() or len(positions) == 0 or bool((positions < 0).any()):
+        raise ValueError(f"indices must be a list of positions in train_dataset, 0 or more; got {indices!r}.")
+    return positions
