@@ -106,8 +106,8 @@ class TrainIndex:
             check_row(index, point, train)
         lacks_rows = bool(index.damaged) or not index.is_complete(build.name)
         if any(build.processes.gather(lacks_rows)):
-            progress_bar = progress.bar(f"index training batches at {build.name}", train.n_batches)
-            with writing(index, build.processes), progress_bar as bar:
+            purpose = f"index training batches at {build.name}"
+            with writing(index, build.processes), progress.bar(purpose, train.n_batches) as bar:
                 self._prepare(index, build)
                 compute_missing(index, build, bar)
         elif thorough or not self._checked_data:
@@ -115,9 +115,7 @@ class TrainIndex:
         self._checked_data = True
         return index
 
-    def search(
-        self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]
-    ) -> Search:
+    def search(self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.
 
         Args:
