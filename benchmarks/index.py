@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from captum_sdi import Exact, Faiss, SDIInfluence, TensorSketch, __version__
+from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.features import Noise, StepFeatures
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.manifest import Manifest
@@ -33,7 +34,9 @@ from captum_sdi.index.processes import Processes
 from captum_sdi.index.search import Search
 from captum_sdi.index.shards import SUFFIX, Shard
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+from captum_sdi.scores.collect import Ranking
 
+TOP_TEN = Ranking(k=10, proponents=True)
 RESULTS = Path(__file__).with_suffix(".json")
 
 
@@ -148,7 +151,8 @@ def simulated(folder: Path, n: int, width: int, dtype: str, clusters: int = 0) -
 
 def searching(index: SketchIndex, tests: Tensor, faiss: Faiss | None = None) -> Search:
     features = StepFeatures({"": tests.unsqueeze(1)}, {"": Noise(1 / index.width)}, torch.zeros(len(tests)))
-    return Search(index, Processes(tests.device), ["simulated"], [1.0], [features], torch.float32, faiss)
+    checkpoint = Checkpoint("simulated", None)
+    return Search(index, Processes(tests.device), [checkpoint], [features], torch.float32, faiss)
 
 
 def scan() -> dict[str, Any]:
@@ -162,7 +166,7 @@ def scan() -> dict[str, Any]:
                 tests = torch.randn(q, width)
                 search = searching(index, tests)
                 plain, _ = timed(lambda tests=tests, whole=whole: tests @ whole.T, times=5)
-                ours, _ = timed(lambda search=search: search.top(0, 10, True), times=5)
+                ours, _ = timed(lambda search=search: search.top(TOP_TEN), times=5)
                 speed = {"plain product, s": plain, "index, s": ours, "share": plain / ours}
                 found[f"{name}, {n} x {width}, {q} queries"] = speed
     return found
@@ -172,7 +176,7 @@ _MILLION = """
 import json, sys, threading, time
 sys.path.insert(0, {here!r})
 import torch
-from index import SketchIndex, searching
+from index import TOP_TEN, SketchIndex, searching
 torch.set_num_threads({threads})
 
 def own():  # memory of its own, without the maps of files that the system may drop at any time
@@ -188,7 +192,7 @@ search = searching(index, torch.randn(16, index.width))
 peaks, done, before = [own()], threading.Event(), own()
 threading.Thread(target=watch, daemon=True).start()  # or a failure below would not end the process
 began = time.perf_counter(); assert not index.verify(); verified = time.perf_counter() - began
-began = time.perf_counter(); search.top(0, 10, True); took = time.perf_counter() - began
+began = time.perf_counter(); search.top(TOP_TEN); took = time.perf_counter() - began
 done.set()
 memory = max(peaks) - before
 print(json.dumps({{"checksums, s": verified, "16 queries, top 10, s": took, "memory, MB": memory}}))
@@ -214,11 +218,11 @@ def faiss() -> dict[str, Any]:
     with scratch() as folder:
         index = simulated(folder, 200_000, 512, "float32", clusters=1000)
         tests = torch.randn(64, 512)
-        found["every row"] = {"64 queries, top 10, s": timed(lambda: searching(index, tests).top(0, 10, True), 3)[0]}
+        found["every row"] = {"64 queries, top 10, s": timed(lambda: searching(index, tests).top(TOP_TEN), 3)[0]}
         for nprobe in (8, 32, 128):
             way = Faiss("IVF1024,SQfp16", nprobe)
-            first, _ = timed(lambda way=way: searching(index, tests, way).top(0, 10, True))
-            again, _ = timed(lambda way=way: searching(index, tests, way).top(0, 10, True), times=3)
+            first, _ = timed(lambda way=way: searching(index, tests, way).top(TOP_TEN))
+            again, _ = timed(lambda way=way: searching(index, tests, way).top(TOP_TEN), times=3)
             measured = {"64 queries, top 10, s": again, "recall": way.recall, "first question, s": first}
             found[f"IVF1024,SQfp16, nprobe={nprobe}"] = measured
         found["files, MB"] = {

@@ -21,6 +21,7 @@ from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
 from captum_sdi.index import SketchIndex, TrainIndex
 from captum_sdi.index.search import Search
+from captum_sdi.index.source import Indexed
 from captum_sdi.passes import Engine, Live, Point
 from captum_sdi.preconditioners import Identity, Preconditioner, apply_to_rows, preconditioned_blocks
 from captum_sdi.progress import HIDDEN, Progress
@@ -69,12 +70,14 @@ class Study:
         with self.points() as points:
             for point in points:
                 is_first = point.checkpoint.number == 0
-                self.complete_at(point, index, thorough=is_first)
-        return index.opened
+                sketches = self.complete_at(point, index, thorough=is_first)
+        return sketches
 
-    def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> None:
+    def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
         """Write what an index lacks at one checkpoint."""
-        index.complete(point, self.train, thorough=thorough, progress=self.progress)
+        loop = self.engine.loop
+        assert loop is not None, "it is found when the points are opened"
+        return index.complete(point, self.train, loop=loop, thorough=thorough, progress=self.progress)
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,10 @@ class Question:
         checkpoints, tests = [], []
         with self.study.points() as points:
             for point in points:
-                self.study.complete_at(point, index)
+                sketches = self.study.complete_at(point, index)
                 checkpoints.append(point.checkpoint)
                 tests.append(self.test_features(point, by_step=by_step))
-        return index.search(checkpoints, tests)
+        return index.search(sketches, checkpoints, tests)
 
 
 def counted(blocks: Iterable[ScoredBlock], bar: Any) -> Iterator[ScoredBlock]:
@@ -351,8 +354,8 @@ def both_sides(
     if study.index is None:
         blocks = point.blocks(examples, by_step=by_step)
     else:
-        replace(study, progress=HIDDEN).complete_at(point, study.index)
-        blocks = study.index.source().blocks(point)
+        sketches = replace(study, progress=HIDDEN).complete_at(point, study.index)
+        blocks = Indexed(sketches).blocks(point)
     for block in blocks:
         yield block, apply_to_rows(fitted, block.features)
 

@@ -17,12 +17,12 @@ from index_faults import TEST, TRAIN, checkpoints, influence
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from captum_sdi.passes import Point
-from captum_sdi import Exact, SDIInfluence, SketchIndex, TensorSketch
+from captum_sdi import Exact, SDIInfluence, SketchIndex, TensorSketch, whole_file
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.fingerprints import example_fingerprints
 from captum_sdi.data.losses import TokenCrossEntropy
-from captum_sdi.index import build, folder, shards
+from captum_sdi.index import folder, identity, lock, verify, writer
+from captum_sdi.passes import Point
 
 CASE = CASES[0]
 FIELDS = ("influence_scores", "trajectories", "prelude", "coda", "score_errors", "trajectory_errors")
@@ -31,10 +31,10 @@ FIELDS = ("influence_scores", "trajectories", "prelude", "coda", "score_errors",
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two batches to a shard, three examples to a piece: ends fall everywhere."""
-    monkeypatch.setattr(build, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
     monkeypatch.setattr(folder, "_PIECE", 0)
     monkeypatch.setattr(folder, "_LEAST", 3)
-    monkeypatch.setattr(build, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "LOCK_SECONDS", 0.05)
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -180,7 +180,7 @@ def test_a_streaming_set_of_datasets(tmp_path: Path) -> None:
 
 def test_a_large_set_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A complete index asks for a sample of a large set, and for nothing else."""
-    monkeypatch.setattr(build, "CHECKED", 6)
+    monkeypatch.setattr(verify, "CHECKED", 6)
 
     class Counting:
         def __init__(self) -> None:
@@ -258,7 +258,7 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path, monkeypatch: pyte
     edited = [*TRAIN[:9], rows(1, seed=8)[0], *TRAIN[10:]]
     refused(tmp_path, "example 9 is the first that differs", train_dataset=edited)
     refused(tmp_path, "example 9 is the first that differs", train_dataset=Stream(edited))
-    monkeypatch.setattr(build, "version", lambda _: "0.0.1")
+    monkeypatch.setattr(identity, "version", lambda _: "0.0.1")
     refused(tmp_path, "captum_sdi: .* in the index, 0.0.1 here")
 
 
@@ -380,7 +380,7 @@ def test_one_builder_at_a_time(tmp_path: Path) -> None:
 def test_a_disk_that_does_not_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, match: str) -> None:
     """After the second shard; the rest follows when there is room again."""
     expected = sdi(None).influence(TEST)
-    written = shards._sync
+    written = whole_file._sync
     calls = iter(range(1000))
 
     def failing(path: Path) -> None:
@@ -390,7 +390,7 @@ def test_a_disk_that_does_not_take_it(tmp_path: Path, monkeypatch: pytest.Monkey
 
     index = tmp_path / "index"
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_sync", failing)
+        patch.setattr(whole_file, "_sync", failing)
         with pytest.raises(OSError, match=match if code == errno.ENOSPC else "read-only"):
             sdi(index).influence(TEST)
     kept = list(index.rglob("*.safetensors"))

@@ -15,7 +15,7 @@ from filelock import FileLock
 from index_faults import DAMAGES, TEST, influence, killed_after, killed_while_building
 
 from captum_sdi import SketchIndex, StepInfluence
-from captum_sdi.index import build, folder
+from captum_sdi.index import folder, writer
 
 KILLS = int(os.environ.get("CAPTUM_SDI_KILLS", "3"))  # `make test-faults` kills 20 times
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm pr
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
     monkeypatch.setattr(folder, "_PIECE", 0)
     monkeypatch.setattr(folder, "_LEAST", 3)
 
@@ -34,7 +34,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[St
     """Its scores, and how long building took."""
     path = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SHARD_BYTES", 3000)
+        patch.setattr(writer, "SHARD_BYTES", 3000)
         patch.setattr(folder, "_PIECE", 0)
         patch.setattr(folder, "_LEAST", 3)
         influence(path / "warm").build_index()

@@ -13,8 +13,9 @@ import pytest
 import torch
 from index_faults import TEST, TRAIN, ended, forked, influence
 
-from captum_sdi import SketchIndex, StepInfluence
-from captum_sdi.index import build, folder, shards
+from captum_sdi import SketchIndex, StepInfluence, whole_file
+from captum_sdi.index import folder, shards, writer
+from captum_sdi.index.reader import Reader
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm process")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm pr
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 3000)
     monkeypatch.setattr(folder, "_PIECE", 0)
     monkeypatch.setattr(folder, "_LEAST", 3)
 
@@ -73,9 +74,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     one, two = (SketchIndex.open(tmp_path / name) for name in ("one", "two"))
     for name in one.checkpoints:
         assert [s.stop for s in two.shards[name]] != [46]
-        assert torch.equal(
-            folder.Reader(two, name, torch.float32).read(0, 46), folder.Reader(one, name, torch.float32).read(0, 46)
-        )
+        assert torch.equal(Reader(two, name, torch.float32).read(0, 46), Reader(one, name, torch.float32).read(0, 46))
 
 
 def test_both_ranks_sketch_their_part(tmp_path: Path) -> None:
@@ -100,14 +99,14 @@ def test_both_ranks_sketch_their_part(tmp_path: Path) -> None:
 
 def test_ranks_that_die_are_started_again(tmp_path: Path) -> None:
     def dying(rank: int) -> None:
-        sync, written = shards._sync, iter(range(1000))
+        sync, written = whole_file._sync, iter(range(1000))
 
         def fatal(file: Path) -> None:
             sync(file)
             if rank == 1 and next(written) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        shards._sync = fatal
+        whole_file._sync = fatal
         influence(tmp_path).build_index()
 
     first, second = ranks(dying)

@@ -1,7 +1,8 @@
 """Train sketches on disk: written once, resumed after anything, read by every later question.
 
-A folder holds ``manifest.json``, what the index is of, and one folder of shards per checkpoint. Imports go down this
-list: build, search, nearest, folder, manifest, shards.
+A folder holds ``manifest.json``, what the index is of, and one folder of shards per checkpoint. Nothing here knows how
+features are computed; what is missing is asked of a `captum_sdi.passes.Point`. Imports go down this list: build,
+verify, writer, lock, source, search, faiss, table, reader, folder, identity, manifest, shards, processes.
 """
 
 from captum_sdi.index.build import TrainIndex

@@ -5,19 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from captum_sdi.index.shards import written_whole
-from captum_sdi.scores.collect import TopK, top_k
-
-if TYPE_CHECKING:
-    from captum_sdi.index.search import Search
+from captum_sdi.index.table import RowTable
+from captum_sdi.scores.collect import Ranking, RunningBest
+from captum_sdi.whole_file import write_whole
 
 _TRAINED_ON = 2**16
 """How many rows centroids and codes are learnt from, evenly spread."""
+
+
+class Nearest(NamedTuple):
+    """The rows with the largest inner products with each query."""
+
+    positions: Tensor
+    """``(q, k)``."""
+    scores: Tensor | None
+    """``(q, k)`` the inner products, largest first; None where they are approximate, and so is the order."""
 
 
 class Faiss:
@@ -33,8 +40,8 @@ class Faiss:
         checked: On how many test examples the recall is measured, by comparing them with every row.
 
     Raises:
-        ImportError: FAISS is not installed.
-        ValueError: ``nprobe`` or ``checked`` is below 1.
+        ImportError: If FAISS is not installed.
+        ValueError: If ``nprobe`` or ``checked`` is below 1.
     """
 
     def __init__(self, factory: str = "Flat", nprobe: int | None = None, checked: int = 16) -> None:
@@ -48,78 +55,72 @@ class Faiss:
         self.factory, self.nprobe, self.checked = factory, nprobe, checked
         self.recall: float | None = 1.0 if factory == "Flat" else None
         """The share of the exact top k that was found, once measured; 1 for ``"Flat"``."""
-        self._built: tuple[Path, Any] | None = None
+        self._opened: tuple[Path, Any] | None = None
 
-    def top(self, search: Search, column: int, k: int, proponents: bool) -> tuple[Tensor, Tensor]:
-        """As `Search.top`.
+    def nearest(self, table: RowTable, queries: Tensor, k: int) -> Nearest:
+        """Find the rows with the largest inner products.
 
         Args:
-            search: Test examples beside an index.
-            column: What to rank by.
-            k: How many.
-            proponents: The highest; False: the lowest.
+            table: The rows.
+            queries: ``(q, width)`` float32, contiguous, on the CPU.
+            k: How many rows for each query; at most n.
 
         Returns:
-            Positions and scores, ``(q, k)`` each, best first.
+            Their positions, and their scores where these are exact.
 
         Raises:
-            ValueError: Fewer than k were found.
+            ValueError: If fewer than k were found.
         """
-        k = min(k, search.n_examples)
-        wanted = torch.cat(search.queries(column), dim=1).float().cpu().contiguous()
-        wanted = wanted if proponents else -wanted
         if self.factory == "Flat":
-            return self._flat(search, wanted, k, proponents)
-        found = self._approximate(search, wanted, k)
-        if (found < 0).any():
-            raise ValueError(
-                f"FAISS found only {int((found >= 0).sum(1).min())} of k={k} with {self.factory!r}: raise nprobe "
-                f"(now {self.nprobe or 1}), or use the plain search."
-            )
-        found = found.sort(dim=1).values
-        scores = search.winners_by(column, found)
-        order, scores = top_k(scores, k, proponents)
-        found = found.gather(1, order)
-        if self.recall is None:
-            exact, _ = search.scanned(column, k, proponents, first=self.checked)
-            hits = (found[: len(exact)].unsqueeze(2) == exact.to(found.device).unsqueeze(1)).any(2)
-            self.recall = float(hits.float().mean())
-        return found, scores
-
-    def _flat(self, search: Search, wanted: Tensor, k: int, proponents: bool) -> tuple[Tensor, Tensor]:
-        best = TopK(k, proponents)
-        for start, rows in search.rows():
-            metric = self._faiss.METRIC_INNER_PRODUCT
-            scores, inside = self._faiss.knn(wanted.numpy(), rows.numpy(), min(k, len(rows)), metric=metric)
-            inside, order = torch.from_numpy(inside).sort(dim=1)  # of equal ones the first
-            scores = torch.from_numpy(scores).gather(1, order)
-            best.add(inside + start, scores if proponents else -scores)
-        indices, scores = best.result()
-        return indices, scores
-
-    def _approximate(self, search: Search, wanted: Tensor, k: int) -> Tensor:
-        built = self._index(search)
+            return self._nearest_of_all(table, queries, k)
+        approximate = self._index_of(table)
         if self.nprobe is not None:
-            self._faiss.ParameterSpace().set_index_parameter(built, "nprobe", self.nprobe)
-        return torch.from_numpy(built.search(wanted.numpy(), k)[1])
+            self._faiss.ParameterSpace().set_index_parameter(approximate, "nprobe", self.nprobe)
+        _, positions = approximate.search(queries.numpy(), k)
+        is_hit = torch.from_numpy(positions) >= 0
+        if not is_hit.all():
+            fewest = int(is_hit.sum(1).min())
+            raise ValueError(
+                f"FAISS found only {fewest} of k={k} with {self.factory!r}: raise nprobe (now {self.nprobe or 1}), or "
+                "use the plain search."
+            )
+        return Nearest(torch.from_numpy(positions), scores=None)
 
-    def _index(self, search: Search) -> Any:
-        """The FAISS index: in memory, on disk, or built now."""
-        said = json.dumps([self.factory, search.identity])
-        file = search.folder / f"{hashlib.sha256(said.encode()).hexdigest()[:16]}.faiss"
-        if self._built is None or self._built[0] != file:
-            if not file.exists():
-                built = self._build(search)
-                written_whole(file, lambda unfinished: self._faiss.write_index(built, str(unfinished)))
-            self._built = file, self._faiss.read_index(str(file))
-        return self._built[1]
+    def _nearest_of_all(self, table: RowTable, queries: Tensor, k: int) -> Nearest:
+        best = RunningBest(Ranking(k, proponents=True))
+        start = 0
+        for rows in table.blocks():
+            scores, places = self._faiss.knn(
+                queries.numpy(), rows.numpy(), min(k, len(rows)), metric=self._faiss.METRIC_INNER_PRODUCT
+            )
+            places, order = torch.from_numpy(places).sort(dim=1)  # of equal ones the first
+            best.add(start + places, torch.from_numpy(scores).gather(1, order))
+            start += len(rows)
+        positions, scores = best.result()
+        return Nearest(positions, scores)
 
-    def _build(self, search: Search) -> Any:
-        built = self._faiss.index_factory(search.width, self.factory, self._faiss.METRIC_INNER_PRODUCT)
+    def _index_of(self, table: RowTable) -> Any:
+        """Return the FAISS index: from memory, from disk, or built now."""
+        identity = json.dumps([self.factory, table.identity])
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        file = table.folder / f"{digest[:16]}.faiss"
+        if self._opened is not None:
+            opened_file, opened = self._opened
+            if opened_file == file:
+                return opened
+        if not file.exists():
+            built = self._built(table)
+            write_whole(file, lambda unfinished: self._faiss.write_index(built, str(unfinished)))
+        read = self._faiss.read_index(str(file))
+        self._opened = file, read
+        return read
+
+    def _built(self, table: RowTable) -> Any:
+        built = self._faiss.index_factory(table.width, self.factory, self._faiss.METRIC_INNER_PRODUCT)
         if not built.is_trained:
-            n = search.n_examples
-            positions = torch.linspace(0, n - 1, min(n, _TRAINED_ON), dtype=torch.float64).long()
-            built.train(search.gathered(positions.tolist()).float().numpy())
-        for _, rows in search.rows():
+            n_rows = min(table.n_examples, _TRAINED_ON)
+            positions = torch.linspace(0, table.n_examples - 1, n_rows, dtype=torch.float64).long()
+            built.train(table.gathered(positions.tolist()).float().numpy())
+        for rows in table.blocks():
             built.add(rows.numpy())
         return built

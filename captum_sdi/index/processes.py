@@ -20,7 +20,7 @@ class Processes:
         device: Where the model is: processes whose models are on the CPU talk through gloo, even beside a GPU.
 
     Raises:
-        ImportError: There are several processes, and `accelerate` is not installed.
+        ImportError: If there are several processes, and `accelerate` is not installed.
 
     Example:
         >>> Processes(torch.device("cpu")).gather("alone")
@@ -42,21 +42,40 @@ class Processes:
             self.rank, self.count = self._state.process_index, self._state.num_processes
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
+        """Return when every process has come here."""
         if self.count > 1:
             self._state.wait_for_everyone()
 
     def gather(self, value: T) -> list[T]:
-        """What every process has, in the order of their ranks.
+        """Exchange one value per process.
 
         Args:
             value: This process's; anything that can be pickled.
 
         Returns:
-            One value per process.
+            The values of all processes, in the order of their ranks.
         """
         if self.count == 1:
             return [value]
         from accelerate.utils import gather_object
 
         return gather_object([value])
+
+
+class Turns:
+    """Assign batches round-robin; deterministic, so no communication.
+
+    Args:
+        processes: Who takes turns.
+        batches_per_turn: How many batches a process takes in a row.
+    """
+
+    def __init__(self, processes: Processes, batches_per_turn: int) -> None:
+        self._processes, self._batches_per_turn = processes, batches_per_turn
+        self._n_batches = 0
+
+    def take(self) -> bool:
+        """Assign the next batch, and say whether it is this process's."""
+        turn = self._n_batches // self._batches_per_turn
+        self._n_batches += 1
+        return turn % self._processes.count == self._processes.rank

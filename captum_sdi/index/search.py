@@ -1,27 +1,35 @@
 """Scoring an index: pieces of it, small enough for the processor's cache, against all test examples at once.
 
-No model is needed, and memory does not grow with the number of train examples. With several processes each takes
-every so many blocks; the results are those of one process, to the last bit where they compute alike.
+No model is needed, and memory does not grow with the number of train examples. Several processes take blocks in turn;
+the results are those of one process, to the last bit where they compute alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from captum_sdi.blocks import ScoredBlock
 from captum_sdi.features import StepFeatures
 from captum_sdi.index.faiss import Faiss
-from captum_sdi.index.folder import Reader, SketchIndex
+from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.processes import Processes
-from captum_sdi.scores.collect import Running, TopK, pick_winners, top_k
+from captum_sdi.index.table import BLOCK, RowTable
+from captum_sdi.scores.collect import Ranking, RunningBest, Sums, Winners
 from captum_sdi.scores.contract import Scores, pair_scores
 
-_BLOCK = 4096
-"""Examples between two looks at the running top k."""
-_ROWS = 2**24
-"""Numbers of rows that are held at once where standard errors are wanted."""
+if TYPE_CHECKING:
+    from captum_sdi.checkpoints import Checkpoint
+
+NUMBERS_AT_ONCE = 2**24
+"""Numbers of rows that are held at once where whole trajectories are contracted."""
+
+Contract = Callable[[StepFeatures, StepFeatures], Scores]
+"""``(test features, train features)`` to the scores of all pairs, such as `pair_scores`."""
 
 
 class Search:
@@ -30,215 +38,200 @@ class Search:
     Args:
         index: The index.
         processes: Among whom the work is shared.
-        names: The checkpoints.
-        etas: Their learning rates.
-        tests: The test examples' features at each, from `with_total`.
+        checkpoints: The checkpoints, with their learning rates.
+        tests: The test examples' features at each checkpoint, from `StepFeatures.with_total`.
         dtype: Of the scores.
-        faiss: Finds the top k in place of `scanned`.
+        faiss: Finds the top k; None compares every row.
     """
 
     def __init__(
         self,
         index: SketchIndex,
         processes: Processes,
-        names: Sequence[str],
-        etas: Sequence[float],
+        checkpoints: Sequence[Checkpoint],
         tests: Sequence[StepFeatures],
         dtype: torch.dtype,
         faiss: Faiss | None = None,
     ) -> None:
-        assert index.examples is not None
-        self._index, self._processes, self._n = index, processes, index.examples
-        self._etas, self._tests, self._dtype = etas, tests, dtype
-        self._readers = [Reader(index, name, dtype) for name in names]
+        self._index, self._processes, self._faiss = index, processes, faiss
+        self._checkpoints, self._tests, self._dtype = checkpoints, tests, dtype
+        self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype)
         self._device = next(iter(tests[0].rows.values())).device
-        self._faiss = faiss
-        self.folder = index.path
-        self.identity = [index.manifest.owner(name) for name in names] + [self._n]
 
     @property
-    def n_examples(self) -> int:
-        """How many train examples there are."""
-        return self._n
-
-    @property
-    def width(self) -> int:
-        """Numbers per example, those of all checkpoints side by side."""
-        return self._index.width * len(self._readers)
+    def n_steps(self) -> Tensor:
+        """``(q,)`` how many loop steps each test example ran at most."""
+        return torch.stack([test.n_steps for test in self._tests]).amax(0)
 
     @property
     def n_columns(self) -> int:
-        """What test examples can be ranked by: the total, then bins."""
-        return max(row.shape[1] for test in self._tests for row in test.rows.values())
+        """How many columns test examples can be ranked by: the total, then bins."""
+        depths = []
+        for test in self._tests:
+            depths += [row.shape[1] for row in test.rows.values()]
+        return max(depths)
 
-    def queries(self, column: int) -> list[Tensor]:
-        """What rows are multiplied by at each checkpoint.
+    # --- the top k ---
 
-        Args:
-            column: 0 for totals, or 1 + a bin.
-
-        Returns:
-            ``(q, D)`` each, times the learning rate.
-        """
-        found = []
-        for eta, test in zip(self._etas, self._tests, strict=True):
-            flat = self._index.flat(test)
-            inside = column < flat.shape[1]  # a checkpoint may make the test side run fewer steps
-            found.append(eta * flat[:, column] if inside else torch.zeros_like(flat[:, 0]))
-        return found
-
-    def totals(self, queries: Sequence[Tensor], start: int, stop: int) -> Tensor:
-        """Scores of consecutive examples.
+    def top(self, ranking: Ranking) -> tuple[Tensor, Tensor]:
+        """Find the k best train examples of each test example; of equal ones those with the lowest positions.
 
         Args:
-            queries: From `queries`.
-            start: Position of the first; a multiple of the index's piece, so that sums come out alike.
-            stop: Position after the last.
-
-        Returns:
-            ``(q, stop - start)``.
-        """
-        scores = torch.zeros(len(queries[0]), stop - start, dtype=self._dtype, device=self._device)
-        for reader, query in zip(self._readers, queries, strict=True):
-            for at in range(start, stop, self._index.piece):
-                rows = reader.read(at, min(at + self._index.piece, stop)).to(self._device)
-                scores[:, at - start : at - start + len(rows)].addmm_(query, rows.T)
-        return scores
-
-    def top(self, column: int, k: int, proponents: bool) -> tuple[Tensor, Tensor]:
-        """The k best train examples of each test example; of equal ones those with the lowest positions.
-
-        Args:
-            column: 0 to rank by totals, or 1 + a bin.
-            k: How many; clipped to n.
-            proponents: The highest; False: the lowest.
+            ranking: Which are the best; their number is clipped to n.
 
         Returns:
             Positions and scores, ``(q, k)`` each, best first.
         """
-        if self._faiss is not None:
-            indices, scores = self._faiss.top(self, column, k, proponents)
-            return indices.to(self._device), scores.to(self._device, self._dtype)
-        return self.scanned(column, k, proponents)
+        queries = self._queries(ranking)
+        if self._faiss is None:
+            return self._scanned(ranking, queries)
+        positions, scores = self._searched(self._faiss, ranking, queries)
+        return positions.to(self._device), scores.to(self._device, self._dtype)
 
-    def scanned(self, column: int, k: int, proponents: bool, first: int | None = None) -> tuple[Tensor, Tensor]:
-        """As `top`, by comparing every row.
+    def _queries(self, ranking: Ranking) -> list[Tensor]:
+        """Return what rows are multiplied by at each checkpoint, ``(q, D)`` times the learning rate."""
+        queries = []
+        for checkpoint, test in zip(self._checkpoints, self._tests, strict=True):
+            bins_last = self._index.flat(test).transpose(1, 2)
+            queries.append(checkpoint.rate * ranking.column_of(bins_last))
+        return queries
 
-        Args:
-            column: As for `top`.
-            k: As for `top`.
-            proponents: As for `top`.
-            first: Only so many test examples; None: all.
-
-        Returns:
-            As `top`.
-        """
-        queries = [query[:first] for query in self.queries(column)]
-        best = TopK(k, proponents)
-        best.add(torch.empty(0, dtype=torch.long), queries[0].new_empty(len(queries[0]), 0))
+    def _scanned(self, ranking: Ranking, queries: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Compare every row."""
+        best = RunningBest(ranking)
+        no_scores = queries[0].new_empty(len(queries[0]), 0)
+        best.add(torch.empty(0, dtype=torch.long), no_scores)  # a process may have no block at all
+        blocks = self._blocks(BLOCK)
+        own_blocks = blocks[self._processes.rank :: self._processes.count]
         with torch.autocast(self._device.type, enabled=False):
-            for start, stop in self._blocks(_BLOCK):
-                best.add(torch.arange(start, stop), self.totals(queries, start, stop))
-        indices, scores = (torch.cat(parts, 1) for parts in zip(*self._gathered(best.result()), strict=True))
-        order = indices.argsort(dim=1)
-        indices, scores = indices.gather(1, order), scores.gather(1, order)
-        order, scores = top_k(scores, k, proponents)
-        return indices.gather(1, order), scores
+            for positions in own_blocks:
+                best.add(torch.arange(positions.start, positions.stop), self._ranked(queries, positions))
+        return self._merged(ranking, *best.result())
 
-    def scores(self) -> Iterator[tuple[int, Tensor, Scores]]:
-        """Every pair, with the sketch's variances, summed over checkpoints with η and η².
+    def _ranked(self, queries: list[Tensor], positions: range) -> Tensor:
+        """Sum one number per pair over checkpoints, ``(q, n)``, piece by piece, so that sums come out alike."""
+        scores = torch.zeros(len(queries[0]), len(positions), dtype=self._dtype, device=self._device)
+        pieces = _split(positions, self._index.piece)
+        for reader, query in zip(self._table.readers, queries, strict=True):
+            for piece in pieces:
+                rows = reader.rows(piece).to(self._device)
+                first = piece.start - positions.start
+                scores[:, first : first + len(piece)].addmm_(query, rows.T)
+        return scores
+
+    def _merged(self, ranking: Ranking, positions: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Pick the best of all processes' best; of equal ones the lowest position."""
+        gathered = self._processes.gather((positions.cpu(), scores.cpu()))
+        positions = torch.cat([positions for positions, _ in gathered], dim=1).to(self._device)
+        scores = torch.cat([scores for _, scores in gathered], dim=1).to(self._device)
+        order = positions.argsort(dim=1)
+        positions, scores = positions.gather(1, order), scores.gather(1, order)
+        order, scores = ranking.best(scores)
+        return positions.gather(1, order), scores
+
+    # --- the top k by FAISS ---
+
+    def _searched(self, faiss: Faiss, ranking: Ranking, queries: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Ask FAISS; what it scores approximately is scored anew."""
+        flat_queries = torch.cat(queries, dim=1)
+        sign = 1 if ranking.proponents else -1  # FAISS looks for the largest scores
+        signed_queries = (sign * flat_queries).float().cpu().contiguous()
+        k = min(ranking.k, self._table.n_examples)
+        nearest = faiss.nearest(self._table, signed_queries, k)
+        if nearest.scores is not None:
+            return nearest.positions, sign * nearest.scores
+        positions = nearest.positions.sort(dim=1).values
+        order, scores = ranking.best(self._rescored(positions, flat_queries))
+        positions = positions.gather(1, order)
+        if faiss.recall is None:
+            faiss.recall = self._recall(ranking, queries, positions, n_queries=faiss.checked)
+        return positions, scores
+
+    def _rescored(self, positions: Tensor, flat_queries: Tensor) -> Tensor:
+        """Score chosen train examples, others for each test example, by their own rows."""
+        scores = []
+        for chosen, query in zip(positions.tolist(), flat_queries.cpu().to(self._dtype), strict=True):
+            scores.append(self._table.gathered(chosen) @ query)
+        return torch.stack(scores)
+
+    def _recall(self, ranking: Ranking, queries: list[Tensor], positions: Tensor, n_queries: int) -> float:
+        """Measure which share of the exact top k of the first queries is among the positions found."""
+        exact, _ = self._scanned(ranking, [query[:n_queries] for query in queries])
+        candidates = positions[: len(exact)].unsqueeze(2)
+        hits = (candidates == exact.to(positions.device).unsqueeze(1)).any(2)
+        return float(hits.float().mean())
+
+    # --- trajectories ---
+
+    def scored_blocks(self, contract: Contract) -> Iterator[ScoredBlock]:
+        """Score every pair: all checkpoints of a block, then the next block.
+
+        Args:
+            contract: Contracts the test side's features with a block's.
 
         Yields:
-            The number of a block, its examples' positions ``(n,)``, and values and variances ``(q, n, b)``.
+            Blocks in order, in every process all of them, times their checkpoint's learning rate.
         """
-        mine = (
-            (start, stop, self._pairs(range(start, stop))) for start, stop in self._blocks(_ROWS // self._index.width)
-        )
-        blocks = mine if self._processes.count == 1 else self._all_of(list(mine))
-        for i, (start, stop, scores) in enumerate(blocks):
-            yield i, torch.arange(start, stop), scores
+        blocks = self._blocks(NUMBERS_AT_ONCE // self._index.width)
+        n_processes = self._processes.count
+        for first in range(0, len(blocks), n_processes):
+            this_round = blocks[first : first + n_processes]
+            for number, scores in enumerate(self._shared(contract, this_round), start=first):
+                positions = torch.arange(blocks[number].start, blocks[number].stop)
+                yield from self._labelled(number, positions, scores)
 
-    def winners(self, indices: Tensor) -> Scores:
-        """Some pairs, with the sketch's variances.
+    def winners(self, indices: Tensor) -> Sums:
+        """Score chosen train examples with their trajectories, others for each test example.
 
         Args:
-            indices: ``(q, k)`` positions of train examples.
+            indices: ``(q, k)`` their positions.
 
         Returns:
-            Values and variances ``(q, k, b)``.
+            The sums ``(q, k, b)``.
         """
-        values, variances = Running(), Running()
-        for positions in indices.unique().cpu().split(max(1, _ROWS // self._index.width)):
-            scores = self._pairs(positions.tolist())
-            values.add(0, pick_winners(indices, positions, scores.values))
-            variances.add(0, pick_winners(indices, positions, scores.variances))
-        return Scores(values.result(), variances.result())
+        winners = Winners(indices)
+        n_at_once = max(1, NUMBERS_AT_ONCE // self._index.width)
+        blocks = indices.unique().cpu().split(n_at_once)
+        for number, positions in enumerate(blocks):
+            scores = self._contracted(pair_scores, positions.tolist())
+            for block in self._labelled(number, positions, scores):
+                winners.add(block)
+        return winners.result()
 
-    def winners_by(self, column: int, indices: Tensor) -> Tensor:
-        """What some pairs are ranked by.
+    def _shared(self, contract: Contract, blocks: list[range]) -> Iterator[Iterable[Scores]]:
+        """Contract one block in each process, and yield the scores of all of them, by checkpoint."""
+        if self._processes.count == 1:
+            yield self._contracted(contract, blocks[0])
+            return
+        own: list[tuple[Tensor, Tensor]] = []
+        rank = self._processes.rank
+        if rank < len(blocks):  # the last round may have fewer blocks than processes
+            for scores in self._contracted(contract, blocks[rank]):
+                own.append((scores.values.cpu(), scores.variances.cpu()))
+        gathered = self._processes.gather(own)
+        for tensors in gathered[: len(blocks)]:
+            yield [Scores(values.to(self._device), variances.to(self._device)) for values, variances in tensors]
 
-        Args:
-            column: As for `top`.
-            indices: ``(q, k)`` positions of train examples.
+    def _contracted(self, contract: Contract, positions: Sequence[int]) -> Iterator[Scores]:
+        """Contract all test examples with some train examples at each checkpoint, times its learning rate."""
+        for checkpoint, test, reader in zip(self._checkpoints, self._tests, self._table.readers, strict=True):
+            rows = reader.rows(positions).to(self._device)
+            scores = contract(test, self._index.features(rows))
+            yield scores.times(checkpoint.rate)
 
-        Returns:
-            ``(q, k)``.
-        """
-        query = torch.cat(self.queries(column), dim=1).cpu()
-        return torch.stack(
-            [self.gathered(some) @ q for some, q in zip(indices.tolist(), query.to(self._dtype), strict=True)]
-        )
+    def _labelled(self, number: int, positions: Tensor, scores: Iterable[Scores]) -> Iterator[ScoredBlock]:
+        """Say of a block's scores at each checkpoint what they are of."""
+        for checkpoint, test, at_checkpoint in zip(self._checkpoints, self._tests, scores, strict=True):
+            yield ScoredBlock(number, positions, checkpoint, at_checkpoint, test.n_steps)
 
-    def rows(self) -> Iterator[tuple[int, Tensor]]:
-        """All rows, those of all checkpoints side by side.
+    def _blocks(self, at_most: int) -> list[range]:
+        """Cut the train set in multiples of a piece, small enough for every process to have one."""
+        n_examples = self._table.n_examples
+        share = math.ceil(n_examples / self._processes.count)
+        n_pieces = max(1, min(at_most, share) // self._index.piece)
+        return _split(range(n_examples), n_pieces * self._index.piece)
 
-        Yields:
-            The position of the first, and ``(n, width)`` float32 on the CPU, overwritten by the next.
-        """
-        for start in range(0, self._n, _BLOCK):
-            stop = min(start + _BLOCK, self._n)
-            parts = [reader.read(start, stop) for reader in self._readers]
-            yield start, (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).float()
 
-    def gathered(self, positions: Sequence[int]) -> Tensor:
-        """Rows of some examples, those of all checkpoints side by side.
-
-        Args:
-            positions: Their positions.
-
-        Returns:
-            ``(n, width)``.
-        """
-        return torch.cat([reader.gather(positions) for reader in self._readers], dim=1)
-
-    def _pairs(self, positions: Sequence[int]) -> Scores:
-        """All test examples with some train examples."""
-        values, variances = Running(), Running()
-        for eta, test, reader in zip(self._etas, self._tests, self._readers, strict=True):
-            if isinstance(positions, range):
-                rows = reader.read(positions.start, positions.stop)
-            else:
-                rows = reader.gather(positions)
-            scores = pair_scores(test, self._index.features(rows.to(self._device)))
-            values.add(0, eta * scores.values)
-            variances.add(0, eta**2 * scores.variances)
-        return Scores(values.result(), variances.result())
-
-    def _blocks(self, examples: int) -> Iterator[tuple[int, int]]:
-        """This process's blocks; multiples of a piece, and small enough for every process to have one."""
-        piece, count = self._index.piece, self._processes.count
-        pieces = max(1, min(examples, -(-self._n // count)) // piece)
-        for start in range(pieces * piece * self._processes.rank, self._n, pieces * piece * count):
-            yield start, min(start + pieces * piece, self._n)
-
-    def _gathered(self, tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-        gathered = self._processes.gather([tensor.cpu() for tensor in tensors])
-        return [[tensor.to(self._device) for tensor in parts] for parts in gathered]
-
-    def _all_of(self, mine: list[tuple[int, int, Scores]]) -> Iterator[tuple[int, int, Scores]]:
-        """Everybody's blocks in order."""
-        gathered = self._processes.gather([(a, b, s.values.cpu(), s.variances.cpu()) for a, b, s in mine])
-        for start, stop, values, variances in sorted(
-            (block for part in gathered for block in part), key=lambda b: b[0]
-        ):
-            yield start, stop, Scores(values.to(self._device), variances.to(self._device))
+def _split(positions: range, size: int) -> list[range]:
+    """Cut a range in consecutive ones of at most ``size``."""
+    return [positions[first : first + size] for first in range(0, len(positions), size)]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -23,13 +22,31 @@ from captum_sdi.whole_file import write_whole
 
 SUFFIX = ".safetensors"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ALIGNED = 64  # bytes
-_HALF = (torch.float16, torch.bfloat16)
-_NAMES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
+ALIGNMENT = 64  # bytes
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
 
 
 class DamagedError(Exception):
     """A file that is not what a shard was when it was written."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a file."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    """Offset of its first byte in the file."""
+    stop: int
+    """Offset after its last byte."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +61,13 @@ class Shard:
     owner: str
     """A digest of what the rows depend on: the index's settings and the checkpoint's weights."""
     digest: str
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]]
-    """By name: dtype, shape, and the offset in the file."""
+    """Of the file's content when it was written."""
+    tensors: dict[str, Stored]
+    """By name."""
 
     @staticmethod
     def write(folder: Path, start: int, rows: Tensor, fingerprints: Tensor, dtype: torch.dtype, owner: str) -> Shard:
-        """Writes a shard.
+        """Write a shard.
 
         Args:
             folder: The checkpoint's.
@@ -63,58 +81,45 @@ class Shard:
             The shard.
         """
         tensors = {"fingerprints": fingerprints}
-        if dtype in _HALF:
-            largest = rows.abs().amax(1).float()
-            tensors["scales"] = torch.ldexp(torch.ones(len(rows)), torch.frexp(largest).exponent)
+        if dtype in HALF_PRECISION:
+            tensors["scales"] = powers_of_two(rows.abs().amax(1).float())
             rows = rows / tensors["scales"].unsqueeze(1)
         tensors["rows"] = rows.to(dtype).contiguous()
         stop = start + len(rows)
-        metadata = {"start": str(start), "stop": str(stop), "owner": owner}
-        metadata["digest"] = _digest(metadata, tensors)
+        metadata = shard_metadata(start, stop, owner)
+        metadata["digest"] = content_digest(metadata, tensors)
         # Where a map of the file begins is the start of a page: rows that begin at 64 bytes of it are aligned as torch
         # aligns its own tensors, so that sums over either come out the same.
         metadata["pad"] = ""
-        metadata["pad"] = " " * (-_header(tensors, metadata) % ALIGNED)
-        path = folder / _name(start, stop)
+        metadata["pad"] = " " * (-header_length(tensors, metadata) % ALIGNMENT)
+        path = folder / file_name(start, stop)
+        content = save(tensors, metadata)
         # By our own write, not `save_file`, whose error for a full disk is no OSError.
-        write_whole(path, lambda unfinished: unfinished.write_bytes(save(tensors, metadata)))
+        write_whole(path, lambda unfinished: unfinished.write_bytes(content))
         return Shard.read(path)
 
     @staticmethod
     def read(path: Path) -> Shard:
-        """Reads a shard's header.
-
-        Args:
-            path: The file.
+        """Read a shard's header.
 
         Returns:
             The shard.
 
         Raises:
-            DamagedError: It is none, or has another size than its header says.
+            DamagedError: If the file is no shard, or has another size than its header says.
         """
-        size = path.stat().st_size
         try:
-            with open(path, "rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, size)))
-            metadata = header.pop("__metadata__")
-            tensors = {
-                name: (_NAMES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-                for name, entry in header.items()
-            }
-            said = 8 + length + max(entry["data_offsets"][1] for entry in header.values())
-            found = Shard(
-                path, int(metadata["start"]), int(metadata["stop"]), metadata["owner"], metadata["digest"], tensors
-            )
-            counts = {shape[0] for _, shape, _ in tensors.values()}
+            shard = parsed_header(path)
+            size_by_header = max(stored.stop for stored in shard.tensors.values())
+            counts = {stored.shape[0] for stored in shard.tensors.values()}
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DamagedError(f"{path}: {error!r}") from error
-        if path.name != _name(found.start, found.stop):  # a sound shard in another's place
-            raise DamagedError(f"{path}: holds examples {found.start} to {found.stop}")
-        if said != size or counts != {found.stop - found.start}:
-            raise DamagedError(f"{path}: {size} bytes instead of {said}")
-        return found
+        if path.name != file_name(shard.start, shard.stop):  # a sound shard in another's place
+            raise DamagedError(f"{path}: holds examples {shard.start} to {shard.stop}")
+        size = path.stat().st_size
+        if size != size_by_header or counts != {shard.stop - shard.start}:
+            raise DamagedError(f"{path}: {size} bytes instead of {size_by_header}")
+        return shard
 
     @cached_property
     def rows(self) -> Tensor:
@@ -124,10 +129,15 @@ class Shard:
     @property
     def dtype(self) -> torch.dtype:
         """In which rows are stored."""
-        return self.tensors["rows"][0]
+        return self.tensors["rows"].dtype
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether rows are to be multiplied by ``scales``."""
+        return "scales" in self.tensors
 
     def mapped(self, name: str) -> Tensor:
-        """One of its tensors, memory-mapped: read from disk as far as it is used, forgotten with the tensor.
+        """Map one of the tensors: it is read from disk as far as it is used, and forgotten with the tensor.
 
         Args:
             name: ``"rows"``, ``"fingerprints"`` or ``"scales"``.
@@ -135,33 +145,87 @@ class Shard:
         Returns:
             The tensor, not to be written to.
         """
-        dtype, shape, offset = self.tensors[name]
-        whole = torch.from_file(str(self.path), shared=False, size=self.path.stat().st_size, dtype=torch.uint8)
-        size = dtype.itemsize * torch.Size(shape).numel()
-        return whole[offset : offset + size].view(dtype).view(shape)
+        stored = self.tensors[name]
+        size = self.path.stat().st_size
+        content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        return content[stored.start : stored.stop].view(stored.dtype).view(stored.shape)
 
     def intact(self) -> bool:
-        """Whether the checksum is that of what is in the file; reads all of it."""
-        metadata = {"start": str(self.start), "stop": str(self.stop), "owner": self.owner}
+        """Compare the file's content with its checksum; reads all of it."""
         try:
-            return self.digest == _digest(metadata, {name: self.mapped(name) for name in self.tensors})
+            tensors = {name: self.mapped(name) for name in self.tensors}
+            return self.digest == content_digest(shard_metadata(self.start, self.stop, self.owner), tensors)
         except (OSError, RuntimeError):
             return False
 
 
-def _name(start: int, stop: int) -> str:
+# --- the file ---
+
+
+def file_name(start: int, stop: int) -> str:
+    """Return the name of the file that holds examples ``start`` to ``stop``."""
     return f"{start:012d}-{stop:012d}{SUFFIX}"
 
 
-def _header(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
-    """How long the part before the data is; rows come first in the data, being of the widest dtype."""
-    return len(save(tensors, metadata)) - sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+def shard_metadata(start: int, stop: int, owner: str) -> dict[str, str]:
+    """Return what a header says beside where the tensors lie."""
+    return {"start": str(start), "stop": str(stop), "owner": owner}
 
 
-def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+def header_length(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    """Return the offset of the data; rows come first in the data, being of the widest dtype."""
+    data = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    return len(save(tensors, metadata)) - data
+
+
+def parsed_header(path: Path) -> Shard:
+    """Read a safetensors header: its length in eight bytes, then JSON."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(length, size)))
+    metadata = header.pop("__metadata__")
+    first_byte = 8 + length
+    tensors = {}
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        shape = torch.Size(entry["shape"])
+        tensors[name] = Stored(_SAFETENSORS_DTYPES[entry["dtype"]], shape, first_byte + start, first_byte + stop)
+    start, stop = int(metadata["start"]), int(metadata["stop"])
+    if "rows" not in tensors:
+        raise KeyError("rows")
+    return Shard(path, start, stop, metadata["owner"], metadata["digest"], tensors)
+
+
+def content_digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    """Return a digest of a shard's metadata and tensors."""
     # SHA-256 because processors compute it in hardware: three times as fast here as BLAKE2.
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        digest_tensor(digest, name, tensor)
     return digest.hexdigest()
+
+
+def digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add a tensor's name, dtype, shape and bytes to a digest of `hashlib`."""
+    digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    digest.update(memoryview(data.numpy()))  # type: ignore[arg-type]
+
+
+def powers_of_two(numbers: Tensor) -> Tensor:
+    """Round numbers up to powers of two.
+
+    Returns:
+        ``(n,)`` float32.
+
+    Example:
+        >>> powers_of_two(torch.tensor([0.3, 3.0]))
+        tensor([0.5000, 4.0000])
+    """
+    return torch.ldexp(torch.ones(len(numbers)), torch.frexp(numbers).exponent)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without its module, as in `DTYPES`."""
+    return str(dtype).removeprefix("torch.")
