@@ -53,8 +53,8 @@ __all__ = [
 
 __version__: str
 
-# Importing torch and transformers takes seconds, which `captum-sdi --help` need not wait for: a public name is imported
-# when it is first looked up (PEP 562). AutoModelForCausalLM knows the looped GPT once `captum_sdi.models` is imported. This table serves the interpreter; the imports above, type checkers and editors.
+# Importing torch takes seconds, which `captum-sdi --help` need not wait for: a public name is imported when it is first
+# looked up (PEP 562). This table serves the interpreter; the imports above, type checkers and editors.
 _SUBPACKAGES = ("evaluate", "models", "plotting", "tasks")
 _MODULE_OF = {
     "Exact": "captum_sdi.sketch",

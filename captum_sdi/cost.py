@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from captum_sdi.data.batch import batch_size
-from captum_sdi.data.stream import Stream
 from captum_sdi.data.examples import Examples
+from captum_sdi.data.stream import Stream
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.model_facts import model_device
 from captum_sdi.passes import Point

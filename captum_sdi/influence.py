@@ -203,8 +203,8 @@ class SDIInfluence(TracInCPBase):
         ranking = Ranking(k, proponents)
         if rerank is None:
             return KMostInfluentialResults(*queries.top_examples(question, ranking))
-        best = queries.reranked(question, ranking, rerank)
-        return KMostInfluentialResults(best.indices, best.influence_scores)
+        sums, indices = queries.reranked(question, ranking, rerank)
+        return KMostInfluentialResults(indices, sums.scores.values[..., Columns.TOTAL])
 
     def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
         """Implement Captum's abstract method: `influence` without ``k``."""
@@ -252,7 +252,8 @@ class SDIInfluence(TracInCPBase):
         ranking = Ranking(k, proponents, column)
         if rerank is None:
             return queries.top_step_influence(question, ranking)
-        return queries.reranked(question, ranking, rerank)
+        sums, indices = queries.reranked(question, ranking, rerank)
+        return StepInfluence.from_sums(*sums, indices)
 
     @log_usage(part_of_slo=True)
     def step_matrix(self, inputs: Any, indices: Sequence[int] | None = None) -> Tensor:

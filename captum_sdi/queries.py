@@ -75,9 +75,7 @@ class Study:
 
     def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
         """Write what an index lacks at one checkpoint."""
-        loop = self.engine.loop
-        assert loop is not None, "it is found when the points are opened"
-        return index.complete(point, self.train, loop=loop, thorough=thorough, progress=self.progress)
+        return index.complete(point, self.train, thorough=thorough, progress=self.progress)
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ def top_in_two_passes(question: Question, ranking: Ranking) -> StepInfluence:
     return StepInfluence.from_sums(*winners.result(), indices)
 
 
-def reranked(question: Question, ranking: Ranking, n_candidates: int) -> StepInfluence:
+def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[Sums, Tensor]:
     """Let sketches shortlist and exact gradients of the shortlisted train examples decide.
 
     Args:
@@ -263,7 +261,7 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> StepInf
         n_candidates: How many train examples are shortlisted for each test example.
 
     Returns:
-        The winners' exact trajectories, ``(q, k, t)``.
+        The winners' exact scores ``(q, k, b)``, and their positions ``(q, k)``.
     """
     candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
     candidates = candidates.sort(dim=1).values
@@ -274,7 +272,7 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> StepInf
     ranking.check_column(values.shape[-1])
     order, _ = ranking.best(ranking.column_of(values))
     best = gather_pairs(values, order)
-    return StepInfluence.from_sums(Scores(best, torch.zeros_like(best)), sums.n_steps, candidates.gather(1, order))
+    return Sums(Scores(best, torch.zeros_like(best)), sums.n_steps), candidates.gather(1, order)
 
 
 def exact_winners(question: Question, candidates: Tensor) -> list[Winners]:

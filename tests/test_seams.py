@@ -136,7 +136,8 @@ def test_an_index_serves_every_preconditioner(tmp_path: Path) -> None:
     doubled = influence(tmp_path, preconditioner=Twice())
     torch.testing.assert_close(doubled.step_influence(TEST).trajectories, 2 * plain.trajectories)
     torch.testing.assert_close(doubled.step_influence(TEST).score_errors, 2 * plain.score_errors)
-    torch.testing.assert_close(doubled.influence(TEST, k=5).influence_scores, influence(tmp_path).influence(TEST, k=5).influence_scores * 2)  # fmt: skip
+    top, doubled_top = (asked.influence(TEST, k=5) for asked in (influence(tmp_path), doubled))
+    torch.testing.assert_close(doubled_top.influence_scores, 2 * top.influence_scores)
     torch.testing.assert_close(doubled.self_influence(), 2 * influence(tmp_path).self_influence())
     live, read = (influence(path, preconditioner=Weights()).influence(TEST) for path in (None, tmp_path))
     torch.testing.assert_close(live, read)
@@ -208,14 +209,18 @@ def target_names(sdi: SDIInfluence) -> list[str]:
 # --- what a pass leaves behind ---
 
 
+def interrupted(asked: Question) -> None:
+    with asked.scored_blocks("stop", by_step=True) as blocks:
+        for block in blocks:
+            if block.checkpoint.number == 1:
+                raise KeyboardInterrupt
+
+
 def test_a_pass_that_is_broken_off_leaves_no_hook_and_the_weights_as_they_were() -> None:
     sdi = influence(None)
     before = {name: value.clone() for name, value in sdi.model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
-        with question(sdi).scored_blocks("stop", by_step=True) as blocks:
-            for block in blocks:
-                if block.checkpoint.number == 1:
-                    raise KeyboardInterrupt
+        interrupted(question(sdi))
     assert all(torch.equal(value, before[name]) for name, value in sdi.model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in sdi.model.modules())
     assert all(parameter.requires_grad for parameter in sdi.model.parameters())
@@ -230,4 +235,4 @@ def test_blocks_have_the_same_number_at_every_checkpoint() -> None:
             seen[point.checkpoint.name] = [(block.number, block.positions.tolist()) for block in blocks]
     first, second = seen.values()
     assert first == second
-    assert sum((positions for _, positions in first), []) == list(range(len(TRAIN)))
+    assert [position for _, positions in first for position in positions] == list(range(len(TRAIN)))

@@ -14,8 +14,7 @@ from captum_sdi.cli.printing import is_first_process, print_line, print_summary,
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import ARRAYS, LINES, TENSORS, Results
 from captum_sdi.cli.rows import JsonLines
-from captum_sdi.cost import estimate
-from captum_sdi.cost import readable_size
+from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence

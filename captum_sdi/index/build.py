@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from captum_sdi.features import LoopSpec, StepFeatures
+from captum_sdi.features import StepFeatures
 from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.identity import Identity, identity_at
@@ -79,15 +79,12 @@ class TrainIndex:
         if self.path.exists():
             check_folder(self.path)
 
-    def complete(
-        self, point: Point, train: Examples, *, loop: LoopSpec, thorough: bool, progress: Progress
-    ) -> SketchIndex:
+    def complete(self, point: Point, train: Examples, *, thorough: bool, progress: Progress) -> SketchIndex:
         """Compare the index with the model at one checkpoint, and compute what is missing.
 
         Args:
             point: The model at the checkpoint.
             train: The train set.
-            loop: What repeats.
             thorough: Compare every train example's content, however many there are.
             progress: Shows a bar over batches where something is computed.
 
@@ -98,7 +95,7 @@ class TrainIndex:
             ValueError: If the index is of something else.
             OSError: If it is incomplete, and another process is building it, the folder is read-only or the disk full.
         """
-        identity = identity_at(point, self._sketch, loop, self._side)
+        identity = identity_at(point, self._sketch, self._side)
         build = Build(point, train, identity, Processes(model_device(point.model)))
         index = self._compared(build)
         if build.name not in self._checked_rows and index.shards[build.name]:

@@ -34,13 +34,12 @@ class Identity:
     """What those of this checkpoint depend on; and its learning rate, which scores are multiplied by."""
 
 
-def identity_at(point: Point, sketch: Sketch, loop: LoopSpec, side: Side) -> Identity:
+def identity_at(point: Point, sketch: Sketch, side: Side) -> Identity:
     """Describe the rows that the model would give at a checkpoint.
 
     Args:
         point: The model there.
         sketch: How gradients are represented.
-        loop: What repeats.
         side: The training side.
 
     Returns:
@@ -51,7 +50,7 @@ def identity_at(point: Point, sketch: Sketch, loop: LoopSpec, side: Side) -> Ide
         "hash tables": point.capture.checksum(),
         RATE: point.checkpoint.rate,
     }
-    return Identity(settings(sketch, point.capture.targets(), loop, side), checkpoint)
+    return Identity(settings(sketch, point.capture.targets(), point.loop, side), checkpoint)
 
 
 def settings(sketch: Sketch, parameters: Mapping[str, Tensor], loop: LoopSpec, side: Side) -> dict[str, Any]:
