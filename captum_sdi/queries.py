@@ -219,7 +219,9 @@ def top_examples(question: Question, ranking: Ranking) -> tuple[Tensor, Tensor]:
     """Find the winners by one number per pair: positions and scores, ``(q, k)`` each."""
     index, by_step = question.study.index, ranking.column != Columns.TOTAL
     if index is not None:
-        return question.searched(index, by_step=by_step).top(ranking)
+        search = question.searched(index, by_step=by_step)
+        ranking.check_column(search.n_columns)
+        return search.top(ranking)
     best = TopExamples(ranking, len(question.study.checkpoints))
     with question.scored_blocks(ranking_purpose(ranking), by_step=by_step, contract=pair_values) as blocks:
         collect(blocks, best)
@@ -231,6 +233,7 @@ def top_step_influence(question: Question, ranking: Ranking) -> StepInfluence:
     index = question.study.index
     if index is not None:
         search = question.searched(index, by_step=True)
+        ranking.check_column(search.n_columns)
         indices, _ = search.top(ranking)
         return StepInfluence.from_sums(*search.winners(indices), indices)
     if len(question.study.checkpoints) > 1:
