@@ -78,7 +78,7 @@ def _digest_rows(digests: Sequence[Any], name: str, tensor: Tensor, used: Tensor
     further_axes = tuple(tensor.shape[2:])
     header = f"{name}{tensor.dtype}{further_axes}".encode()
     if tensor.ndim == 0:
-        tensor = tensor.expand(len(digests))
+        tensor = tensor.repeat(len(digests))  # expanded, one row could not be viewed as bytes
     length = tensor.shape[1] if tensor.ndim > 1 else 1
     rows = tensor.reshape(len(tensor), length, -1).contiguous()
     if used is None or used.shape != rows.shape[:2]:
