@@ -40,7 +40,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def vocabulary_size(model: nn.Module) -> int | None:
-    """Return how many token ids the model's input embedding knows; None where the model does not say.
+    """Return how many token ids the input embedding knows; None where the model does not say.
 
     Example:
         >>> print(vocabulary_size(nn.Embedding(10, 2)))  # has no get_input_embeddings, as models of transformers do

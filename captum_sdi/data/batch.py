@@ -38,7 +38,7 @@ class Batch:
 
 
 class BatchReader:
-    """A reader of one model's batches, which knows what its forward takes and warns once of every key it drops."""
+    """A reader of one model's batches; it warns once of every key that forward does not take."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -78,7 +78,7 @@ class BatchReader:
         )
 
     def takes(self, key: str) -> bool:
-        """Say whether the model's forward names this keyword; taking any without naming it does not count."""
+        """Say whether the model's forward names this keyword; ``**kwargs`` do not count."""
         return self._keywords is not None and key in self._keywords
 
     def _without_unknown(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 
 def forward_keywords(model: nn.Module) -> set[str] | None:
-    """Return the keywords that the model's forward names; None for a wrapper that takes any and names none."""
+    """Return the keywords that forward names; None where it names none and takes any."""
     keywords: set[str] = set()
     takes_any = False
     for parameter in inspect.signature(model.forward).parameters.values():
@@ -206,7 +206,7 @@ def forward_keywords(model: nn.Module) -> set[str] | None:
 
 
 def map_tensors(apply: Callable[[Tensor], Any], value: Any) -> Any:
-    """Apply a function to every tensor inside mappings, lists and tuples; anything else is returned as it is."""
+    """Apply a function to every tensor inside mappings, lists and tuples; the rest stays."""
     if isinstance(value, Tensor):
         return apply(value)
     if isinstance(value, Mapping):

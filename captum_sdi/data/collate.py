@@ -13,7 +13,7 @@ from captum_sdi.data.losses import IGNORED
 
 
 class Collator:
-    """A collate function that stacks a dataset's rows into a batch, padding ragged mapping rows on the right.
+    """A collate function that pads a dataset's rows on the right and stacks them into a batch.
 
     Labels are padded with -100, the attention mask with 0 (and made when rows are ragged and have none), token ids
     with the model's padding token and everything else with 0. Ragged tuple rows are refused: a tuple has no place for
@@ -95,7 +95,7 @@ def _attention_mask(lengths: Sequence[int]) -> Tensor:
 
 
 def _is_batch(row: Mapping[str, Any]) -> bool:
-    """Say whether a mapping holds several rows of tokens: ids alone have two axes in a row of multiple choice."""
+    """Say whether ids and labels both hold several rows; in multiple choice ids alone do."""
     input_ids, labels = row.get("input_ids"), row.get("labels")
     if not isinstance(input_ids, Tensor) or not isinstance(labels, Tensor):
         return False

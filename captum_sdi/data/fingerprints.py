@@ -14,7 +14,7 @@ from captum_sdi.data.losses import IGNORED
 
 
 def batch_fingerprint(raw: Any) -> bytes:
-    """Hash a batch's content to 8 bytes, to notice that an iterable yields other batches the next time."""
+    """Hash a batch's content to 8 bytes, to notice when the next pass yields other batches."""
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors_in(raw):
         shape = tuple(tensor.shape)
@@ -54,7 +54,7 @@ def example_fingerprints(raw: Any) -> Tensor:
 
 
 def used_positions(raw: Any) -> Tensor | None:
-    """Mark the positions ``(n, p)`` of a token batch that are attended to or predicted; None for other batches."""
+    """Mark the positions ``(n, p)`` attended to or predicted; None for a batch without tokens."""
     input_ids = raw.get("input_ids") if isinstance(raw, Mapping) else None
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
         return None
@@ -78,7 +78,7 @@ def _digest_rows(digests: Sequence[Any], name: str, tensor: Tensor, used: Tensor
     further_axes = tuple(tensor.shape[2:])
     header = f"{name}{tensor.dtype}{further_axes}".encode()
     if tensor.ndim == 0:
-        tensor = tensor.expand(len(digests))
+        tensor = tensor.repeat(len(digests))  # expanded, one row could not be viewed as bytes
     length = tensor.shape[1] if tensor.ndim > 1 else 1
     rows = tensor.reshape(len(tensor), length, -1).contiguous()
     if used is None or used.shape != rows.shape[:2]:

@@ -24,7 +24,7 @@ LossFn = Callable[[Any, Any], Tensor]
 
 
 class TokenCrossEntropy:
-    """Cross-entropy from a language model's logits, averaged over each example's own target tokens.
+    """Cross-entropy from a language model's logits, averaged over each example's own targets.
 
     ``ℓ = -1/|T| Σ_{p in T} log softmax(logits_p)[label_p]`` with T the positions whose label is not -100. An example
     without any has loss zero.
@@ -105,14 +105,14 @@ def token_logits(output: Any) -> Tensor:
 
 
 def default_loss(model: nn.Module) -> TokenCrossEntropy:
-    """Return the loss of ``loss_fn=None``: cross-entropy, unshifted where the model's ``config.is_causal`` is False."""
+    """Return the loss of ``loss_fn=None``: unshifted where ``config.is_causal`` is False."""
     config = model_config(model)
     is_causal = getattr(config, "is_causal", None)
     return TokenCrossEntropy(shift=is_causal is not False)
 
 
 def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argument: str = "loss_fn") -> Tensor:
-    """Return the loss of each of ``size`` examples, ``(n,)``, whatever the loss function reduces.
+    """Return the losses ``(size,)`` of a batch's examples, whatever the loss function reduces.
 
     Raises:
         TypeError: If the loss function returns no tensor.
@@ -138,7 +138,7 @@ def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argumen
 
 
 def _loss_of_one(loss_fn: LossFn, output: Tensor, labels: Any, position: int) -> Tensor:
-    """Return the loss of one example as a scalar, from a loss function that reduces over its batch."""
+    """Return one example's loss as a scalar, from a loss function that reduces over a batch."""
     one_row = slice(position, position + 1)
     own_labels = map_tensors(lambda tensor: tensor[one_row], labels)
     loss = loss_fn(output[one_row], own_labels)
@@ -146,7 +146,7 @@ def _loss_of_one(loss_fn: LossFn, output: Tensor, labels: Any, position: int) ->
 
 
 def target_labels(raw: Any, loss_fn: LossFn | None = None) -> Tensor | None:
-    """Return the integer labels ``(n, ...)`` that a batch's loss predicts; None where there are none.
+    """Return the integer labels ``(n, ...)`` that the loss predicts; None where there are none.
 
     A loss that predicts next tokens never predicts an example's first label.
     """
@@ -160,7 +160,7 @@ def target_labels(raw: Any, loss_fn: LossFn | None = None) -> Tensor | None:
 
 
 def untargeted_examples(raw: Any, loss_fn: LossFn | None = None) -> list[int]:
-    """Return the positions of the examples in which nothing is predicted: all their targets are -100."""
+    """Return the positions of the examples without a target: all their labels are -100."""
     labels = target_labels(raw, loss_fn)
     if labels is None:
         return []
@@ -170,7 +170,7 @@ def untargeted_examples(raw: Any, loss_fn: LossFn | None = None) -> list[int]:
 
 
 def first_targeted_example(raw: Any, loss_fn: LossFn | None = None) -> int | None:
-    """Return the position of the first example in which something is predicted; None when there is none."""
+    """Return the position of the first example that has a target; None where none has."""
     untargeted = set(untargeted_examples(raw, loss_fn))
     for position in range(batch_size(raw)):
         if position not in untargeted:
@@ -179,7 +179,7 @@ def first_targeted_example(raw: Any, loss_fn: LossFn | None = None) -> int | Non
 
 
 def check_gradient(losses: Tensor, argument: str) -> None:
-    """Check that a gradient leads back from the losses; without one, every influence would be zero.
+    """Check that a gradient leads back from the losses; else every influence would be zero.
 
     Args:
         losses: From a pass in which the model's parameters require a gradient.

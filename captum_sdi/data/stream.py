@@ -45,7 +45,7 @@ def check_order(loader: DataLoader[Any], argument: str) -> None:
 
 
 def shuffles(sampler: Any) -> bool:
-    """Say whether a sampler's order is drawn at random; one of an unknown type is run from two seeds."""
+    """Say whether a sampler draws its order; one of an unknown type is run from two seeds."""
     if isinstance(sampler, SequentialSampler):
         return False
     if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
@@ -61,7 +61,7 @@ def shuffles(sampler: Any) -> bool:
 
 
 class Stream:
-    """The batches of a loader, pass after pass in one order; the first one can be looked at beforehand.
+    """The batches of a loader, pass after pass in one order; the first can be looked at before.
 
     Args:
         loader: A DataLoader, or any iterable of batches.
@@ -126,10 +126,12 @@ class Stream:
         return len(self._loader.dataset) if self._is_indexed() else None  # type: ignore[attr-defined]
 
     def picked(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
-        """Yield some of the examples, batch by batch; of a dataset in its own order, only their batches are read.
+        """Yield some of the examples, batch by batch.
+
+        Of a dataset in its own order only their batches are read, of any other loader a whole pass.
 
         Args:
-            only: Their positions.
+            only: Positions of the examples.
 
         Yields:
             The positions of a batch's examples ``(n,)``, and the batch.
@@ -166,7 +168,7 @@ class Stream:
             yield positions, select(raw, in_batch.tolist())
 
     def _open(self) -> tuple[Any, Iterator[Any]]:
-        """Return the next pass's first batch and an iterator of those that follow; both wait for that pass."""
+        """Return the first batch and an iterator of the others, which the next pass will use up."""
         if self._opened is None:
             iterator = iter(self._loader)
             try:

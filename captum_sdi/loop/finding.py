@@ -23,7 +23,7 @@ from captum_sdi.words import first_few
 
 
 def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | None = None) -> FoundLoop:
-    """Find the modules that repeat, by `PRESETS` or by watching a forward pass of the first example.
+    """Find the modules that repeat, by `PRESETS` or by watching a pass of the first example.
 
     Args:
         model: Run once, and given back as it was.
@@ -60,7 +60,7 @@ def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | N
 
 
 def repeated_modules(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
-    """Return the outermost modules that run more than once, and those whose call starts a step; None if none does."""
+    """Return the loop of the outermost modules that run more than once; None if none does."""
     loop = repeated_calls(model, calls)
     if not loop:
         return None
@@ -72,7 +72,7 @@ def repeated_modules(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None
 
 
 def tied_blocks(model: nn.Module) -> dict[str, str]:
-    """Map the name of each block that shares parameters with an earlier one of its type to that one's name."""
+    """Map each block to the first one of its type that it shares parameters with, by name."""
     owners: defaultdict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -94,7 +94,7 @@ def tied_blocks(model: nn.Module) -> dict[str, str]:
 
 
 def diverging_modules(first: str, second: str) -> tuple[str, str] | None:
-    """Return the modules at which two paths part; None unless the paths differ in that one name alone.
+    """Return the modules at which two paths part; None if they differ in more than one name.
 
     Example:
         >>> diverging_modules("layers.1.mlp.up", "layers.4.mlp.up")
@@ -126,7 +126,7 @@ class LoopCall(NamedTuple):
 
 
 def repeated_calls(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
-    """Return the loop's calls in order: of the outermost modules that repeat while the biggest of them does.
+    """Return the loop's calls: of the outermost modules that repeat while the biggest does.
 
     A norm that is used once before and once after the loop is called twice, too, but not while the loop runs. Blocks of
     the biggest one's type that repeat before or after it (Albert's second group) are the loop as well.

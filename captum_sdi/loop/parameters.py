@@ -11,10 +11,10 @@ from captum_sdi.features import LoopSpec, canonical_name
 
 
 def as_loop(loop: str | Sequence[str] | LoopSpec | None) -> LoopSpec | None:
-    """Return a LoopSpec for a module's name, several names or a LoopSpec; None, for a loop to be found, stays None.
+    """Return the LoopSpec that a user named; None where the loop is to be found.
 
     Raises:
-        TypeError: If ``loop`` is something else.
+        TypeError: If ``loop`` is neither a name, several names, a LoopSpec nor None.
     """
     if loop is None or isinstance(loop, LoopSpec):
         return loop
@@ -25,7 +25,7 @@ def as_loop(loop: str | Sequence[str] | LoopSpec | None) -> LoopSpec | None:
 
 
 def target_parameters(model: nn.Module, layers: str | Sequence[str] | None, loop: LoopSpec) -> list[str]:
-    """Return the names of the parameters whose influence counts, each once, in the model's order.
+    """Return the names of the parameters whose influence counts, in the model's order.
 
     ``layers="loop"`` stands for the loop's trainable parameters, None for every trainable parameter, and a list of
     module names for all their parameters, frozen or not, as in Captum.
@@ -66,7 +66,7 @@ def parameters_inside(model: nn.Module, names: Sequence[str], argument: str) -> 
 
 
 def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
-    """Return the submodule of that name, with or without wrappers' prefixes; ``""`` names the model itself.
+    """Return the submodule of that name, wrappers' prefixes put aside; ``""`` is the model.
 
     Raises:
         ValueError: If there is none; names the ``argument`` that the name came from, and the nearest names.
@@ -89,7 +89,7 @@ def canonical_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def called_names(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Return the names of the modules that are called when these are: a container's children stand for it."""
+    """Return the names of the modules to be called; a container's children stand for it."""
     called_ids: set[int] = set()
     for name in names:
         module = find_module(model, name, "loop=")

@@ -34,7 +34,7 @@ WHOLE_MODEL = LoopSpec(modules=("",), anchors=("",))
 
 
 def find_preset(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
-    """Return the loop of the first family that a config names, if its modules are there and were called; else None."""
+    """Return the loop of the first family that a config names and that fits the calls seen."""
     called = {call.name for call in calls}
     for config in model_configs(model):
         family = str(getattr(config, "model_type", ""))
@@ -50,7 +50,7 @@ def find_preset(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
 
 
 def full_names(model: nn.Module, short_names: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of all modules whose name ends in one of these; no name unless each of these is matched."""
+    """Return the modules whose names end in one of these; none unless each has a match."""
     names = [name for name, _ in canonical_modules(model)]
     matching: list[str] = []
     for short_name in short_names:

@@ -31,7 +31,9 @@ class Row:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FoundLoop(LoopSpec):
-    """A `LoopSpec`, and what was seen when it was found. Prints as a table; equal to the same plain `LoopSpec`.
+    """A `LoopSpec` that prints as a table of the calls seen when it was found.
+
+    It equals the same plain `LoopSpec`.
 
     Args:
         modules: As for `LoopSpec`.
@@ -67,7 +69,7 @@ class FoundLoop(LoopSpec):
 
 
 def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> FoundLoop:
-    """Add to a loop the table of the outermost modules, where those that contain the loop count for their contents."""
+    """Add to a loop its table: a row for each outermost module, but for those that contain it."""
     loop_names = set(called_names(model, spec.modules))
     anchor_names = set(called_names(model, spec.anchors))
     containing: set[str] = set()
