@@ -38,4 +38,4 @@ def warn_user(message: str) -> None:
 
 def _is_internal(module: str) -> bool:
     package = module.split(".")[0]
-    return package in ("captum", "captum_sdi")
+    return package in ("captum", "captum_sdi", "contextlib")
