@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -208,10 +208,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recomputed(module: nn.Module) -> Iterator[None]:
-    """Let a module drop its activations in the forward pass and recompute them in the backward pass."""
+def recomputed(module: nn.Module, is_pass: Callable[[], bool]) -> Iterator[None]:
+    """Let a module drop its activations in a forward pass and recompute them in the backward pass."""
     own_forward = vars(module).get("forward")
-    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+    module.forward = functools.partial(recompute, module.forward, is_pass)
     try:
         yield
     finally:
@@ -219,6 +219,13 @@ def recomputed(module: nn.Module) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own_forward
+
+
+def recompute(forward: Callable[..., Any], is_pass: Callable[[], bool], *args: Any, **kwargs: Any) -> Any:
+    """Call ``forward``, under activation checkpointing when this is a pass through the model."""
+    if is_pass():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)  # torch.func, which a layer rule may use, takes no checkpoint
 
 
 @contextmanager

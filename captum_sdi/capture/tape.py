@@ -119,7 +119,7 @@ class Tape:
             for handle in self._registered_hooks():
                 stack.callback(handle.remove)
             for module in self._recomputed:
-                stack.enter_context(recomputed(module))
+                stack.enter_context(recomputed(module, lambda: self._listening))
             self._installed = stack.pop_all()
         return self
 

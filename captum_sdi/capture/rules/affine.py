@@ -96,7 +96,7 @@ def slopes_need_one_position(module: nn.Module, activation: Tensor) -> bool:
         return False  # it does not take one position
     for name, slope in slopes.items():
         lone_slope = lone_slopes[name]
-        if lone_slope.numel() != slope.numel():
+        if lone_slope.shape != positions.shape:
             return False
         rounding = 1e3 * torch.finfo(slope.dtype).eps
         difference = (lone_slope.reshape_as(slope) - slope).abs().max()

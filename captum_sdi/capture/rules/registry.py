@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable, Iterable
 
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from captum_sdi.borrow import recompute
 from captum_sdi.capture.rules.base import Gradients, PositionTest, Rule
 
 LayerType = type[nn.Module] | str
@@ -80,7 +80,7 @@ def registered_rule(module: nn.Module) -> Rule | None:
 def forward_of(module: nn.Module) -> object:
     """Return the function that computes ``module``'s output, beneath wrappers that compute the same."""
     forward: object = vars(module).get("forward", type(module).forward)
-    if isinstance(forward, functools.partial) and forward.func is checkpoint:  # its activations are recomputed
+    if isinstance(forward, functools.partial) and forward.func is recompute:
         forward = forward.args[0]
     hook = vars(module).get("_hf_hook")
     if type(hook).__name__ == "AlignDevicesHook":  # accelerate's: it moves tensors between devices
