@@ -62,7 +62,7 @@ class Faiss:
 
         Args:
             table: The rows.
-            queries: ``(q, width)`` float32, contiguous, on the CPU.
+            queries: ``(q, width)`` float32 on the CPU.
             k: How many rows for each query; at most n.
 
         Returns:
@@ -71,6 +71,7 @@ class Faiss:
         Raises:
             ValueError: If fewer than k were found.
         """
+        queries = queries.contiguous()
         if self.factory == "Flat":
             return self._nearest_of_all(table, queries, k)
         approximate = self._index_of(table)
@@ -90,11 +91,12 @@ class Faiss:
         best = RunningBest(Ranking(k, proponents=True))
         start = 0
         for rows in table.blocks():
-            scores, places = self._faiss.knn(
-                queries.numpy(), rows.numpy(), min(k, len(rows)), metric=self._faiss.METRIC_INNER_PRODUCT
-            )
+            k_here = min(k, len(rows))
+            metric = self._faiss.METRIC_INNER_PRODUCT
+            scores, places = self._faiss.knn(queries.numpy(), rows.numpy(), k_here, metric=metric)
             places, order = torch.from_numpy(places).sort(dim=1)  # of equal ones the first
-            best.add(start + places, torch.from_numpy(scores).gather(1, order))
+            scores = torch.from_numpy(scores).gather(1, order)
+            best.add(start + places, scores)
             start += len(rows)
         positions, scores = best.result()
         return Nearest(positions, scores)
@@ -120,7 +122,8 @@ class Faiss:
         if not built.is_trained:
             n_rows = min(table.n_examples, _TRAINED_ON)
             positions = torch.linspace(0, table.n_examples - 1, n_rows, dtype=torch.float64).long()
-            built.train(table.gathered(positions.tolist()).float().numpy())
+            sample = table.gathered(positions.tolist())
+            built.train(sample.float().numpy())
         for rows in table.blocks():
             built.add(rows.numpy())
         return built

@@ -280,8 +280,7 @@ class SketchIndex:
         """
         parameters = self.manifest.rows
         columns = rows.unsqueeze(1).split([parameter.width for parameter in parameters], dim=-1)
-        named_rows = {}
-        noise = {}
+        named_rows, noise = {}, {}
         for parameter, row in zip(parameters, columns, strict=True):
             named_rows[parameter.name] = row
             noise[parameter.name] = Noise(parameter.variance, parameter.parts)

@@ -15,7 +15,7 @@ LOCK_SECONDS = 10.0
 """Workers of a killed process's DataLoader hold its lock until they notice, a few seconds later."""
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def writing(index: SketchIndex, processes: Processes) -> Iterator[None]:
                 f"the index at {index.path} lacks rows or is damaged, and the folder is read-only: "
                 f"{missing_rows(index)}. Build it where it can be written, or restore it",
             ) from error
-        if is_ours and error.errno in _FULL:
+        if is_ours and error.errno in _DISK_FULL:
             raise OSError(
                 error.errno,
                 f"the disk of the index at {index.path} is full. Every shard written so far is kept: free some "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from captum_sdi.features import StepFeatures
 from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.processes import Processes
+from captum_sdi.index.reader import Reader
 from captum_sdi.index.table import BLOCK, RowTable
 from captum_sdi.scores.collect import Ranking, RunningBest, Sums, Winners
 from captum_sdi.scores.contract import Scores, pair_scores
@@ -30,6 +31,16 @@ NUMBERS_AT_ONCE = 2**24
 
 Contract = Callable[[StepFeatures, StepFeatures], Scores]
 """``(test features, train features)`` to the scores of all pairs, such as `pair_scores`."""
+
+
+class SearchedCheckpoint(NamedTuple):
+    """What is needed of one checkpoint."""
+
+    checkpoint: Checkpoint
+    tests: StepFeatures
+    """The test examples'."""
+    reader: Reader
+    """Of the train examples' rows."""
 
 
 class Search:
@@ -54,22 +65,26 @@ class Search:
         faiss: Faiss | None = None,
     ) -> None:
         self._index, self._processes, self._faiss = index, processes, faiss
-        self._checkpoints, self._tests, self._dtype = checkpoints, tests, dtype
         self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype)
-        self._device = next(iter(tests[0].rows.values())).device
+        searched = zip(checkpoints, tests, self._table.readers, strict=True)
+        self._checkpoints = [SearchedCheckpoint(*each) for each in searched]
+        first_row = next(iter(tests[0].rows.values()))
+        self._dtype, self._device = dtype, first_row.device
 
     @property
     def n_steps(self) -> Tensor:
         """``(q,)`` how many loop steps each test example ran at most."""
-        return torch.stack([test.n_steps for test in self._tests]).amax(0)
+        n_steps = [searched.tests.n_steps for searched in self._checkpoints]
+        return torch.stack(n_steps).amax(0)
 
     @property
     def n_columns(self) -> int:
         """How many columns test examples can be ranked by: the total, then bins."""
-        depths = []
-        for test in self._tests:
-            depths += [row.shape[1] for row in test.rows.values()]
-        return max(depths)
+        n_columns = 0
+        for searched in self._checkpoints:
+            first_row = next(iter(searched.tests.rows.values()))
+            n_columns = max(n_columns, first_row.shape[1])
+        return n_columns
 
     # --- the top k ---
 
@@ -91,9 +106,10 @@ class Search:
     def _queries(self, ranking: Ranking) -> list[Tensor]:
         """Return what rows are multiplied by at each checkpoint, ``(q, D)`` times the learning rate."""
         queries = []
-        for checkpoint, test in zip(self._checkpoints, self._tests, strict=True):
-            bins_last = self._index.flat(test).transpose(1, 2)
-            queries.append(checkpoint.rate * ranking.column_of(bins_last))
+        for searched in self._checkpoints:
+            rows = self._index.flat(searched.tests)
+            query = ranking.column_of(rows.transpose(1, 2))
+            queries.append(searched.checkpoint.rate * query)
         return queries
 
     def _scanned(self, ranking: Ranking, queries: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -105,18 +121,20 @@ class Search:
         own_blocks = blocks[self._processes.rank :: self._processes.count]
         with torch.autocast(self._device.type, enabled=False):
             for positions in own_blocks:
-                best.add(torch.arange(positions.start, positions.stop), self._ranked(queries, positions))
+                scores = self._ranked(queries, positions)
+                best.add(_as_tensor(positions), scores)
         return self._merged(ranking, *best.result())
 
     def _ranked(self, queries: list[Tensor], positions: range) -> Tensor:
         """Sum one number per pair over checkpoints, ``(q, n)``, piece by piece, so that sums come out alike."""
-        scores = torch.zeros(len(queries[0]), len(positions), dtype=self._dtype, device=self._device)
+        n_queries, n_examples = len(queries[0]), len(positions)
+        scores = torch.zeros(n_queries, n_examples, dtype=self._dtype, device=self._device)
         pieces = _split(positions, self._index.piece)
-        for reader, query in zip(self._table.readers, queries, strict=True):
+        for searched, query in zip(self._checkpoints, queries, strict=True):
             for piece in pieces:
-                rows = reader.rows(piece).to(self._device)
-                first = piece.start - positions.start
-                scores[:, first : first + len(piece)].addmm_(query, rows.T)
+                rows = searched.reader.rows(piece).to(self._device)
+                columns = scores.narrow(1, piece.start - positions.start, len(piece))
+                columns.addmm_(query, rows.T)
         return scores
 
     def _merged(self, ranking: Ranking, positions: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,13 +153,14 @@ class Search:
         """Ask FAISS; what it scores approximately is scored anew."""
         flat_queries = torch.cat(queries, dim=1)
         sign = 1 if ranking.proponents else -1  # FAISS looks for the largest scores
-        signed_queries = (sign * flat_queries).float().cpu().contiguous()
+        signed_queries = sign * flat_queries
         k = min(ranking.k, self._table.n_examples)
-        nearest = faiss.nearest(self._table, signed_queries, k)
+        nearest = faiss.nearest(self._table, signed_queries.float().cpu(), k)
         if nearest.scores is not None:
             return nearest.positions, sign * nearest.scores
         positions = nearest.positions.sort(dim=1).values
-        order, scores = ranking.best(self._rescored(positions, flat_queries))
+        scores = self._rescored(positions, flat_queries)
+        order, scores = ranking.best(scores)
         positions = positions.gather(1, order)
         if faiss.recall is None:
             faiss.recall = self._recall(ranking, queries, positions, n_queries=faiss.checked)
@@ -150,16 +169,20 @@ class Search:
     def _rescored(self, positions: Tensor, flat_queries: Tensor) -> Tensor:
         """Score chosen train examples, others for each test example, by their own rows."""
         scores = []
-        for chosen, query in zip(positions.tolist(), flat_queries.cpu().to(self._dtype), strict=True):
-            scores.append(self._table.gathered(chosen) @ query)
+        flat_queries = flat_queries.cpu().to(self._dtype)
+        for chosen, query in zip(positions.tolist(), flat_queries, strict=True):
+            rows = self._table.gathered(chosen)
+            scores.append(rows @ query)
         return torch.stack(scores)
 
     def _recall(self, ranking: Ranking, queries: list[Tensor], positions: Tensor, n_queries: int) -> float:
         """Measure which share of the exact top k of the first queries is among the positions found."""
-        exact, _ = self._scanned(ranking, [query[:n_queries] for query in queries])
+        first_queries = [query[:n_queries] for query in queries]
+        exact, _ = self._scanned(ranking, first_queries)
         candidates = positions[: len(exact)].unsqueeze(2)
-        hits = (candidates == exact.to(positions.device).unsqueeze(1)).any(2)
-        return float(hits.float().mean())
+        winners = exact.to(positions.device).unsqueeze(1)
+        is_hit = (candidates == winners).any(2)
+        return float(is_hit.float().mean())
 
     # --- trajectories ---
 
@@ -177,8 +200,7 @@ class Search:
         for first in range(0, len(blocks), n_processes):
             this_round = blocks[first : first + n_processes]
             for number, scores in enumerate(self._shared(contract, this_round), start=first):
-                positions = torch.arange(blocks[number].start, blocks[number].stop)
-                yield from self._labelled(number, positions, scores)
+                yield from self._labelled(number, _as_tensor(blocks[number]), scores)
 
     def winners(self, indices: Tensor) -> Sums:
         """Score chosen train examples with their trajectories, others for each test example.
@@ -203,33 +225,37 @@ class Search:
         if self._processes.count == 1:
             yield self._contracted(contract, blocks[0])
             return
-        own: list[tuple[Tensor, Tensor]] = []
+        own_scores: list[tuple[Tensor, Tensor]] = []
         rank = self._processes.rank
         if rank < len(blocks):  # the last round may have fewer blocks than processes
             for scores in self._contracted(contract, blocks[rank]):
-                own.append((scores.values.cpu(), scores.variances.cpu()))
-        gathered = self._processes.gather(own)
+                own_scores.append((scores.values.cpu(), scores.variances.cpu()))
+        gathered = self._processes.gather(own_scores)
         for tensors in gathered[: len(blocks)]:
             yield [Scores(values.to(self._device), variances.to(self._device)) for values, variances in tensors]
 
     def _contracted(self, contract: Contract, positions: Sequence[int]) -> Iterator[Scores]:
         """Contract all test examples with some train examples at each checkpoint, times its learning rate."""
-        for checkpoint, test, reader in zip(self._checkpoints, self._tests, self._table.readers, strict=True):
-            rows = reader.rows(positions).to(self._device)
-            scores = contract(test, self._index.features(rows))
-            yield scores.times(checkpoint.rate)
+        for searched in self._checkpoints:
+            rows = searched.reader.rows(positions).to(self._device)
+            scores = contract(searched.tests, self._index.features(rows))
+            yield scores.times(searched.checkpoint.rate)
 
     def _labelled(self, number: int, positions: Tensor, scores: Iterable[Scores]) -> Iterator[ScoredBlock]:
         """Say of a block's scores at each checkpoint what they are of."""
-        for checkpoint, test, at_checkpoint in zip(self._checkpoints, self._tests, scores, strict=True):
-            yield ScoredBlock(number, positions, checkpoint, at_checkpoint, test.n_steps)
+        for searched, checkpoint_scores in zip(self._checkpoints, scores, strict=True):
+            yield ScoredBlock(number, positions, searched.checkpoint, checkpoint_scores, searched.tests.n_steps)
 
-    def _blocks(self, at_most: int) -> list[range]:
+    def _blocks(self, size_limit: int) -> list[range]:
         """Cut the train set in multiples of a piece, small enough for every process to have one."""
         n_examples = self._table.n_examples
         share = math.ceil(n_examples / self._processes.count)
-        n_pieces = max(1, min(at_most, share) // self._index.piece)
+        n_pieces = max(1, min(size_limit, share) // self._index.piece)
         return _split(range(n_examples), n_pieces * self._index.piece)
+
+
+def _as_tensor(positions: range) -> Tensor:
+    return torch.arange(positions.start, positions.stop)
 
 
 def _split(positions: range, size: int) -> list[range]:

@@ -108,7 +108,8 @@ def check_row(index: SketchIndex, point: Point, train: Examples) -> None:
     for positions, raw, _ in compared_batches(index, train, only=torch.tensor([position])):
         features = point.batch(raw, train.side, positions.tolist(), by_step=False)
         computed = index.flat(features)[0, 0].cpu().double()
-        distance = float((stored - computed).norm() / stored.norm().clamp(min=1e-300))
+        length = stored.norm().clamp(min=1e-300)
+        distance = float((stored - computed).norm() / length)
         # Half precision rounds, and its kernels round differently from one batch size to another.
         coarse = 5e-2 if is_coarse(point.model) else 0.0
         tolerance = max(1e-3, coarse, 4 * torch.finfo(index.dtype).eps)
@@ -175,10 +176,10 @@ def compared_batches(
     is_present, stored = index.fingerprints()
     for positions, raw in train.batches(only):
         fingerprints = example_fingerprints(raw)
-        is_other = (fingerprints != lookup(stored, positions)).any(1)
-        differ = lookup(is_present, positions) & is_other
-        if differ.any():
-            first = int(positions[differ][0])
+        is_changed = (fingerprints != lookup(stored, positions)).any(1)
+        is_changed &= lookup(is_present, positions)
+        if is_changed.any():
+            first = int(positions[is_changed][0])
             raise ValueError(other_data(index, f"example {first} is the first that differs"))
         yield positions, raw, fingerprints
 

@@ -77,15 +77,16 @@ class ShardWriter:
         """
         if not self._rows:
             return
-        start, after_last = self._start, self._stop
-        rows, fingerprints = torch.cat(self._rows), torch.cat(self._fingerprints)
-        stop = after_last if stop is None else stop
+        start, stop_collected = self._start, self._stop
+        rows = torch.cat(self._rows)
+        fingerprints = torch.cat(self._fingerprints)
+        stop = stop_collected if stop is None else stop
         n_written = stop - start
         written_rows, written_fingerprints = rows[:n_written], fingerprints[:n_written]
         Shard.write(self._folder, start, written_rows, written_fingerprints, self._index.dtype, self._owner)
         self._clear()
-        if stop < after_last:
-            self._start, self._stop = stop, after_last
+        if stop < stop_collected:
+            self._start, self._stop = stop, stop_collected
             self._rows = [rows[n_written:].clone()]  # without what was written
             self._fingerprints = [fingerprints[n_written:]]
 
