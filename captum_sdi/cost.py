@@ -75,7 +75,7 @@ class Estimate:
 
 
 def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int | None = None) -> Estimate:
-    """Measures one batch, and multiplies: how long will it take, how much memory and how much disk?
+    """Measure one batch, and multiply: how long will it take, how much memory and how much disk?
 
     After a warm-up, a batch of examples from all over the training set is timed at the first checkpoint. Nothing is
     written, and the model comes back as it was. Memory is that of the batches which ran: pass ``longest`` for the most
@@ -91,7 +91,7 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
         The estimate.
 
     Raises:
-        ValueError: The number of examples is not known, or below 1, or ``longest`` is no position.
+        ValueError: If the number of examples is not known, or below 1, or ``longest`` is no position.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -127,45 +127,46 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
 
 
 def readable_size(n_bytes: int) -> str:
-    """A number of bytes, for people.
-
-    Args:
-        n_bytes: How many.
+    """Write a number of bytes with three digits and a decimal unit.
 
     Returns:
-        Three digits and a decimal unit.
+        Such as "56.7 GB".
 
     Example:
         >>> readable_size(999), readable_size(1_234), readable_size(56_700_000_000)
         ('999 B', '1.23 kB', '56.7 GB')
     """
-    size, units = float(n_bytes), iter(("B", "kB", "MB", "GB", "TB", "PB"))
-    unit = next(units)
-    while size >= 999.5 and unit != "PB":
-        size, unit = size / 1000, next(units)
-    return f"{size:.3g} {unit}"
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} PB"
 
 
 def readable_time(seconds: float) -> str:
-    """A duration, for people.
-
-    Args:
-        seconds: How long.
+    """Write a duration with two digits, or in its two largest units.
 
     Returns:
-        Two digits, or the two largest units.
+        Such as "2 h 1 min".
 
     Example:
         >>> readable_time(0.0123), readable_time(7.63), readable_time(7_260), readable_time(200_000)
         ('12 ms', '7.6 s', '2 h 1 min', '2 d 8 h')
     """
-    for scale, unit, most in ((1000, "ms", 0.995), (1, "s", 59.5)):
-        if seconds < most:
-            return f"{float(f'{scale * seconds:.2g}'):g} {unit}"
+    if seconds < 0.995:
+        return f"{_two_digits(1000 * seconds)} ms"
+    if seconds < 59.5:
+        return f"{_two_digits(seconds)} s"
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if minutes < 60:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+
+
+def _two_digits(value: float) -> str:
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:g}"
 
 
 _REPEATS = 3  # a batch of a small model takes milliseconds, as does whatever else the machine does
@@ -225,7 +226,7 @@ def _checked_size(stream: Stream, n_examples: int | None) -> int:
 
 
 def _batches(sdi: SDIInfluence, stream: Stream, longest: int | None) -> tuple[Any, list[Any]]:
-    """A batch of examples from all over the training set, and, when asked for, one of the longest."""
+    """Collate a batch of examples from all over the training set, and, when asked for, one of the longest."""
     loader: Any = sdi.train_dataloader
     n = stream.n_examples
     if n is None and longest is not None:
@@ -243,7 +244,7 @@ def _batches(sdi: SDIInfluence, stream: Stream, longest: int | None) -> tuple[An
 
 @contextmanager
 def _peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yields a function that says the most bytes in use since it began."""
+    """Yield a function that says the most bytes in use since it began."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)

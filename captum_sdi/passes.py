@@ -174,7 +174,7 @@ class Engine:
         """
         loads_weights = any(checkpoint.source is not None for checkpoint in checkpoints)
         # Tensors made in the user's inference mode could not be saved for backward.
-        with torch.inference_mode(False), preserved(self.model, weights=loads_weights):
+        with torch.inference_mode(mode=False), preserved(self.model, weights=loads_weights):
             prepared = self._prepare(first)
             # Closed before the weights are restored, also when the body ends early: no hook outlives it.
             with closing(self._visit(checkpoints, prepared)) as points:

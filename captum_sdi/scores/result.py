@@ -97,7 +97,7 @@ class StepInfluence:
         )
 
     def to(self, *args: object, **kwargs: object) -> StepInfluence:
-        """The same result on another device, or with its floating point fields in another dtype.
+        """Return the result on another device, or with its floating point fields in another dtype.
 
         Args:
             *args: As `torch.Tensor.to`: a device, a dtype, or both.
@@ -115,7 +115,7 @@ class StepInfluence:
         return StepInfluence(**fields)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes every field to one safetensors file, on the CPU and without pickle.
+        """Write every field to one safetensors file, on the CPU and without pickle.
 
         Args:
             path: The file to write; an existing one is replaced.
@@ -131,7 +131,7 @@ class StepInfluence:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepInfluence:
-        """Reads what `save` wrote.
+        """Read what `save` wrote.
 
         Args:
             path: A file written by `save`.
