@@ -26,8 +26,8 @@ from captum_sdi.evaluate import (
     retrained_losses,
     top_k_overlap,
 )
-from captum_sdi.evaluate.agreement import average_ranks
-from captum_sdi.evaluate.estimate import mean_estimate
+from captum_sdi.evaluate.correlations import average_ranks
+from captum_sdi.evaluate.intervals import mean_estimate
 
 Q, N, T, M = 5, 30, 3, 20
 

@@ -15,10 +15,10 @@ judged by itself. The judges are an `Estimate`: a value with its interval, one f
 Signs are those of the package: a positive influence is a proponent's. Without it the test loss is *higher*, so effects
 of removal are the loss without minus the loss with the example, and agree with influence in sign.
 
-What retrains is yours: ``retrain(kept, seed)`` trains a model on the training examples at the positions ``kept``, a
-long tensor, from the random numbers of ``seed``, and returns the losses of the test examples ``(q,)``; or
-``(q, ...)``, for instance the losses after every loop step ``(q, t)``, and all effects have these further axes at the
-end. Results are not cached: that, and spreading runs over machines, are for ``retrain``.
+You supply the training: ``retrain(kept, seed)`` trains a model on the training examples at the positions ``kept``, a
+long tensor, from the random numbers of ``seed``, and returns the losses of the test examples ``(q,)``. It may return
+``(q, ...)``, for instance the losses after every loop step ``(q, t)``: all effects then have these further axes at the
+end. Results are not cached; caching them, and spreading runs over machines, is up to ``retrain``.
 
 Intervals cover ``level`` of the cases: percentile bootstrap over test examples (Efron & Tibshirani, An Introduction to
 the Bootstrap, 1993, chapter 13), seeded; for the AUC, which has one data set and no test examples, see `mislabel_auc`.
@@ -27,7 +27,7 @@ They say how far the value would move with other *test examples*, not with other
 
 from captum_sdi.evaluate.agreement import correlation, recall_at_k, top_k_overlap
 from captum_sdi.evaluate.datamodels import draw_subsets, linear_datamodeling_score
-from captum_sdi.evaluate.estimate import Estimate
+from captum_sdi.evaluate.intervals import Estimate
 from captum_sdi.evaluate.mislabels import mislabel_auc
 from captum_sdi.evaluate.retraining import Retrain, leave_one_out, removal_effects, retrained_losses
 

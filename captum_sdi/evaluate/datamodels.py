@@ -1,11 +1,11 @@
 """The linear datamodeling score: do summed influences predict models trained on random subsets?"""
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
-from captum_sdi.evaluate.agreement import SCORES, row_correlations
-from captum_sdi.evaluate.estimate import LEVEL, Estimate, as_numbers, mean_estimate
+from captum_sdi.evaluate.arguments import SCORES, Numbers, are_flags, as_numbers
+from captum_sdi.evaluate.correlations import row_correlations, unit_deviations
+from captum_sdi.evaluate.intervals import LEVEL, Estimate, mean_estimate
 
 
 def draw_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
@@ -21,7 +21,7 @@ def draw_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> Tensor
         ``(m, n)`` booleans: which examples a subset keeps.
 
     Raises:
-        ValueError: A subset would be empty or complete.
+        ValueError: If a subset would be empty or complete, or ``m`` is below 1.
 
     Example:
         >>> draw_subsets(n=10, m=3, fraction=0.3).sum(1)
@@ -33,17 +33,18 @@ def draw_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> Tensor
     if m < 1:
         raise ValueError(f"m={m!r} must be an integer of at least 1.")
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(m, n, generator=generator).argsort(dim=1) < size
+    permutations = torch.rand(m, n, generator=generator).argsort(dim=1)
+    return permutations < size
 
 
 def linear_datamodeling_score(
-    scores: ArrayLike | Tensor,
-    subsets: ArrayLike | Tensor,
-    losses: ArrayLike | Tensor,
+    scores: Numbers,
+    subsets: Numbers,
+    losses: Numbers,
     level: float = LEVEL,
     seed: int = 0,
 ) -> Estimate:
-    """The linear datamodeling score (Park et al., "TRAK", arXiv 2303.14186).
+    """Measure the linear datamodeling score (Park et al., "TRAK", arXiv 2303.14186).
 
     A subset's predicted output is the sum of the influences of its examples; the score is the mean over test examples
     of Spearman's correlation, over subsets, between predicted and measured outputs. The measured output is minus the
@@ -54,13 +55,13 @@ def linear_datamodeling_score(
         subsets: ``(m, n)`` booleans: which training examples each subset keeps, from `draw_subsets`.
         losses: ``(q, m)`` the test losses of a model trained on each subset, from `retrained_losses`.
         level: Share of cases that the interval covers.
-        seed: Of the bootstrap over test examples.
+        seed: Seeds the bootstrap over test examples.
 
     Returns:
         The mean over test examples.
 
     Raises:
-        ValueError: Shapes do not fit, a value is NaN, or a test example's predictions or losses are all equal.
+        ValueError: If shapes do not fit, a value is NaN, or a test example's predictions or losses are all equal.
 
     Example:
         >>> subsets = [[True, False], [False, True]]
@@ -70,14 +71,18 @@ def linear_datamodeling_score(
     influence = as_numbers("scores", scores, SCORES, (2, 3))
     kept = as_numbers("subsets", subsets, "booleans (m, n)", (2,))
     measured = as_numbers("losses", losses, "(q, m)", (2,))
-    (q, n), m = influence.shape[:2], len(kept)
-    if kept.shape[1] != n or not ((kept == 0) | (kept == 1)).all():
+    q, n, *steps = influence.shape
+    m = len(kept)
+    if kept.shape[1] != n or not are_flags(kept):
         raise ValueError(
             f"subsets has shape {tuple(kept.shape)}; it must be booleans (m, n) with n = {n}, as in scores."
         )
     if measured.shape != (q, m):
         raise ValueError(f"losses has shape {tuple(measured.shape)}; it must be (q, m) = {(q, m)}.")
     predicted = torch.einsum("mn,qn...->qm...", kept, influence)
-    outputs = -measured.reshape(q, m, *(1,) * (influence.ndim - 2)).expand_as(predicted)
-    named = (("predictions from scores", predicted), ("losses", outputs))
-    return mean_estimate(row_correlations(*named, ranks=True), level, seed)
+    outputs = -measured
+    if steps:
+        outputs = outputs[..., None].expand_as(predicted)
+    first = unit_deviations("predictions from scores", predicted, ranks=True)
+    second = unit_deviations("losses", outputs, ranks=True)
+    return mean_estimate(row_correlations(first, second), level, seed)

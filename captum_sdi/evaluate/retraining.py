@@ -1,4 +1,4 @@
-"""The truth about removal: models trained again on other subsets of the training set."""
+"""The truth about removal: models trained again, on subsets of the training set."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,25 +7,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 Retrain = Callable[[Tensor, int], Tensor]
-"""``retrain(kept, seed) -> (q, ...)``: trains on the examples at the positions ``kept`` and returns the test losses."""
+"""``retrain(kept, seed) -> (q, ...)``: train on the examples at the positions ``kept`` and return the test losses."""
 
 
 def retrained_losses(
-    retrain: Retrain, subsets: Tensor, seeds: Sequence[int] = (0,), show_progress: bool = False
+    retrain: Retrain,
+    subsets: Tensor,
+    seeds: Sequence[int] = (0,),
+    show_progress: bool = False,
 ) -> Tensor:
     """Train on each subset and return the test losses, averaged over seeds.
 
     Args:
         retrain: Trains on a subset; see `captum_sdi.evaluate`.
         subsets: ``(m, n)`` booleans: which training examples each subset keeps.
-        seeds: One training run for each; averaging takes the noise of training out of the losses.
+        seeds: One training run for each; their average takes the noise of training out of the losses.
         show_progress: Shows a progress bar over training runs.
 
     Returns:
         ``(q, m, ...)`` float64, on the CPU.
 
     Raises:
-        ValueError: ``subsets`` or ``seeds`` is impossible, or ``retrain`` returned something else than finite losses.
+        ValueError: If ``subsets`` or ``seeds`` is impossible, or ``retrain`` returned anything but finite losses.
 
     Example:
         >>> def retrain(kept, seed):  # a "model" of two test examples whose losses fall with the examples it saw
@@ -36,25 +39,35 @@ def retrained_losses(
     """
     if subsets.dtype != torch.bool or subsets.ndim != 2:
         raise ValueError(f"subsets is {subsets.dtype} {tuple(subsets.shape)}; it must be torch.bool (m, n).")
-    if not subsets.any(1).all():
-        raise ValueError(f"subset {int((~subsets.any(1)).nonzero()[0])} is empty; keep something to train on.")
+    empty = (~subsets.any(1)).nonzero()
+    if len(empty):
+        raise ValueError(f"subset {int(empty[0])} is empty; keep something to train on.")
     if not seeds:
         raise ValueError("seeds is empty; pass at least one.")
-    losses: list[Tensor] = []
-    with tqdm(total=len(subsets) * len(seeds), desc="retraining", disable=not show_progress) as bar:
+    subset_losses = []
+    shape: torch.Size | None = None
+    n_runs = len(subsets) * len(seeds)
+    with tqdm(total=n_runs, desc="retraining", disable=not show_progress) as progress:
         for subset in subsets:
-            runs: list[Tensor] = []
+            kept = subset.nonzero()[:, 0]
+            runs = []
             for seed in seeds:
-                runs.append(_checked(retrain(subset.nonzero()[:, 0], seed), [*losses, *runs]))
-                bar.update()
-            losses.append(torch.stack(runs).mean(0))
-    return torch.stack(losses, dim=1)
+                losses = _check_losses(retrain(kept, seed), shape)
+                shape = losses.shape
+                runs.append(losses)
+                progress.update()
+            subset_losses.append(torch.stack(runs).mean(0))
+    return torch.stack(subset_losses, dim=1)
 
 
 def removal_effects(
-    retrain: Retrain, n: int, removed: Iterable[Tensor], seeds: Sequence[int] = (0,), show_progress: bool = False
+    retrain: Retrain,
+    n: int,
+    removed: Iterable[Tensor],
+    seeds: Sequence[int] = (0,),
+    show_progress: bool = False,
 ) -> Tensor:
-    """How much higher the test losses are without some training examples than with all.
+    """Measure how much higher the test losses are without some training examples than with all.
 
     The runs with and without start from the same seeds, so that their noise partly cancels.
 
@@ -69,22 +82,28 @@ def removal_effects(
         ``(q, m, ...)`` for m sets of removed examples: positive where the removed ones were proponents together.
 
     Raises:
-        ValueError: A position is out of range, nothing is left to train on, or what `retrained_losses` raises.
+        ValueError: If a position is out of range, nothing is left to train on, or `retrained_losses` raises it.
 
     Example:
         >>> removal_effects(lambda kept, seed: -kept.sum().view(1), n=4, removed=[torch.tensor([1, 3])])
         tensor([[4.]], dtype=torch.float64)
     """
-    subsets = [torch.ones(n, dtype=torch.bool)]
+    all_examples = torch.ones(n, dtype=torch.bool)
+    subsets = [all_examples]
     for positions in removed:
         positions = torch.as_tensor(positions).reshape(-1)
-        if positions.is_floating_point() or not ((positions >= 0) & (positions < n)).all():
+        in_range = (positions >= 0) & (positions < n)
+        if positions.is_floating_point() or not in_range.all():
             raise ValueError(f"removed={positions.tolist()} must be positions from 0 to n - 1 = {n - 1}.")
-        subsets.append(torch.ones(n, dtype=torch.bool).index_fill(0, positions.cpu().long(), False))
+        subset = all_examples.clone()
+        subset[positions.cpu().long()] = False
+        subsets.append(subset)
     if len(subsets) == 1:
         raise ValueError("removed is empty; pass at least one set of positions.")
-    losses = retrained_losses(retrain, torch.stack(subsets), seeds, show_progress)
-    return losses[:, 1:] - losses[:, :1]
+    losses = retrained_losses(retrain, torch.stack(subsets), seeds, show_progress=show_progress)
+    with_all = losses[:, :1]
+    without_removed = losses[:, 1:]
+    return without_removed - with_all
 
 
 def leave_one_out(
@@ -94,9 +113,10 @@ def leave_one_out(
     seeds: Sequence[int] = (0,),
     show_progress: bool = False,
 ) -> Tensor:
-    """How much higher the test losses are without one training example: the definition that influence approximates.
+    """Measure how much higher the test losses are without one training example.
 
-    Cook & Weisberg, Residuals and Influence in Regression, 1982; compare with scores by `correlation`.
+    This is the definition that influence approximates (Cook & Weisberg, Residuals and Influence in Regression, 1982);
+    compare it with scores by `correlation`.
 
     Args:
         retrain: Trains on a subset; see `captum_sdi.evaluate`.
@@ -109,23 +129,28 @@ def leave_one_out(
         ``(q, len(indices), ...)``: positive for proponents.
 
     Raises:
-        ValueError: As `removal_effects`.
+        ValueError: If `removal_effects` raises it.
 
     Example:
         >>> leave_one_out(lambda kept, seed: -kept.sum().view(1), n=4, indices=[3, 1])
         tensor([[3., 1.]], dtype=torch.float64)
     """
     chosen = range(n) if indices is None else indices
-    return removal_effects(retrain, n, [torch.tensor([i]) for i in chosen], seeds, show_progress)
+    removed = [torch.tensor([index]) for index in chosen]
+    return removal_effects(retrain, n, removed, seeds, show_progress=show_progress)
 
 
-def _checked(losses: Tensor, earlier: Sequence[Tensor]) -> Tensor:
-    """Losses as float64 on the CPU; an error unless they are finite and shaped like the earlier ones."""
-    if not isinstance(losses, Tensor) or losses.ndim == 0 or 0 in losses.shape:
-        shown = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(f"retrain returned {shown}; it must return a tensor (q,) or (q, ...) of test losses.")
-    if earlier and losses.shape != earlier[0].shape:
-        raise ValueError(f"retrain returned shape {tuple(losses.shape)}, before {tuple(earlier[0].shape)}.")
+def _check_losses(losses: Tensor, shape: torch.Size | None) -> Tensor:
+    """Return losses as float64 on the CPU, checked to be finite and of the earlier runs' shape."""
+    if not isinstance(losses, Tensor):
+        raise ValueError(
+            f"retrain returned {type(losses).__name__}; it must return a tensor (q,) or (q, ...) of test losses."
+        )
+    received = tuple(losses.shape)
+    if losses.ndim == 0 or 0 in received:
+        raise ValueError(f"retrain returned shape {received}; it must return a tensor (q,) or (q, ...) of test losses.")
+    if shape is not None and losses.shape != shape:
+        raise ValueError(f"retrain returned shape {received}, before {tuple(shape)}.")
     if not losses.isfinite().all():
         raise ValueError("retrain returned losses that are NaN or infinite: that training run diverged.")
     return losses.detach().to("cpu", torch.float64)

@@ -26,8 +26,9 @@ What cannot be drawn truthfully (a wrong shape, NaN, an example that is not ther
 from captum_sdi.plotting.agreement import plot_agreement
 from captum_sdi.plotting.comparison import plot_comparison
 from captum_sdi.plotting.groups import plot_groups
-from captum_sdi.plotting.heatmaps import plot_heatmap, plot_step_matrix
+from captum_sdi.plotting.heatmap import plot_heatmap
 from captum_sdi.plotting.self_influence import plot_self_influence
+from captum_sdi.plotting.step_matrix import plot_step_matrix
 from captum_sdi.plotting.step_share import plot_step_share
 from captum_sdi.plotting.totals import plot_totals
 from captum_sdi.plotting.trajectories import plot_trajectories

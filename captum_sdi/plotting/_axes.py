@@ -13,76 +13,121 @@ from matplotlib.ticker import FuncFormatter
 from captum_sdi.plotting._text import FONT, SMALL, clip
 
 _COLUMN = 3.4  # inches: one column of a two-column paper
+_POWERS = 10 ** np.arange(9)
+_ROUND = np.outer(_POWERS, [1, 2, 4, 5, 8])
+_STRIDES = np.union1d(_ROUND, [16, 32])
 
 
-def axes(ax: Axes | None, height: float) -> Axes:
-    """The given Axes, or that of a new figure of column width."""
+def column_axes(ax: Axes | None, height: float) -> Axes:
+    """Return the given Axes, or that of a new figure of column width and this height in inches."""
     if ax is None:
-        ax = plt.subplots(figsize=(_COLUMN, height), layout="constrained")[1]
+        _, ax = plt.subplots(figsize=(_COLUMN, height), layout="constrained")
     return small_print(ax)
 
 
 def small_print(ax: Axes) -> Axes:
-    """Thin lines and small numbers."""
+    """Give an Axes thin lines and small numbers."""
     ax.tick_params(labelsize=SMALL, width=0.6, length=2.5)
-    ax.grid(False)
+    ax.grid(visible=False)
     ax.spines[:].set_linewidth(0.6)
     return ax
 
 
+def hide_spines(ax: Axes, *sides: str) -> None:
+    """Hide the border on some sides."""
+    ax.spines[list(sides)].set(visible=False)
+
+
 def has_layout(ax: Axes) -> bool:
-    """Whether an engine makes room for labels and legends."""
+    """Tell whether a layout engine makes room for labels and legends."""
     return ax.figure.get_layout_engine() is not None
 
 
-def points(ax: Axes) -> tuple[float, float]:
-    """Width and height in points; the Axes as it is now, which a layout engine may still change a little."""
-    return ax.bbox.width / ax.figure.dpi * 72, ax.bbox.height / ax.figure.dpi * 72
+def width_in_points(ax: Axes) -> float:
+    """Return the present width, which a layout engine may still change a little."""
+    return _in_points(ax, ax.bbox.width)
 
 
-def set_title(ax: Axes, words: str | None, default: str, taken: float = 0.0) -> None:
-    """At the left edge of the picture, whose labels will take ``taken`` points of its width."""
-    room = points(ax)[0] - max(0.0, taken - 20)
-    ax.set_title(clip(default if words is None else words, room, FONT), fontsize=FONT, loc="left")
+def height_in_points(ax: Axes) -> float:
+    """Return the present height, which a layout engine may still change a little."""
+    return _in_points(ax, ax.bbox.height)
 
 
-def step_axis(ax: Axes, steps: int) -> None:
-    """Numbers the steps from 1, as many as fit."""
-    number(ax.xaxis, steps, max(3, int(points(ax)[0] / 17)))
+def _in_points(ax: Axes, pixels: float) -> float:
+    return pixels / ax.figure.dpi * 72
+
+
+def set_title(ax: Axes, title: str | None, default: str, taken: float = 0.0) -> None:
+    """Set the title above the left edge of a picture whose labels take ``taken`` points."""
+    if title is None:
+        title = default
+    beside_picture = max(0.0, taken - 20)
+    room = width_in_points(ax) - beside_picture
+    ax.set_title(clip(title, room, FONT), fontsize=FONT, loc="left")
+
+
+def number_steps(ax: Axes, n_steps: int) -> None:
+    """Label the x axis with as many step numbers, from 1, as fit."""
+    fitting = int(width_in_points(ax) / 17)
+    number_ticks(ax.xaxis, n_steps, max(3, fitting))
     ax.set_xlabel("loop step", fontsize=FONT)
 
 
-def number(axis: XAxis | YAxis, count: int, most: int, at: int = 1) -> None:
-    """Labels 1, standing ``at`` a place, and about ``most`` multiples of a round stride, the last one if possible."""
-    strides = sorted([base * 10**power for power in range(9) for base in (1, 2, 4, 5, 8)] + [16, 32])
-    fitting = [stride for stride in strides if count / stride <= most]
-    stride = next((stride for stride in fitting if count % stride == 0 and stride <= 2 * fitting[0]), fitting[0])
-    ticks = np.array([1, *range(max(stride, 2), count + 1, stride)])
-    axis.set_ticks(ticks - 1 + at, [str(tick) for tick in ticks])
+def number_ticks(axis: XAxis | YAxis, count: int, max_ticks: int, first_at: int = 1) -> None:
+    """Label 1, which stands at ``first_at``, and the multiples of a round stride to ``count``."""
+    stride = _round_stride(count, max_ticks)
+    multiples = range(max(stride, 2), count + 1, stride)
+    numbers = np.array([1, *multiples])
+    labels = [str(number) for number in numbers]
+    axis.set_ticks(numbers - 1 + first_at, labels)
 
 
-def scale(axis: XAxis | YAxis, largest: float, label: str) -> str:
-    """Divides long tick labels by a power of ten, and gives the label "what (unit)" with this factor in it."""
+def _round_stride(count: int, max_ticks: int) -> int:
+    """Return a stride of at most ``max_ticks`` multiples, preferring one that divides the count."""
+    fitting = _STRIDES[count / _STRIDES <= max_ticks]
+    smallest = fitting[0]
+    for stride in fitting:
+        if count % stride == 0 and stride <= 2 * smallest:
+            return int(stride)
+    return int(smallest)
+
+
+def scale_ticks(axis: XAxis | YAxis, largest: float, label: str) -> str:
+    """Divide long tick labels by a power of ten, and return the label with this factor in it."""
     # Matplotlib's own factor, at the end of the axis, collides with titles and labels.
-    power = 0 if largest == 0 or 1e-2 < largest < 1e4 else max(-300, int(np.floor(np.log10(largest))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10.0**power:.4g}".replace("-", "−")))
-    if not power:
+    exponent = 0
+    if largest != 0 and not 1e-2 < largest < 1e4:
+        exponent = int(np.floor(np.log10(largest)))
+        exponent = max(-300, exponent)
+
+    def divided(value: float, _: int | None) -> str:
+        label = f"{value / 10.0**exponent:.4g}"
+        return label.replace("-", "−")
+
+    axis.set_major_formatter(FuncFormatter(divided))
+    if exponent == 0:
         return label
-    factor = f"$\\times 10^{{{power}}}$"
-    return label.replace(")", f", {factor})") if ")" in label else f"{label}\n({factor})"
+    factor = f"$\\times 10^{{{exponent}}}$"
+    if ")" in label:
+        return label.replace(")", f", {factor})")
+    return f"{label}\n({factor})"
 
 
 def label_room(ax: Axes) -> float:
-    """Points for labels left of an Axes: some of its width, or of the margin that is there."""
-    width = points(ax)[0]
+    """Return the points that labels may take: a share of the width, or of the margin there is."""
+    width = width_in_points(ax)
     if has_layout(ax):
         return 0.42 * width
-    return max(20.0, min(ax.bbox.x0 / ax.figure.dpi * 72 - 20, 0.2 * width))
+    margin = _in_points(ax, ax.bbox.x0) - 20
+    return max(20.0, min(margin, 0.2 * width))
 
 
 def label_rows(ax: Axes, names: list[str], bold: Sequence[int] = ()) -> None:
-    """One label per row, smaller where rows are close."""
-    ax.set_yticks(np.arange(len(names)), names, fontsize=min(SMALL, 0.9 * points(ax)[1] / len(names)))
+    """Label each row, in smaller letters where rows are close."""
+    n_rows = len(names)
+    row_height = 0.9 * height_in_points(ax) / n_rows
+    ax.set_yticks(np.arange(n_rows), names, fontsize=min(SMALL, row_height))
     ax.tick_params(axis="y", length=0)
+    labels = ax.get_yticklabels()
     for row in bold:
-        ax.get_yticklabels()[row].set_fontweight("bold")
+        labels[row].set_fontweight("bold")

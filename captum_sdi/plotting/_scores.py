@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from captum_sdi.plotting._arguments import (
+    Array,
+    Positions,
+    check_integer,
+    check_integers,
+    check_position,
+    check_texts,
+    finite_array,
+)
 from captum_sdi.scores.result import StepInfluence
 
-Array: TypeAlias = NDArray[np.float64]
-Positions: TypeAlias = NDArray[np.int64]
 Result: TypeAlias = StepInfluence | Tensor | ArrayLike
-
-_KINDS = {
-    False: ("(q, n, t)", "step_self_influence use plot_self_influence, for step_matrix plot_step_matrix"),
-    True: ("of self-influence (n, t)", "influence between different examples use plot_trajectories"),
-}
 
 
 @dataclass(frozen=True)
@@ -36,137 +37,135 @@ class Scores:
     indices: Positions  # (q, n) in the training set
     n_steps: Positions  # (q, n)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
+        """Join scores along their first axis."""
+        joined = {}
+        for field in fields(cls):
+            arrays = [getattr(scores, field.name) for scores in parts]
+            joined[field.name] = np.concatenate(arrays)
+        return cls(**joined)
+
     @property
-    def has_ends(self) -> bool:
-        """Whether totals are more than the sum of their steps."""
+    def has_outer_bins(self) -> bool:
+        """Tell whether totals are more than the sum of their steps."""
         return bool(self.prelude.any() or self.coda.any())
 
-    def at(self, where: int | Positions) -> Scores:
-        """A part of the first axis."""
-        return Scores(*(getattr(self, field.name)[where] for field in fields(self)))
+    @property
+    def steps_run(self) -> Array:
+        """Return the trajectories, with NaN at the steps that an example did not run."""
+        steps = np.arange(self.trajectories.shape[-1])
+        was_run = steps < self.n_steps[..., None]
+        return np.where(was_run, self.trajectories, np.nan)
 
-    def of(self, test: int, train: Sequence[int] | None = None) -> Scores:
-        """One test example's scores of all training examples, or of those with the given training set indices."""
-        one = self.at(position("test", test, len(self.totals)))
+    def select(self, rows: int | Positions) -> Scores:
+        """Return the scores at one position of the first axis, or at several."""
+        selected = {}
+        for field in fields(self):
+            array = getattr(self, field.name)
+            selected[field.name] = array[rows]
+        return Scores(**selected)
+
+    def of_test_example(self, test: int, train: Sequence[int] | None = None) -> Scores:
+        """Return one test example's scores, of all training examples or of these indices."""
+        row = check_position("test", test, len(self.totals))
+        scores = self.select(row)
         if train is None:
-            return one
-        column_of = {int(index): column for column, index in enumerate(one.indices)}
-        wanted = _integers("train", train)
-        if absent := [index for index in wanted if index not in column_of]:
+            return scores
+        wanted = check_integers("train", train)
+        columns = {int(index): column for column, index in enumerate(scores.indices)}
+        absent = [index for index in wanted if index not in columns]
+        if absent:
             raise ValueError(
                 f"train={wanted} names examples that the result does not hold for test example {test}: {absent}. It "
-                f"holds {len(column_of)}, such as {list(column_of)[:5]}; call step_influence without k for all."
+                f"holds {len(columns)}, such as {list(columns)[:5]}; call step_influence without k for all."
             )
-        return one.at(np.array([column_of[index] for index in wanted]))
+        wanted_columns = [columns[index] for index in wanted]
+        return scores.select(np.array(wanted_columns))
 
 
-def read(result: Result, texts: Sequence[str] | None = None, of_itself: bool = False) -> Scores:
-    """Checks a result, and the texts of its training examples; plain trajectories have no errors, prelude or coda."""
+def read_scores(result: Result, texts: Sequence[str] | None = None, *, self_influence: bool = False) -> Scores:
+    """Return a result as checked arrays; plain trajectories have no errors, prelude or coda."""
+    trajectories = _read_trajectories(result, self_influence=self_influence)
+    *pairs, depth = trajectories.shape
+    no_errors = np.broadcast_to(0.0, trajectories.shape)
+    zeros = np.broadcast_to(0.0, pairs)
+    all_steps = np.full(pairs[0], float(depth))
+    n_steps = _read_field(result, "n_steps", all_steps).astype(np.int64)
+    positions = np.arange(pairs[-1], dtype=np.float64)
+    in_order = np.broadcast_to(positions, pairs)
+    indices = _read_field(result, "indices", in_order).astype(np.int64)
+    # Of the k strongest, only the largest index is known: it bounds the number of training examples from below.
+    complete = not isinstance(result, StepInfluence) or result.indices is None
+    n_train = pairs[-1] if complete else int(indices.max()) + 1
+    check_texts("texts", texts, n_train, exact=complete)
+    if not self_influence:
+        n_steps = np.broadcast_to(n_steps[:, None], pairs)
+    return Scores(
+        trajectories=trajectories,
+        errors=_read_field(result, "trajectory_errors", no_errors),
+        totals=_read_field(result, "influence_scores", trajectories.sum(-1)),
+        total_errors=_read_field(result, "score_errors", zeros),
+        prelude=_read_field(result, "prelude", zeros),
+        coda=_read_field(result, "coda", zeros),
+        indices=indices,
+        n_steps=n_steps,
+    )
+
+
+def _read_trajectories(result: Result, *, self_influence: bool) -> Array:
+    """Return trajectories ``(q, n, t)``, or ``(n, t)`` of self-influence."""
     if isinstance(result, tuple):  # Captum's KMostInfluentialResults: an array of indices and totals, no steps
         raise ValueError(
             f"result must hold trajectories, got {type(result).__name__}. Use step_influence, not influence."
         )
-    given: dict[str, Any] = vars(result) if isinstance(result, StepInfluence) else {}
-    trajectories = array("result.trajectories", given["trajectories"]) if given else array("result", result)
-    if trajectories.ndim not in ((2,) if of_itself else (3,) if given else (2, 3)) or not trajectories.size:
-        wanted, other = _KINDS[of_itself]
+    if isinstance(result, StepInfluence):
+        trajectories = finite_array("result.trajectories", result.trajectories)
+        allowed_axes = [3]
+    else:
+        trajectories = finite_array("result", result)
+        allowed_axes = [2, 3]
+    expected = "(q, n, t)"
+    remedy = "For step_self_influence use plot_self_influence, for step_matrix plot_step_matrix"
+    if self_influence:
+        allowed_axes = [2]
+        expected = "of self-influence (n, t)"
+        remedy = "For influence between different examples use plot_trajectories"
+    if trajectories.ndim not in allowed_axes or not trajectories.size:
         raise ValueError(
-            f"result must hold trajectories {wanted} with no empty axis, got shape {trajectories.shape}. For {other}."
+            f"result must hold trajectories {expected} with no empty axis, got shape {trajectories.shape}. {remedy}."
         )
-    if trajectories.ndim == 2 and not of_itself:
-        trajectories = trajectories[None]
-    *pairs, depth = trajectories.shape
-
-    def field(name: str, shape: Sequence[int], default: ArrayLike) -> Array:
-        if given.get(name) is None:
-            return np.broadcast_to(np.asarray(default, dtype=np.float64), shape)
-        values = array(f"result.{name}", given[name])
-        if values.shape == tuple(shape):
-            return values
-        fit = f"to fit trajectories of shape {trajectories.shape}"
-        raise ValueError(f"result.{name} must have shape {tuple(shape)} {fit}, got {values.shape}.")
-
-    n_steps = field("n_steps", pairs[:1], depth).astype(np.int64)
-    complete = given.get("indices") is None
-    indices = field("indices", pairs, np.arange(pairs[-1])).astype(np.int64)
-    check_texts("texts", texts, pairs[-1] if complete else int(indices.max()) + 1, exact=complete)
-    return Scores(
-        trajectories=trajectories,
-        errors=field("trajectory_errors", trajectories.shape, 0.0),
-        totals=field("influence_scores", pairs, trajectories.sum(-1)),
-        total_errors=field("score_errors", pairs, 0.0),
-        prelude=field("prelude", pairs, 0.0),
-        coda=field("coda", pairs, 0.0),
-        indices=indices,
-        n_steps=n_steps if of_itself else np.broadcast_to(n_steps[:, None], pairs),
-    )
+    one_test_example = trajectories.ndim == 2 and not self_influence
+    return trajectories[None] if one_test_example else trajectories
 
 
-def array(name: str, values: Any) -> Array:
-    """Any tensor, array or nested list as finite float64 on the CPU."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()
-    try:
-        numbers = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be numbers: a tensor or array, got {type(values).__name__}.") from error
-    bad = np.argwhere(~np.isfinite(numbers))
-    if len(bad):
-        place = tuple(bad[0].tolist())
+def _read_field(result: Result, name: str, default: Array) -> Array:
+    """Return a field of a `StepInfluence`, of the default's shape; without it the default."""
+    if not isinstance(result, StepInfluence):
+        return default
+    field = getattr(result, name)
+    if field is None:
+        return default
+    values = finite_array(f"result.{name}", field)
+    if values.shape != default.shape:
         raise ValueError(
-            f"{name} has {len(bad)} of {numbers.size} values that are not finite, the first ({numbers[place]}) at "
-            f"{place}. Leave those examples out, or look for the loss that overflowed."
+            f"result.{name} must have shape {default.shape} to fit trajectories of shape "
+            f"{tuple(result.trajectories.shape)}, got {values.shape}."
         )
-    return numbers
-
-
-def _integer(name: str, value: int) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise ValueError(f"{name} takes integers that count from 0, got {value!r}.") from error
-
-
-def _integers(name: str, values: Sequence[int]) -> list[int]:
-    if isinstance(values, (str, int)) or not len(values):
-        raise ValueError(f"{name} must be a sequence of integers with at least one entry, got {values!r}.")
-    return [_integer(name, value) for value in values]
-
-
-def position(name: str, value: int, size: int) -> int:
-    """Checks one position."""
-    if not 0 <= _integer(name, value) < size:
-        raise ValueError(f"{name}={value} is out of range: the result has {size}, so pass 0 to {size - 1}.")
-    return int(value)
-
-
-def positions(name: str, values: Sequence[int] | None, size: int) -> Positions:
-    """Checks a set of positions; None = all."""
-    if values is None:
-        return np.arange(size)
-    return np.array([position(name, value, size) for value in _integers(name, values)])
-
-
-def check_texts(name: str, texts: Sequence[str] | None, size: int, exact: bool = True) -> None:
-    """One string per example; the k strongest only bound the number of training examples from below."""
-    if texts is None or (not isinstance(texts, str) and (len(texts) == size or (len(texts) > size and not exact))):
-        return
-    raise ValueError(
-        f"{name} must be one string per example, in order: expected {'' if exact else 'at least '}{size}, got "
-        f"{'one string' if isinstance(texts, str) else len(texts)}."
-    )
+    return values
 
 
 def strongest(totals: Array, k: int | None) -> tuple[Positions, Positions]:
-    """Positions of the k (None = all) largest totals >= 0 and smallest < 0, strongest first."""
-    if k is not None and _integer("k", k) < 1:
+    """Return positions of the k (None = all) largest totals >= 0 and smallest < 0, best first."""
+    if k is not None and check_integer("k", k) < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}.")
     order = np.argsort(-totals, kind="stable")
-    proponents, opponents = order[totals[order] >= 0], order[totals[order] < 0]
-    return proponents[:k], opponents[::-1][:k]
+    proponents = order[totals[order] >= 0]
+    opponents = order[totals[order] < 0][::-1]
+    return proponents[:k], opponents[:k]
 
 
 def ranked(totals: Array, k: int | None) -> Positions:
-    """The `strongest` of both signs by falling total."""
+    """Return the `strongest` of both signs by falling total."""
     proponents, opponents = strongest(totals, k)
     return np.concatenate([proponents, opponents[::-1]])

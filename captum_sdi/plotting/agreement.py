@@ -8,18 +8,22 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from captum_sdi.evaluate import correlation
-from captum_sdi.plotting._axes import axes, scale, set_title
+from captum_sdi.plotting._arguments import Array, finite_array
+from captum_sdi.plotting._axes import column_axes, hide_spines, scale_ticks, set_title
 from captum_sdi.plotting._lines import NEUTRAL, PROPONENT
-from captum_sdi.plotting._scores import Array, array
 from captum_sdi.plotting._text import FONT
 
-_POINTS = 400  # drawn solid; more become transparent, so that where many lie is seen
+_SOLID_POINTS = 400
 
 
 def plot_agreement(
-    scores: ArrayLike | Tensor, measured: ArrayLike | Tensor, *, title: str | None = None, ax: Axes | None = None
+    scores: ArrayLike | Tensor,
+    measured: ArrayLike | Tensor,
+    *,
+    title: str | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Draws influence scores against measured effects, a point for each pair of a test and a training example.
+    """Draw influence scores against measured effects, a point for each pair of examples.
 
     ``scores`` are totals, or one step of trajectories; ``measured`` is what `captum_sdi.evaluate.leave_one_out` or
     `captum_sdi.evaluate.removal_effects` returned: both ``(q, n)``. The other arguments are described in
@@ -29,7 +33,7 @@ def plot_agreement(
         The Axes. Its title is Spearman's correlation for the mean test example, with its interval.
 
     Raises:
-        ValueError: Shapes differ, or a value is NaN or infinite.
+        ValueError: If shapes differ, or a value is NaN or infinite.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -37,29 +41,50 @@ def plot_agreement(
         >>> ax.get_title(loc="left")
         'Spearman 1.00'
     """
-    found, wanted = array("scores", scores), array("measured", measured)
-    if found.ndim != 2 or found.shape != wanted.shape or not found.size:
+    predicted = finite_array("scores", scores)
+    effects = finite_array("measured", measured)
+    if predicted.ndim != 2 or predicted.shape != effects.shape or not predicted.size:
         raise ValueError(
-            f"scores and measured must both be (q, n) with no empty axis, got shapes {found.shape} and {wanted.shape}. "
-            "Pass totals, or one step of trajectories: trajectories[..., step]."
+            f"scores and measured must both be (q, n) with no empty axis, got shapes {predicted.shape} and "
+            f"{effects.shape}. Pass totals, or one step of trajectories: trajectories[..., step]."
         )
-    ax = axes(ax, 2.4)
-    opacity = 0.6 * min(1.0, (_POINTS / found.size) ** 0.5)
-    ax.plot(found.ravel(), wanted.ravel(), "o", color=PROPONENT[0][0], markersize=3, alpha=opacity, markeredgewidth=0)
-    for draw in (ax.axhline, ax.axvline):
-        draw(0, color=NEUTRAL, linewidth=0.6, zorder=0)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.set_xlabel(scale(ax.xaxis, float(np.abs(found).max()), "influence").replace("\n", " "), fontsize=FONT)
-    label = scale(ax.yaxis, float(np.abs(wanted).max()), "measured\n(rise in test loss)")
-    ax.set_ylabel(label, fontsize=FONT, linespacing=1.1)
-    set_title(ax, title, _spearman(found, wanted))
+    ax = column_axes(ax, 2.4)
+    _draw_points(ax, predicted, effects)
+    ax.axhline(0, color=NEUTRAL, linewidth=0.6, zorder=0)
+    ax.axvline(0, color=NEUTRAL, linewidth=0.6, zorder=0)
+    hide_spines(ax, "top", "right")
+    largest_score = float(np.abs(predicted).max())
+    largest_effect = float(np.abs(effects).max())
+    xlabel = scale_ticks(ax.xaxis, largest_score, "influence")
+    ylabel = scale_ticks(ax.yaxis, largest_effect, "measured\n(rise in test loss)")
+    ax.set_xlabel(xlabel.replace("\n", " "), fontsize=FONT)
+    ax.set_ylabel(ylabel, fontsize=FONT, linespacing=1.1)
+    set_title(ax, title, _correlation_title(predicted, effects))
     return ax
 
 
-def _spearman(scores: Array, measured: Array) -> str:
-    """Nothing where a test example's values are all equal, and no correlation is defined."""
-    if any((values == values[:, :1]).all(1).any() for values in (scores, measured)):
-        return ""
-    found = correlation(scores, measured)
-    interval = "" if found.low.isnan() else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"Spearman {found.value:.2f}{interval}"
+def _draw_points(ax: Axes, scores: Array, measured: Array) -> None:
+    """Draw a point for each pair; many are transparent, so that one sees where most lie."""
+    share_opaque = (_SOLID_POINTS / scores.size) ** 0.5
+    ax.plot(
+        scores.ravel(),
+        measured.ravel(),
+        "o",
+        color=PROPONENT[0].colour,
+        alpha=0.6 * min(1.0, share_opaque),
+        markersize=3,
+        markeredgewidth=0,
+    )
+
+
+def _correlation_title(scores: Array, measured: Array) -> str:
+    """Return Spearman's correlation as a title; "" where it is not defined."""
+    for values in (scores, measured):
+        constant = (values == values[:, :1]).all(1)
+        if constant.any():
+            return ""
+    spearman = correlation(scores, measured)
+    title = f"Spearman {spearman.value:.2f}"
+    if not spearman.low.isnan():
+        title += f" [{spearman.low:.2f}, {spearman.high:.2f}]"
+    return title

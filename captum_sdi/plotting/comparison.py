@@ -5,40 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.container import Container
 
-from captum_sdi.plotting._axes import axes, set_title
-from captum_sdi.plotting._lines import (
-    NEUTRAL,
-    OPPONENT,
-    PROPONENT,
-    Block,
-    finish_lines,
-    legend,
-    legend_height,
-    legend_room,
-)
-from captum_sdi.plotting._scores import Result, Scores, read
-from captum_sdi.plotting._text import clip, signed, text_width
+from captum_sdi.plotting._arguments import Array
+from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height, total_entry
+from captum_sdi.plotting._lines import CATEGORY, NEUTRAL, LineStyle, finish_lines
+from captum_sdi.plotting._scores import Result, Scores, read_scores
+from captum_sdi.plotting._text import signed_numbers
 
-_STYLES = [style for both in zip(PROPONENT, OPPONENT, strict=True) for style in both]
-_WIDTH = 0.7  # of a step, that its points share
+_HALF_WIDTH = 0.35  # of a step: what its points share on either side of it
 
 
 def plot_comparison(
-    results: Mapping[str, Result], test: int = 0, *, train: int, title: str | None = None, ax: Axes | None = None
+    results: Mapping[str, Result],
+    test: int = 0,
+    *,
+    train: int,
+    title: str | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """Draws what several results say of one pair, step by step: side by side, with two standard errors.
+    """Draw what several results say of one pair, side by side at each step.
 
-    ``results`` are results under their names. One without errors (`Exact`, plain trajectories) is a bar across its
-    step, to measure the others against. ``train`` is the training example's index in the training set. The other
-    arguments are described in `captum_sdi.plotting`.
+    ``results`` are results under their names, drawn as points with two standard errors. One without errors (`Exact`,
+    plain trajectories) is a bar across its step, to measure the others against. ``train`` is the training example's
+    index in the training set. The other arguments are described in `captum_sdi.plotting`.
 
     Returns:
         The Axes. Its legend gives each result's total.
 
     Raises:
-        ValueError: ``results`` is empty, or they differ in the number of loop steps.
+        ValueError: If ``results`` is empty, or they differ in the number of loop steps.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -47,45 +46,73 @@ def plot_comparison(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['total', '+0.750  exact', '+1.000  sketched']
     """
-    ones = {name: read(result).of(test, [train]).at(0) for name, result in results.items()}
-    steps = _common_steps(ones)
-    exact = [name for name, one in ones.items() if not one.errors.any()]
-    places = np.linspace(-_WIDTH / 2, _WIDTH / 2, 2 * max(1, len(ones) - len(exact)) + 1)[1::2]
-    sketched = iter(zip(places, _STYLES * len(ones), strict=False))
-    ax = axes(ax, 2.05 + legend_height([len(ones)], True))
-    block = Block("total incl. prelude, coda" if any(one.has_ends for one in ones.values()) else "total", [], [])
-    for (name, one), total in zip(ones.items(), signed(np.array([one.totals for one in ones.values()])), strict=True):
-        block.handles.append(_draw_exact(ax, one) if name in exact else _draw_sketched(ax, one, *next(sketched)))
-        block.names.append(total + "  " + clip(name, legend_room(ax) - text_width(total + "  ")))
-    finish_lines(ax, steps, "influence\n(drop in test loss)")
-    ax.set_xlim(0.5, steps + 0.5)
+    pairs = {}
+    for name, result in results.items():
+        scores = read_scores(result).of_test_example(test, [train])
+        pairs[name] = scores.select(0)
+    n_steps = _common_steps(pairs)
+
+    height = legend_height([len(pairs)], stacked=True)
+    ax = column_axes(ax, 2.05 + height)
+    has_outer_bins = any(pair.has_outer_bins for pair in pairs.values())
+    block = LegendBlock("total incl. prelude, coda" if has_outer_bins else "total")
+    totals = signed_numbers(np.array([pair.totals for pair in pairs.values()]))
+    sketched = [name for name, pair in pairs.items() if pair.errors.any()]
+    offsets = _offsets(len(sketched))
+    for (name, pair), total in zip(pairs.items(), totals, strict=True):
+        drawn: Artist | Container
+        if name in sketched:
+            rank = sketched.index(name)
+            style = CATEGORY[rank % len(CATEGORY)]
+            drawn = _draw_sketched(ax, pair, offsets[rank], style)
+        else:
+            drawn = _draw_exact(ax, pair)
+        block.add(drawn, total_entry(ax, total, name))
+    finish_lines(ax, n_steps, "influence\n(drop in test loss)")
+    ax.set_xlim(0.5, n_steps + 0.5)
     set_title(ax, title, f"train example {train} on test example {test}")
-    legend(ax, [block], True)
+    draw_legend(ax, [block], stacked=True)
     return ax
 
 
-def _common_steps(ones: Mapping[str, Scores]) -> int:
-    if not ones:
+def _common_steps(pairs: Mapping[str, Scores]) -> int:
+    """Return the number of loop steps that all results have."""
+    if not pairs:
         raise ValueError("results is empty. Pass at least one result under its name.")
-    depths = {name: int(one.n_steps) for name, one in ones.items()}
+    depths = {name: int(pair.n_steps) for name, pair in pairs.items()}
     if len(set(depths.values())) > 1:
         raise ValueError(f"results must have the same number of loop steps for this test example, got {depths}.")
     return next(iter(depths.values()))
 
 
-def _draw_exact(ax: Axes, one: Scores) -> object:
-    steps = np.arange(1.0, int(one.n_steps) + 1)
-    return ax.hlines(
-        one.trajectories[: len(steps)], steps - _WIDTH / 2, steps + _WIDTH / 2, color=NEUTRAL, linewidth=1.2
-    )
+def _offsets(count: int) -> Array:
+    """Return the places beside a step of ``count`` points that share its width equally."""
+    n_halves = 2 * max(1, count)
+    edges_and_centres = np.linspace(-_HALF_WIDTH, _HALF_WIDTH, n_halves + 1)
+    return edges_and_centres[1::2]
 
 
-def _draw_sketched(ax: Axes, one: Scores, apart: float, style: tuple[str, str, str]) -> object:
-    colour, _, marker = style
-    steps = np.arange(1.0, int(one.n_steps) + 1)
-    values, errors = one.trajectories[: len(steps)], 2 * one.errors[: len(steps)]
+def _draw_exact(ax: Axes, pair: Scores) -> Artist:
+    """Draw a bar across each step."""
+    n_steps = int(pair.n_steps)
+    steps = np.arange(1.0, n_steps + 1)
+    values = pair.trajectories[:n_steps]
+    return ax.hlines(values, steps - _HALF_WIDTH, steps + _HALF_WIDTH, color=NEUTRAL, linewidth=1.2)
+
+
+def _draw_sketched(ax: Axes, pair: Scores, offset: float, style: LineStyle) -> Container:
+    """Draw a point beside each step, with two standard errors."""
+    n_steps = int(pair.n_steps)
+    steps = np.arange(1.0, n_steps + 1)
     # Many steps stand close: the points shrink before they touch.
-    size = 3.5 if len(steps) <= 12 else 2.0
+    size = 3.5 if n_steps <= 12 else 2.0
     return ax.errorbar(
-        steps + apart, values, yerr=errors, fmt=marker, color=colour, markersize=size, elinewidth=0.9, capsize=1.5
+        steps + offset,
+        pair.trajectories[:n_steps],
+        yerr=2 * pair.errors[:n_steps],
+        fmt=style.marker,
+        color=style.colour,
+        markersize=size,
+        elinewidth=0.9,
+        capsize=1.5,
     )

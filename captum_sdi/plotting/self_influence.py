@@ -8,10 +8,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from captum_sdi.plotting import _lines
-from captum_sdi.plotting._axes import axes, set_title
-from captum_sdi.plotting._scores import Array, Result, ranked, read
-from captum_sdi.plotting._text import signed
+from captum_sdi.plotting._arguments import Array
+from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
+from captum_sdi.plotting._lines import NEUTRAL, PROPONENT, draw_band, draw_examples, finish_lines
+from captum_sdi.plotting._scores import Result, ranked, read_scores
+from captum_sdi.plotting._text import signed_numbers
 
 
 def plot_self_influence(
@@ -22,7 +24,7 @@ def plot_self_influence(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws self-influence by loop step: its distribution over examples, and the k strongest ones as lines.
+    """Draw self-influence by loop step: its distribution, and the k strongest examples as lines.
 
     ``result`` is what `SDIInfluence.step_self_influence` returned, or plain trajectories ``(n, t)``; the other
     arguments are described in `captum_sdi.plotting`.
@@ -36,30 +38,39 @@ def plot_self_influence(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['2 examples', 'median', 'middle 50%', 'middle 90%', 'strongest: total', '+3.000  #0', ' ', ' ']
     """
-    scores = read(result, texts, of_itself=True)
-    top = scores.at(ranked(scores.totals, k)[:k])
-    ax = axes(ax, 2.05 + _lines.legend_height([3, len(top.totals)], texts is not None))
-    depth = scores.trajectories.shape[1]
-    ran = np.arange(depth) < scores.n_steps[:, None]
-    everyone = _draw_distribution(ax, np.where(ran, scores.trajectories, np.nan))
-    strongest = _lines.draw_examples(ax, "strongest: total", top, iter(signed(top.totals)), _lines.PROPONENT, texts)
-    _lines.finish_lines(ax, depth, "self-influence\n(drop in own loss)")
+    scores = read_scores(result, texts, self_influence=True)
+    strongest = scores.select(ranked(scores.totals, k)[:k])
+    totals = signed_numbers(strongest.totals)
+    stacked = texts is not None
+    height = legend_height([3, len(totals)], stacked=stacked)
+    ax = column_axes(ax, 2.05 + height)
+    distribution = _draw_distribution(ax, scores.steps_run)
+    examples = draw_examples(ax, "strongest: total", strongest, totals, PROPONENT, texts)
+    finish_lines(ax, scores.trajectories.shape[1], "self-influence\n(drop in own loss)")
     set_title(ax, title, "")
-    _lines.legend(ax, [everyone, strongest], texts is not None)
+    draw_legend(ax, [distribution, examples], stacked=stacked)
     return ax
 
 
-def _draw_distribution(ax: Axes, values: Array) -> _lines.Block:
-    """Median and quantile bands over examples of ``(n, t)``; NaN = did not run that step."""
-    count, depth = values.shape
-    steps = np.arange(1.0, depth + 1)
-    if depth == 1:  # a band needs two points
-        steps, values = np.array([0.7, 1.3]), np.repeat(values, 2, axis=1)
-    median = ax.plot(steps, np.nanmedian(values, axis=0), color=_lines.NEUTRAL, linewidth=1.5)
-    block = _lines.Block(f"{count} examples" if count > 1 else "1 example", median, ["median"])
-    for share, alpha in ((50, 0.3), (90, 0.15)) if count > 1 else ():
-        low, high = np.nanpercentile(values, [50 - share / 2, 50 + share / 2], axis=0)
-        _lines.band(ax, steps, low, high, _lines.NEUTRAL, alpha)
-        block.handles.append(Patch(color=_lines.NEUTRAL, alpha=alpha, linewidth=0))
-        block.names.append(f"middle {share}%")
+def _draw_distribution(ax: Axes, values: Array) -> LegendBlock:
+    """Draw median and quantile bands over examples of ``(n, t)``, without steps that are NaN."""
+    n_examples, n_steps = values.shape
+    if n_steps == 1:  # a band needs two points
+        steps = np.array([0.7, 1.3])
+        values = np.repeat(values, 2, axis=1)
+    else:
+        steps = np.arange(1.0, n_steps + 1)
+    heading = f"{n_examples} examples" if n_examples > 1 else "1 example"
+    block = LegendBlock(heading)
+    medians = np.nanmedian(values, axis=0)
+    (line,) = ax.plot(steps, medians, color=NEUTRAL, linewidth=1.5)
+    block.add(line, "median")
+    if n_examples == 1:
+        return block
+    for percent, alpha in ((50, 0.3), (90, 0.15)):
+        outside = (100 - percent) / 2
+        lower, upper = np.nanpercentile(values, [outside, 100 - outside], axis=0)
+        draw_band(ax, steps, lower, upper, NEUTRAL, alpha)
+        patch = Patch(color=NEUTRAL, alpha=alpha, linewidth=0)
+        block.add(patch, f"middle {percent}%")
     return block

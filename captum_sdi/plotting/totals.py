@@ -8,13 +8,24 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from captum_sdi.plotting._axes import axes, label_room, label_rows, points, scale, set_title, small_print
+from captum_sdi.plotting._arguments import Positions, check_limit, check_positions, check_texts
+from captum_sdi.plotting._axes import (
+    column_axes,
+    hide_spines,
+    label_room,
+    label_rows,
+    scale_ticks,
+    set_title,
+    small_print,
+    width_in_points,
+)
+from captum_sdi.plotting._colours import draw_colours
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT
-from captum_sdi.plotting._scores import Array, Positions, Result, check_texts, positions, ranked, read
-from captum_sdi.plotting._text import FONT, clip, named
-from captum_sdi.plotting.heatmaps import check_limit, draw_heatmap
+from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores
+from captum_sdi.plotting._text import FONT, clip, example_name
 
 _BOLD = 1.15  # how much wider bold type is
+_MOST_ROWS = 80
 
 
 def plot_totals(
@@ -29,7 +40,7 @@ def plot_totals(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws totals as bars and, beside them, the trajectories they are made of.
+    """Draw totals as bars and, beside them, the trajectories they are made of.
 
     ``tests`` are positions of test examples, None = all; ``test_texts`` all test examples of ``result`` as text. ``ax``
     is divided into two, bars and heat map. The other arguments are described in `captum_sdi.plotting`.
@@ -39,7 +50,7 @@ def plot_totals(
         grey.
 
     Raises:
-        ValueError: There are more rows than can be read.
+        ValueError: If there are more rows than can be read.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -48,69 +59,101 @@ def plot_totals(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['test 0', '#0', '#1', 'test 1', '#0']
     """
-    scores = read(result, texts)
-    chosen = positions("tests", tests, len(scores.totals)).tolist()
-    check_texts("test_texts", test_texts, len(scores.totals))
+    scores = read_scores(result, texts)
+    n_tests = len(scores.totals)
+    chosen = check_positions("tests", tests, n_tests).tolist()
+    check_texts("test_texts", test_texts, n_tests)
     check_limit(limit)
-    groups = [scores.of(test, train) for test in chosen]
-    groups = [one.at(ranked(one.totals, k if train is None else None)) for one in groups]
-    rows = sum(1 + len(one.totals) for one in groups)
-    if rows > 80:
+    groups = [_pick_examples(scores, test, train, k) for test in chosen]
+    group_rows = [1 + len(group.totals) for group in groups]  # a heading, then the training examples
+    n_rows = sum(group_rows)
+    if n_rows > _MOST_ROWS:
         raise ValueError(
-            f"tests and k ask for {rows} rows, more than can be read (80). Pass fewer tests or a smaller k."
+            f"tests and k ask for {n_rows} rows, more than can be read ({_MOST_ROWS}). Pass fewer tests or a smaller k."
         )
+    headings = np.cumsum([0, *group_rows[:-1]])
+    example_rows = np.setdiff1d(np.arange(n_rows), headings)
+    examples = Scores.concatenate(groups)
 
-    ax = axes(ax, max(2.2, 0.85 + 0.135 * rows))
+    ax = column_axes(ax, max(2.2, 0.85 + 0.135 * n_rows))
     room = label_room(ax)
-    bars, heat = _split(ax)
-    steps = np.arange(scores.trajectories.shape[2])
-    cells = np.zeros((rows, len(steps)))
-    names: list[str] = []
-    headings, places = [], []
-    for test, one in zip(chosen, groups, strict=True):
-        headings.append(len(names))
-        words = f"test {test}" + (f": {test_texts[test]}" if test_texts is not None else "")
-        names.append(clip(words, room / _BOLD))
-        places.append(np.arange(len(names), len(names) + len(one.totals)))
-        names += [named(int(index), texts, room) for index in one.indices]
-        cells[places[-1]] = np.where(steps < one.n_steps[:, None], one.trajectories, np.nan)
-    totals, errors = (np.concatenate([getattr(one, of) for one in groups]) for of in ("totals", "total_errors"))
-    _draw_bars(bars, np.concatenate(places), totals, 2 * errors, scores.has_ends)
-    draw_heatmap(heat, cells, limit)
+    bar_axes, heat_axes = _split_axes(ax)
+    _draw_bars(bar_axes, example_rows, examples, has_outer_bins=scores.has_outer_bins)
+    depth = examples.trajectories.shape[1]
+    cells = np.zeros((n_rows, depth))
+    cells[example_rows] = examples.steps_run
+    draw_colours(heat_axes, cells, limit)
     for row in headings:  # zero has almost, but not quite, the background's colour
-        heat.axhspan(row - 0.5, row + 0.5, color=heat.get_facecolor(), linewidth=0)
-    heat.tick_params(left=False, labelleft=False)
-    heat.spines[:].set_visible(False)
-    bars.set_ylim(rows - 0.5, -0.5)  # the first row on top
-    label_rows(bars, names, bold=headings)
-    bars.set_ylabel("train examples", fontsize=FONT)
-    set_title(bars, title, "", taken=room - points(heat)[0])
-    return bars
+        heat_axes.axhspan(row - 0.5, row + 0.5, color=heat_axes.get_facecolor(), linewidth=0)
+    heat_axes.tick_params(left=False, labelleft=False)
+    heat_axes.spines[:].set(visible=False)
+    bar_axes.set_ylim(n_rows - 0.5, -0.5)  # the first row on top
+    labels = _row_labels(chosen, groups, texts, test_texts, room)
+    label_rows(bar_axes, labels, bold=headings.tolist())
+    bar_axes.set_ylabel("train examples", fontsize=FONT)
+    set_title(bar_axes, title, "", taken=room - width_in_points(heat_axes))
+    return bar_axes
 
 
-def _draw_bars(ax: Axes, places: Positions, totals: Array, errors: Array, has_ends: bool) -> None:
-    ax.barh(places, totals, height=0.7, color=np.where(totals >= 0, PROPONENT[0][0], OPPONENT[0][0]))
+def _pick_examples(scores: Scores, test: int, train: Sequence[int] | None, k: int) -> Scores:
+    """Return the scores of the strongest, or of the chosen, training examples by falling total."""
+    group = scores.of_test_example(test, train)
+    rows = ranked(group.totals, k if train is None else None)
+    return group.select(rows)
+
+
+def _row_labels(
+    tests: Sequence[int],
+    groups: Sequence[Scores],
+    texts: Sequence[str] | None,
+    test_texts: Sequence[str] | None,
+    room: float,
+) -> list[str]:
+    """Return the labels of all rows: each test example, followed by its training examples."""
+    labels = []
+    for test, group in zip(tests, groups, strict=True):
+        heading = f"test {test}"
+        if test_texts is not None:
+            heading += f": {test_texts[test]}"
+        labels.append(clip(heading, room / _BOLD))
+        names = [example_name(int(index), texts) for index in group.indices]
+        labels += [clip(name, room) for name in names]
+    return labels
+
+
+def _draw_bars(ax: Axes, rows: Positions, scores: Scores, *, has_outer_bins: bool) -> None:
+    """Draw totals as bars, with two standard errors where there are any."""
+    totals = scores.totals
+    errors = 2 * scores.total_errors
+    blue = PROPONENT[0].colour
+    orange = OPPONENT[0].colour
+    ax.barh(rows, totals, height=0.7, color=np.where(totals >= 0, blue, orange))
     if errors.any():
-        ax.errorbar(totals, places, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
+        ax.errorbar(totals, rows, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
     ax.axvline(0, color=NEUTRAL, linewidth=0.6)
     if not totals.any() and not errors.any():
         ax.set_xlim(-1, 1)
-    ax.spines[["left", "top", "right"]].set_visible(False)
-    ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 3, 5, 10]))
-    label = "total with\nprelude, coda" if has_ends else "total"
-    ax.set_xlabel(scale(ax.xaxis, np.abs(totals).max() + errors.max(), label), fontsize=FONT)
+    hide_spines(ax, "left", "top", "right")
+    few_round_ticks = MaxNLocator(3, steps=[1, 2, 3, 5, 10])
+    ax.xaxis.set_major_locator(few_round_ticks)
+    label = "total with\nprelude, coda" if has_outer_bins else "total"
+    largest = np.abs(totals).max() + errors.max()
+    ax.set_xlabel(scale_ticks(ax.xaxis, largest, label), fontsize=FONT)
 
 
-def _split(ax: Axes) -> tuple[Axes, Axes]:
-    """Divides an Axes into two that share rows, whether or not it sits in a grid of subplots."""
-    bars, heat = ratios = (1.0, 1.7)
-    if (place := ax.get_subplotspec()) is not None:
-        grid = place.subgridspec(1, 2, width_ratios=ratios, wspace=0.05)
+def _split_axes(ax: Axes) -> tuple[Axes, Axes]:
+    """Divide an Axes into two that share rows, whether or not it sits in a grid of subplots."""
+    bars, heat_map = ratios = (1.0, 1.7)
+    subplot = ax.get_subplotspec()
+    if subplot is not None:
+        grid = subplot.subgridspec(1, 2, width_ratios=ratios, wspace=0.05)
         ax.set_subplotspec(grid[0])
-        other = ax.figure.add_subplot(grid[1], sharey=ax)
+        heat_axes = ax.figure.add_subplot(grid[1], sharey=ax)
     else:
         left, bottom, width, height = ax.get_position().bounds
-        unit = width / (bars + heat + 0.1)
+        unit = width / (bars + heat_map + 0.1)
+        heat_width = unit * heat_map
         ax.set_position((left, bottom, unit * bars, height))
-        other = ax.figure.add_axes((left + width - unit * heat, bottom, unit * heat, height), sharey=ax)
-    return ax, small_print(other)
+        bounds = (left + width - heat_width, bottom, heat_width, height)
+        heat_axes = ax.figure.add_axes(bounds, sharey=ax)
+    return ax, small_print(heat_axes)

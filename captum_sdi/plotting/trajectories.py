@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from captum_sdi.plotting._axes import axes, set_title
-from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines, legend, legend_height
-from captum_sdi.plotting._scores import Result, read, strongest
-from captum_sdi.plotting._text import signed
+from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._legend import draw_legend, legend_height
+from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines
+from captum_sdi.plotting._scores import Result, read_scores, strongest
+from captum_sdi.plotting._text import signed_numbers
 
 
 def plot_trajectories(
@@ -23,7 +24,7 @@ def plot_trajectories(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draws influence by loop step for the top proponents and opponents of one test example.
+    """Draw influence by loop step for the top proponents and opponents of one test example.
 
     The arguments are described in `captum_sdi.plotting`.
 
@@ -37,16 +38,20 @@ def plot_trajectories(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['proponents: total', '+0.750  #0: 1 0 1', 'opponents: total', '−1.500  #1: 0 0 1']
     """
-    one = read(result, texts).of(test, train)
-    groups = strongest(one.totals, k if train is None else None)
-    stacked = texts is not None or one.has_ends
-    ax = axes(ax, 2.05 + legend_height([len(group) for group in groups], stacked))
-    totals = iter(signed(one.totals[np.concatenate(groups)]))
-    blocks = []
-    for group, styles, name in zip(groups, (PROPONENT, OPPONENT), ("proponents", "opponents"), strict=True):
-        heading = f"{name}: total incl. prelude, coda" if one.has_ends else f"{name}: total"
-        blocks.append(draw_examples(ax, heading, one.at(group), totals, styles, texts))
-    finish_lines(ax, int(one.n_steps[0]), "influence\n(drop in test loss)")
+    scores = read_scores(result, texts).of_test_example(test, train)
+    proponents, opponents = strongest(scores.totals, k if train is None else None)
+    n_proponents = len(proponents)
+    stacked = texts is not None or scores.has_outer_bins
+    height = legend_height([n_proponents, len(opponents)], stacked=stacked)
+    ax = column_axes(ax, 2.05 + height)
+    drawn = np.concatenate([proponents, opponents])
+    totals = signed_numbers(scores.totals[drawn])
+    meaning = "total incl. prelude, coda" if scores.has_outer_bins else "total"
+    blocks = [
+        draw_examples(ax, f"proponents: {meaning}", scores.select(proponents), totals[:n_proponents], PROPONENT, texts),
+        draw_examples(ax, f"opponents: {meaning}", scores.select(opponents), totals[n_proponents:], OPPONENT, texts),
+    ]
+    finish_lines(ax, int(scores.n_steps[0]), "influence\n(drop in test loss)")
     set_title(ax, title, f"test example {test}")
-    legend(ax, blocks, stacked)
+    draw_legend(ax, blocks, stacked=stacked)
     return ax

@@ -1,0 +1,46 @@
+"""Numbers as colours: rows by loop steps, with a colour bar."""
+
+from __future__ import annotations
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.image import AxesImage
+
+from captum_sdi.plotting._arguments import Array
+from captum_sdi.plotting._axes import height_in_points, number_steps, scale_ticks, small_print, width_in_points
+from captum_sdi.plotting._text import FONT, text_width
+
+
+def draw_colours(ax: Axes, values: Array, limit: float | None) -> None:
+    """Draw ``(rows, t)``, the first row on top, in colours that are symmetric about zero.
+
+    NaN, a step that did not run, is grey: no diverging colour map contains it.
+    """
+    largest = float(np.nanmax(np.abs(values)))
+    bound = float(limit or largest or 1.0)  # all zero: the colour of zero, on a scale that has a centre
+    n_rows, n_steps = values.shape
+    image = ax.imshow(
+        np.ma.masked_invalid(values),
+        cmap=matplotlib.colormaps["RdBu"].with_extremes(bad="0.82"),
+        vmin=-bound,
+        vmax=bound,
+        aspect="auto",
+        extent=(0.5, n_steps + 0.5, n_rows - 0.5, -0.5),
+    )
+    _draw_colour_bar(ax, image, bound, extend="both" if largest > bound else "neither")
+    number_steps(ax, n_steps)
+
+
+def _draw_colour_bar(ax: Axes, image: AxesImage, bound: float, extend: str) -> None:
+    """Draw a colour bar 6 points wide, with its label on one line where that fits."""
+    height = height_in_points(ax)
+    aspect = max(5.0, height / 6)
+    fraction = min(0.3, 12 / width_in_points(ax))  # leaves room, or the bar would be shorter than the picture
+    colour_bar = ax.figure.colorbar(image, ax=ax, fraction=fraction, aspect=aspect, pad=0.03, extend=extend)
+    small_print(colour_bar.ax)
+    label = scale_ticks(colour_bar.ax.yaxis, bound, "influence\n(drop in test loss)")
+    one_line = label.replace("\n", " ")
+    if text_width(one_line, FONT) <= height:
+        label = one_line
+    colour_bar.set_label(label, fontsize=FONT, linespacing=1.1)
