@@ -32,6 +32,8 @@ from captum_sdi.pieces import Pieces
 from captum_sdi.precision import score_dtype
 from captum_sdi.rehearsal.first_example import Rehearsal
 from captum_sdi.rehearsal.ids import check_ids
+from captum_sdi.rehearsal.lengths import check_length, position_limit
+from captum_sdi.rehearsal.neighbours import RunBatch
 from captum_sdi.sketch.base import Sketch
 
 Transform = Callable[[str, Gradient], Gradient]
@@ -50,9 +52,16 @@ class Point:
     pieces: Pieces
 
     def batch(
-        self, raw: Any, side: Side, positions: Sequence[int], *, by_step: bool, transform: Transform | None = None
+        self,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+        *,
+        by_step: bool,
+        transform: Transform | None = None,
+        collated_alone: Callable[[int], Any] = lambda position: None,
     ) -> StepFeatures:
-        """Compute the features of one batch, after its rehearsal.
+        """Compute the features of one batch, between its rehearsal and the comparison with its examples alone.
 
         Args:
             raw: The batch.
@@ -60,12 +69,21 @@ class Point:
             positions: Of its examples.
             by_step: Keep loop steps apart.
             transform: Applied to every per-example gradient before the sketch.
+            collated_alone: From a position to the batch of that example alone, or None; see `Examples`.
 
         Returns:
             ``(n, b, width)`` for each parameter.
         """
+
+        def features_of(raw: Any, positions: Sequence[int]) -> StepFeatures:
+            return self.pieces.features(self.capture, raw, side, positions, by_step=by_step, transform=transform)
+
         self.rehearsal.before_batch(self.capture, raw, side, positions)
-        features = self.pieces.features(self.capture, raw, side, positions, by_step=by_step, transform=transform)
+        features = features_of(raw, positions)
+        called_once = frozenset(self.capture.tape.expanded)
+        self.rehearsal.after_batch(
+            RunBatch(self.capture, raw, side, positions, features, called_once, features_of, collated_alone)
+        )
         dtype = score_dtype(self.model)
         return features.map(lambda row: row.to(dtype))
 
@@ -84,7 +102,14 @@ class Point:
             One block a batch.
         """
         for number, (positions, raw) in enumerate(examples.batches(only)):
-            features = self.batch(raw, examples.side, positions.tolist(), by_step=by_step, transform=transform)
+            features = self.batch(
+                raw,
+                examples.side,
+                positions.tolist(),
+                by_step=by_step,
+                transform=transform,
+                collated_alone=examples.collated_alone,
+            )
             yield Block(number, positions, features)
 
 
@@ -199,6 +224,7 @@ class Engine:
     def _found_loop(self, examples: Examples) -> LoopSpec:
         """Find the loop, and remember it."""
         raw, side = examples.stream.peek(), examples.side
+        check_length(raw, position_limit(self.model), side.name, range(batch_size(raw)))
         n_ids = vocabulary_size(self.model)
         if n_ids is not None and isinstance(raw, Mapping):
             check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, range(batch_size(raw)))

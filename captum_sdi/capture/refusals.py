@@ -115,7 +115,15 @@ def no_example_axis(layer: str, verb: str, shape: torch.Size, batch_size: int, r
     return (
         f"{layer} {verb} a tensor of shape {tuple(shape)} in a batch of {batch_size}: without the example axis first, "
         f"per-example gradients cannot be told apart. Leave it out{remedy}, or let the model pass it one row per "
-        "example."
+        "example; a model that takes examples one by one or in groups needs batch_size=1."
+    )
+
+
+def fails_in_batch(error: Exception, batch_size: int) -> str:
+    """Refuse a model that cannot be run under the hooks where a layer is called for one example, or once for all."""
+    return (
+        f"{error} In a batch of {batch_size} the model calls a layer for one example, which is taken as one call for "
+        "them all. Pass batch_size=1 if it takes examples one by one or in groups."
     )
 
 

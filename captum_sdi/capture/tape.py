@@ -94,6 +94,7 @@ class Tape:
             self._heap.restart()
         self.called: set[str] = set()
         self.called_without_grad: set[str] = set()
+        self.expanded: set[str] = set()
 
     @property
     def n_steps(self) -> int:
@@ -132,7 +133,8 @@ class Tape:
         for module in self._clock.anchors:
             yield module.register_forward_pre_hook(self._on_anchor, prepend=True)
         for owner in self.owners:
-            yield owner.module.register_forward_pre_hook(self._expand, prepend=True, with_kwargs=True)
+            expand = partial(self._expand, owner)
+            yield owner.module.register_forward_pre_hook(expand, prepend=True, with_kwargs=True)
             # First, or a hook of the user's registered earlier would hide a branch of the graph from the identity.
             on_use = partial(self._on_use, owner)
             yield owner.module.register_forward_hook(on_use, prepend=True, with_kwargs=True)
@@ -145,8 +147,21 @@ class Tape:
         try:
             with observable(), torch.enable_grad():
                 return run()
+        except (RuntimeError, IndexError, ValueError) as error:
+            if self.expanded and self._works_unhooked(run):
+                raise ValueError(refusals.fails_in_batch(error, batch_size)) from error
+            raise
         finally:
             self._phase = None
+
+    def _works_unhooked(self, run: Callable[[], Any]) -> bool:
+        self._phase = None
+        try:
+            with observable(), torch.no_grad():
+                run()
+        except (RuntimeError, IndexError, ValueError):
+            return False
+        return True
 
     def backward(self, losses: Tensor, consume: Consumer, unit: Unit = "example") -> None:
         """Backpropagate the sum of the last forward pass's losses; no ``.grad`` is written.
@@ -205,17 +220,20 @@ class Tape:
 
     def _expand(
         self,
+        owner: Owner,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Any] | None:
         """Call a layer for every example where the model calls it once for the whole batch, as GPT-2 does wpe."""
         # The examples' gradients could not be told apart otherwise. Whatever the model adds the output to broadcasts.
+        # A call for one example alone looks the same: where `expanded` names new layers, the rehearsal compares.
         activation = only_tensor(args, kwargs)
         if not self._listening or self._batch_size == 1 or activation is None:
             return None
         if activation.ndim < 2 or activation.shape[0] != 1:
             return None
+        self.expanded.add(owner.name)
         expanded = activation.expand(self._batch_size, *activation.shape[1:])
 
         def replaced(argument: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captum_sdi.data.batch import batch_size
+from captum_sdi.data.fingerprints import batch_fingerprint
 from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
 
@@ -43,3 +44,18 @@ class Examples:
             return
         for start, raw in self.stream:
             yield torch.arange(start, start + batch_size(raw)), raw
+
+    def collated_alone(self, position: int) -> Any:
+        """Return the batch of one example alone, as with batch_size=1.
+
+        Returns:
+            None where the loader has no dataset in its own order, or this one's rows differ at every reading.
+        """
+        batches = []
+        for _ in range(2):
+            batch = self.stream.collated_alone(position)
+            if batch is None or batch_size(batch) != 1:
+                return None
+            batches.append(batch)
+        first, second = batches
+        return first if batch_fingerprint(first) == batch_fingerprint(second) else None

@@ -141,6 +141,13 @@ class Stream:
         else:
             yield from self._picked_from_pass(only)
 
+    def collated_alone(self, position: int) -> Any:
+        """Return the batch of one example alone; None where the loader has no dataset in its own order."""
+        if not self._is_indexed():
+            return None
+        loader: Any = self._loader
+        return loader.collate_fn([loader.dataset[position]])
+
     def _picked_from_pass(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
         for start, raw in self:
             positions = torch.arange(start, start + batch_size(raw))

@@ -18,6 +18,10 @@ from captum_sdi.loop.table import FoundLoop
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.precision import is_coarse
 from captum_sdi.rehearsal.ids import check_ids
+from captum_sdi.rehearsal.keywords import check_keywords_are_named
+from captum_sdi.rehearsal.labels import check_labels_are_unshifted, check_labels_on_padding
+from captum_sdi.rehearsal.lengths import check_length, position_limit
+from captum_sdi.rehearsal.neighbours import Neighbours, RunBatch
 from captum_sdi.words import warn_user
 
 
@@ -114,7 +118,7 @@ CHECKS: tuple[Callable[[FirstExample], None], ...] = (
 
 
 class Rehearsal:
-    """Looks at every batch's ids, and once for each side at its first example.
+    """Looks at every batch's ids, once for each side at its first example, and at two in the batch and alone.
 
     Args:
         model: The model.
@@ -125,6 +129,9 @@ class Rehearsal:
         self._model, self._loop = model, loop
         self._n_labels: dict[tuple[int, int], int] = {}
         self._rehearsed: set[tuple[int, int]] = set()
+        self._warned_of_padding: set[tuple[int, int]] = set()
+        self._limit = position_limit(model)
+        self._neighbours = Neighbours(model)
 
     def before_batch(self, capture: Capture, raw: Any, side: Side, positions: Sequence[int]) -> None:
         """Refuse or warn of what cannot work with a batch.
@@ -139,6 +146,8 @@ class Rehearsal:
         if number is None:
             return  # nothing can be seen in losses of zero: a later batch's turn
         example = select(raw, [number])
+        check_keywords_are_named(self._model, example, side)
+        check_labels_are_unshifted(raw, side)
         _, losses = capture.forward(example, self._with_label_check(raw, side, positions))
         coarse, is_very_first = is_coarse(self._model), not self._rehearsed
         first = FirstExample(capture, self._loop, example, side, positions[number], losses, coarse, is_very_first)
@@ -146,8 +155,19 @@ class Rehearsal:
             check(first)
         self._rehearsed.add(identity(side))
 
+    def after_batch(self, ran: RunBatch) -> None:
+        """Refuse or warn of features that depend on the batch.
+
+        Raises:
+            ValueError: If they do.
+        """
+        self._neighbours.check(identity(ran.side), ran)
+
     def _check_batch(self, raw: Any, side: Side, positions: Sequence[int]) -> None:
-        """Check token ids against the embedding, and labels, once logits have been seen, against these."""
+        """Check length, padding, token ids against the embedding, and labels, once logits are known, against these."""
+        check_length(raw, self._limit, side.name, positions)
+        if identity(side) not in self._warned_of_padding and check_labels_on_padding(raw, side, positions):
+            self._warned_of_padding.add(identity(side))
         n_ids, n_labels = vocabulary_size(self._model), self._n_labels.get(identity(side))
         if n_ids is not None and isinstance(raw, Mapping):
             check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, positions)
