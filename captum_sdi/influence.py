@@ -81,7 +81,7 @@ class SDIInfluence(TracInCPBase):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument cannot be right: an unknown layer, no trainable parameter, no checkpoint, a loader
             that shuffles, a model on the meta device or on several devices.
-        AssertionError: If an argument is one that Captum refuses so.
+        AssertionError: If ``batch_size`` is no int beside a Dataset, as in Captum.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
