@@ -31,7 +31,7 @@ from captum_sdi.preconditioners import Identity, Preconditioner
 from captum_sdi.progress import Progress
 from captum_sdi.queries import Question, Study
 from captum_sdi.rehearsal import arguments
-from captum_sdi.scores.collect import Ranking
+from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch

@@ -30,16 +30,15 @@ from captum_sdi.scores.collect import (
     AllValues,
     Collector,
     Positions,
-    Ranking,
     SelfPairs,
     Sums,
     TopExamples,
     TopTrajectories,
     Winners,
-    gather_pairs,
     join_tests,
 )
 from captum_sdi.scores.contract import Scores, pair_scores, pair_values, self_scores, step_matrices
+from captum_sdi.scores.ranking import Ranking, gather_pairs
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
 

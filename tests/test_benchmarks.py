@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-from captum_sdi.scores.collect import Ranking
 from captum_sdi.scores.contract import pair_scores
+from captum_sdi.scores.ranking import Ranking
 
 pytest.importorskip("psutil", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
 pytest.importorskip("sdi", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")

@@ -21,8 +21,9 @@ from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.processes import Processes
 from captum_sdi.index.reader import Reader
 from captum_sdi.index.table import BLOCK, RowTable
-from captum_sdi.scores.collect import Ranking, RunningBest, Sums, Winners
+from captum_sdi.scores.collect import Sums, Winners
 from captum_sdi.scores.contract import Scores, pair_scores
+from captum_sdi.scores.ranking import Ranking, RunningBest
 
 if TYPE_CHECKING:
     from captum_sdi.checkpoints import Checkpoint
