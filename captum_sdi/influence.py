@@ -29,12 +29,12 @@ from captum_sdi.model_facts import model_config
 from captum_sdi.passes import Engine, largest_batch
 from captum_sdi.preconditioners import Identity, Preconditioner
 from captum_sdi.progress import Progress
-from captum_sdi.queries import Question, Study
 from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
+from captum_sdi.study import Question, Study
 from captum_sdi.words import warn_user
 
 
