@@ -34,7 +34,7 @@ from captum_sdi.index.processes import Processes
 from captum_sdi.index.search import Search
 from captum_sdi.index.shards import SUFFIX, Shard
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
-from captum_sdi.scores.collect import Ranking
+from captum_sdi.scores.ranking import Ranking
 
 TOP_TEN = Ranking(k=10, proponents=True)
 RESULTS = Path(__file__).with_suffix(".json")

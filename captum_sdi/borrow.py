@@ -209,7 +209,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recomputed(module: nn.Module, is_pass: Callable[[], bool]) -> Iterator[None]:
-    """Let a module drop its activations in a forward pass and recompute them in the backward pass."""
+    """Let a module drop its activations and recompute them in the backward pass."""
     own_forward = vars(module).get("forward")
     module.forward = functools.partial(recompute, module.forward, is_pass)
     try:

@@ -19,7 +19,7 @@ from captum_sdi.data.stream import Stream
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.model_facts import model_device
 from captum_sdi.passes import Point
-from captum_sdi.queries import Study
+from captum_sdi.study import Study
 
 
 @dataclass(frozen=True)

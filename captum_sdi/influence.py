@@ -29,12 +29,12 @@ from captum_sdi.model_facts import model_config
 from captum_sdi.passes import Engine, largest_batch
 from captum_sdi.preconditioners import Identity, Preconditioner
 from captum_sdi.progress import Progress
-from captum_sdi.queries import Question, Study
 from captum_sdi.rehearsal import arguments
-from captum_sdi.scores.collect import Ranking
+from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
+from captum_sdi.study import Question, Study
 from captum_sdi.words import warn_user
 
 
@@ -81,7 +81,7 @@ class SDIInfluence(TracInCPBase):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument cannot be right: an unknown layer, no trainable parameter, no checkpoint, a loader
             that shuffles, a model on the meta device or on several devices.
-        AssertionError: If an argument is one that Captum refuses so.
+        AssertionError: If ``batch_size`` is no int beside a Dataset, as in Captum.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -197,7 +197,7 @@ class SDIInfluence(TracInCPBase):
             ``(q, n)``, or ``KMostInfluentialResults(indices, influence_scores)``, each ``(q, k)``.
         """
         question = self._question(inputs, aggregate=aggregate, show_progress=show_progress)
-        arguments.check_top_k(k, rerank)
+        arguments.check_top_k(k, rerank, proponents)
         if k is None:
             return queries.total_influence(question)
         ranking = Ranking(k, proponents)
@@ -245,7 +245,7 @@ class SDIInfluence(TracInCPBase):
             ValueError: If ``rank_by`` comes without ``k``, or is beyond the deepest test example's last step.
         """
         question = self._question(inputs, aggregate=aggregate, show_progress=show_progress)
-        arguments.check_top_k(k, rerank, rank_by)
+        arguments.check_top_k(k, rerank, proponents, rank_by)
         if k is None:
             return queries.step_influence(question)
         column = Columns.TOTAL if rank_by is None else Columns.of_step(rank_by)

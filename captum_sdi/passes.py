@@ -28,6 +28,7 @@ from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import target_parameters
 from captum_sdi.loop.presets import WHOLE_MODEL
 from captum_sdi.model_facts import vocabulary_size
+from captum_sdi.model_lock import exclusive
 from captum_sdi.pieces import Pieces
 from captum_sdi.precision import score_dtype
 from captum_sdi.rehearsal.first_example import Rehearsal
@@ -134,6 +135,7 @@ class Prepared:
     """What is known once the first batch has been seen."""
 
     loop: LoopSpec
+    targets: list[str]
     featurizer: Featurizer
     rehearsal: Rehearsal
 
@@ -199,7 +201,7 @@ class Engine:
         """
         loads_weights = any(checkpoint.source is not None for checkpoint in checkpoints)
         # Tensors made in the user's inference mode could not be saved for backward.
-        with torch.inference_mode(mode=False), preserved(self.model, weights=loads_weights):
+        with torch.inference_mode(mode=False), exclusive(self.model), preserved(self.model, weights=loads_weights):
             prepared = self._prepare(first)
             # Closed before the weights are restored, also when the body ends early: no hook outlives it.
             with closing(self._visit(checkpoints, prepared)) as points:
@@ -213,12 +215,12 @@ class Engine:
                 yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces)
 
     def _prepare(self, examples: Examples) -> Prepared:
-        """Find the loop and the targets on the first batch, once."""
-        if self._prepared is None:
-            loop = self.loop or self._found_loop(examples)
-            targets = self._checked_targets(loop)
+        """Find the loop on the first batch, once, and the targets, anew where the model has others by now."""
+        loop = self.loop or self._found_loop(examples)
+        targets = self._checked_targets(loop)
+        if self._prepared is None or self._prepared.targets != targets:
             featurizer = Featurizer(self.model, targets, loop, self.sketch, self.activation_checkpointing)
-            self._prepared = Prepared(loop, featurizer, Rehearsal(self.model, loop))
+            self._prepared = Prepared(loop, targets, featurizer, Rehearsal(self.model, loop))
         return self._prepared
 
     def _found_loop(self, examples: Examples) -> LoopSpec:

@@ -1,4 +1,4 @@
-"""Questions: all pairs, the top k, exact re-ranking, matrices of steps, every example with itself.
+"""The questions: all pairs, the top k, exact re-ranking, matrices of steps, every example with itself.
 
 Each opens scored blocks, from the model at hand or from an index, and adds them to a collector.
 """
@@ -6,155 +6,37 @@ Each opens scored blocks, from the model at hand or from an index, and adds them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_sdi.blocks import Block, ScoredBlock, Source
-from captum_sdi.checkpoints import Checkpoint
+from captum_sdi.blocks import Block, ScoredBlock, scored_block
 from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
-from captum_sdi.index import SketchIndex, TrainIndex
-from captum_sdi.index.search import Search
 from captum_sdi.index.source import Indexed
-from captum_sdi.passes import Engine, Live, Point
-from captum_sdi.preconditioners import Identity, Preconditioner, apply_to_rows, preconditioned_blocks
-from captum_sdi.progress import HIDDEN, Progress
+from captum_sdi.passes import Live, Point
+from captum_sdi.preconditioners import Identity, apply_to_rows
+from captum_sdi.progress import HIDDEN
 from captum_sdi.scores.collect import (
     AllPairs,
     AllValues,
     Collector,
     Positions,
-    Ranking,
     SelfPairs,
     Sums,
     TopExamples,
     TopTrajectories,
     Winners,
-    gather_pairs,
     join_tests,
 )
-from captum_sdi.scores.contract import Scores, pair_scores, pair_values, self_scores, step_matrices
+from captum_sdi.scores.contract import Scores, pair_values, self_scores, step_matrices
+from captum_sdi.scores.ranking import Ranking, gather_pairs
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
-
-Contraction = Callable[[StepFeatures, StepFeatures], Scores]
-"""``(test features with their total, train features)`` to scores: one of `captum_sdi.scores.contract`."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """A train set at some checkpoints, and how its influence is computed: what every question is asked of."""
-
-    engine: Engine
-    checkpoints: Sequence[Checkpoint]
-    train: Examples
-    index: TrainIndex | None = None
-    """Where the train side's features are read from; None: they are computed."""
-    preconditioner: Preconditioner = field(default_factory=Identity)
-    progress: Progress = HIDDEN
-
-    @contextmanager
-    def points(self) -> Iterator[Iterator[Point]]:
-        """Open the model at every checkpoint."""
-        with self.engine.points(self.checkpoints, self.train) as points:
-            yield points
-
-    def complete_index(self, index: TrainIndex) -> SketchIndex:
-        """Write what an index lacks, at every checkpoint, and compare every train example with what it says."""
-        with self.points() as points:
-            for point in points:
-                is_first = point.checkpoint.number == 0
-                sketches = self.complete_at(point, index, thorough=is_first)
-        return sketches
-
-    def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
-        """Write what an index lacks at one checkpoint."""
-        return index.complete(point, self.train, thorough=thorough, progress=self.progress)
-
-
-@dataclass(frozen=True)
-class Question:
-    """Test examples beside a study's train examples."""
-
-    study: Study
-    tests: Examples
-    aggregate: bool = False
-    """Ask about the sum of the test losses: q is 1."""
-
-    @contextmanager
-    def scored_blocks(
-        self,
-        purpose: str,
-        *,
-        by_step: bool,
-        contract: Contraction = pair_scores,
-        train: Source | None = None,
-        only: Tensor | None = None,
-    ) -> Iterator[Iterator[ScoredBlock]]:
-        """Score every block of train examples against all test examples, at every checkpoint.
-
-        Args:
-            purpose: What the progress bar says the pass is for.
-            by_step: Keep the test side's loop steps apart.
-            contract: What two sides' features are contracted to.
-            train: Where the train side's features come from; None: the index, or else the model.
-            only: Positions of the train examples to score; None: all.
-
-        Yields:
-            An iterator over scored blocks, valid inside the ``with`` block.
-        """
-        index = self.study.index
-        if train is None and index is not None:
-            yield self.searched(index, by_step=by_step).scored_blocks(contract)
-            return
-        n_batches = self.study.train.n_batches
-        n_blocks = None if n_batches is None else n_batches * len(self.study.checkpoints)
-        with self.study.progress.bar(purpose, n_blocks) as bar, self.study.points() as points:
-            blocks = self._live_blocks(points, train or Live(self.study.train), only, contract, by_step=by_step)
-            yield counted(blocks, bar)
-
-    def _live_blocks(
-        self, points: Iterable[Point], train: Source, only: Tensor | None, contract: Contraction, *, by_step: bool
-    ) -> Iterator[ScoredBlock]:
-        for point in points:
-            tests = self.test_features(point, by_step=by_step)
-            for block in train.blocks(point, only):
-                scores = contract(tests, block.features).times(point.checkpoint.rate)
-                yield ScoredBlock(block.number, block.positions, point.checkpoint, scores, tests.n_steps)
-
-    def test_features(self, point: Point, *, by_step: bool) -> StepFeatures:
-        """Return P φ of all test examples at a checkpoint, totals first."""
-        batches = self.test_batches(point, by_step=by_step)
-        return join(batches, aggregate=self.aggregate).with_total()
-
-    def test_batches(self, point: Point, *, by_step: bool) -> Iterator[StepFeatures]:
-        """Yield P φ of the test examples at a checkpoint, batch by batch."""
-        train = Live(self.study.train)
-        for block in preconditioned_blocks(self.study.preconditioner, point, train, self.tests, by_step=by_step):
-            yield block.features
-
-    def searched(self, index: TrainIndex, *, by_step: bool) -> Search:
-        """Put the test examples beside the index, which is completed where rows are missing."""
-        checkpoints, tests = [], []
-        with self.study.points() as points:
-            for point in points:
-                sketches = self.study.complete_at(point, index)
-                checkpoints.append(point.checkpoint)
-                tests.append(self.test_features(point, by_step=by_step))
-        return index.search(sketches, checkpoints, tests)
-
-
-def counted(blocks: Iterable[ScoredBlock], bar: Any) -> Iterator[ScoredBlock]:
-    """Move a progress bar on behind every block."""
-    for block in blocks:
-        yield block
-        bar.update()
+from captum_sdi.study import Question, Study, counted
 
 
 def collect(blocks: Iterable[ScoredBlock], collector: Collector) -> None:
@@ -198,8 +80,8 @@ def step_matrix(question: Question, indices: Tensor | None) -> Tensor:
     """
     matrices, positions = AllValues(), Positions()
     train = Live(question.study.train, by_step=True)
-    hidden = replace(question, study=replace(question.study, progress=HIDDEN))
-    with hidden.scored_blocks("", by_step=True, contract=step_matrices, train=train, only=indices) as blocks:
+    purpose = "compute step matrices for training batches"
+    with question.scored_blocks(purpose, by_step=True, contract=step_matrices, train=train, only=indices) as blocks:
         for block in blocks:
             matrices.add(block)
             positions.add(block)
@@ -294,8 +176,8 @@ def exact_winners(question: Question, candidates: Tensor) -> list[Winners]:
                 winners = collectors.setdefault(number, Winners(own_candidates))
                 tests = batch.with_total()
                 for block in train.blocks(point, own_candidates.unique().cpu()):
-                    scores = pair_values(tests, block.features).times(point.checkpoint.rate)
-                    winners.add(ScoredBlock(block.number, block.positions, point.checkpoint, scores, tests.n_steps))
+                    scores = pair_values(tests, block.features)
+                    winners.add(scored_block(block, point.checkpoint, scores, tests.n_steps))
     return list(collectors.values())
 
 
@@ -335,8 +217,8 @@ def self_influence_by_checkpoints(study: Study, examples: Examples) -> Sums:
 def self_blocks(study: Study, point: Point, examples: Examples, *, by_step: bool) -> Iterator[ScoredBlock]:
     """Score every example against itself at one checkpoint: ⟨g, P φ⟩ of the same example."""
     for block, test_features in both_sides(study, point, examples, by_step=by_step):
-        scores = self_scores(test_features, block.features).times(point.checkpoint.rate)
-        yield ScoredBlock(block.number, block.positions, point.checkpoint, scores, block.features.n_steps)
+        scores = self_scores(test_features, block.features)
+        yield scored_block(block, point.checkpoint, scores, block.features.n_steps)
 
 
 def both_sides(
@@ -385,7 +267,16 @@ def gradient_vectors(study: Study, examples: Examples, *, aggregate: bool, as_te
             rate = point.checkpoint.rate
             if rate < 0:
                 raise ValueError(f"A learning rate of {rate} has no square root; influence() takes it.")
-            rows = list(question.test_features(point, by_step=False).rows.values())
-            padded = [F.pad(row[:, Columns.TOTAL], (0, max(0, width - row.shape[-1]))) for row in rows]
-            vectors.append(math.sqrt(rate) * torch.cat([row.to(rows[0].device) for row in padded], 1))
+            features = question.test_features(point, by_step=False)
+            vectors.append(math.sqrt(rate) * side_by_side(features, width))
     return torch.cat(vectors, dim=1)
+
+
+def side_by_side(features: StepFeatures, width: int) -> Tensor:
+    """Lay the totals of all parameters side by side ``(n, D)``, each padded with zeros to a width."""
+    rows = [row[:, Columns.TOTAL] for row in features.rows.values()]
+    padded = []
+    for row in rows:
+        missing = max(0, width - row.shape[-1])
+        padded.append(F.pad(row, (0, missing)).to(rows[0].device))
+    return torch.cat(padded, dim=1)

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+from captum_sdi.scores.contract import pair_scores
+from captum_sdi.scores.ranking import Ranking
 
 pytest.importorskip("psutil", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
 pytest.importorskip("sdi", reason="needs the extra 'bench': pip install 'captum-sdi[bench]'")
@@ -189,7 +191,7 @@ def test_a_simulated_index_can_be_searched(script, tmp_path: Path) -> None:
     simulated, tests = index.simulated(tmp_path, 70, 64, "float32"), torch.randn(2, 64)
     rows = torch.cat([shard.rows for shard in simulated.shards["simulated"]])
     reopened = index.SketchIndex.open(tmp_path)  # as the processes that `million` starts do
-    positions, scores = index.searching(reopened, tests).top(0, 3, True)
+    positions, scores = index.searching(reopened, tests).top(Ranking(k=3, proponents=True))
     torch.testing.assert_close((scores, positions), tuple((tests @ rows.T).topk(3)))
-    values = torch.cat([pairs.values for *_, pairs in index.searching(reopened, tests).scores()], dim=1)
+    values = torch.cat([b.scores.values for b in index.searching(reopened, tests).scored_blocks(pair_scores)], dim=1)
     torch.testing.assert_close(values[..., 0], tests @ rows.T)

@@ -19,8 +19,9 @@ from captum_sdi.index.manifest import Manifest
 from captum_sdi.index.processes import Processes
 from captum_sdi.index.reader import Reader
 from captum_sdi.index.shards import Shard
-from captum_sdi.scores.collect import AllPairs, Ranking, RunningBest
+from captum_sdi.scores.collect import AllPairs
 from captum_sdi.scores.contract import pair_scores
+from captum_sdi.scores.ranking import Ranking, RunningBest
 
 WIDTH = 32
 RATES = (0.5, 2.0)

@@ -19,9 +19,10 @@ from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
 from captum_sdi.features import Columns, Dense, Gradient, StepFeatures
 from captum_sdi.passes import Point
-from captum_sdi.queries import Question, collect
+from captum_sdi.queries import collect
 from captum_sdi.scores.collect import AllPairs, PerCheckpoint
 from captum_sdi.scores.contract import Scores, pair_scores
+from captum_sdi.study import Question
 
 RATES = [rate for rate, _ in checkpoints()]
 

@@ -226,7 +226,7 @@ def test_fourier_path_equals_a_slow_sketch_in_the_time_domain(
     projection = TensorSketch(dim, seed=3).projection("weight", torch.empty(r, c))
     assert projection.noise.variance > 0
     assert projection.noise.parts == {32: 4, 96: 2}.get(max(r, c), 1)
-    slow = slow_tensor_sketch(gradient, projection._rows, projection._cols, dim)
+    slow = slow_tensor_sketch(gradient, projection._row_hash, projection._col_hash, dim)
     fast = projection(gradient).double().numpy()
     assert fast.shape == slow.shape == (3, dim)
     np.testing.assert_allclose(fast @ fast.T, slow @ slow.T, rtol=0, atol=1e-5 * np.abs(slow @ slow.T).max())
@@ -307,7 +307,7 @@ def test_long_inputs_are_processed_in_portions(
     make: Callable[[int, int, int, int, int], Gradient], n: int, p: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More tokens and more examples than one portion holds, on either side of its edges."""
-    monkeypatch.setattr("captum_sdi.sketch.tensor_sketch._tokens_at_once", lambda *_: 16)
+    monkeypatch.setattr("captum_sdi.sketch.tensor_sketch.tokens_at_once", lambda *_: 16)
     projection = TensorSketch(4096).projection("weight", torch.empty(80, 90))
     gradient = make(n, p, 80, 90, 0)
     one_by_one = [projection(Outer(gradient.rows[i : i + 1], gradient.cols[i : i + 1])) for i in range(n)]
@@ -335,7 +335,7 @@ def test_entries_of_one_block_never_collide(length: int, dim: int) -> None:
 
 def test_full_blocks_are_permutations() -> None:
     projection = TensorSketch(64).projection("weight", torch.empty(150, 200))
-    for factor in (projection._rows, projection._cols):
+    for factor in (projection._row_hash, projection._col_hash):
         blocks = factor.buckets[: len(factor.buckets) // 64 * 64].view(-1, 64)
         assert torch.equal(blocks.sort(1).values, torch.arange(64).expand(len(blocks), -1))
         assert not torch.equal(blocks[0], blocks[1])
@@ -384,7 +384,7 @@ def test_hashes_are_independent(other: tuple[int, str, str]) -> None:
 
 def test_the_two_factors_of_a_matrix_have_independent_hashes() -> None:
     projection = TensorSketch(64).projection("weight", torch.empty(4096, 4096))
-    agree = (projection._rows.buckets == projection._cols.buckets).double().mean().item()
+    agree = (projection._row_hash.buckets == projection._col_hash.buckets).double().mean().item()
     assert abs(agree - 1 / 64) <= 4 * (1 / 64 / 4096) ** 0.5
 
 

@@ -1,4 +1,4 @@
-"""Whether all of the targets' gradient is captured: its sum against an ordinary backward pass."""
+"""Whether all of the targets' gradient is captured: it is compared with an ordinary one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from captum_sdi.sketch.exact import Exact
 
 @dataclass(frozen=True)
 class Coverage:
-    """One row per targeted parameter: its captured gradient against an ordinary backward pass. Prints as a table."""
+    """Captured gradients against ordinary ones, a row per targeted parameter; a table in print."""
 
     parameters: tuple[str, ...]
     """Names."""
@@ -52,7 +52,7 @@ def coverage_check(
     loss_fn: LossFn | None = None,
     forward_kwargs: ForwardKwargs | None = None,
 ) -> Coverage:
-    """Check on one batch that nothing of any targeted parameter's gradient is missed or counted twice.
+    """Check on one batch that no targeted parameter's gradient is missed or counted twice.
 
     Run it on a model this library has not seen: it notices weights that are used without calling their layer.
 
@@ -126,7 +126,7 @@ def ordinary_gradients(
     targets: Mapping[str, nn.Parameter],
     summed_loss: Callable[[], Tensor],
 ) -> dict[str, Tensor]:
-    """Return the gradients of an ordinary backward pass, flattened; zeros where the loss does not depend on a target.
+    """Return the flattened gradients of an ordinary backward pass, zeros for unused targets.
 
     Raises:
         ValueError: If the loss has no gradient, or is not finite.

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, get_args
 
 import torch
@@ -63,7 +64,7 @@ class Featurizer:
 
     @contextmanager
     def installed(self, checkpoint: str) -> Iterator[Capture]:
-        """Put hooks on the model, with the weights it has now, for as long as the ``with`` block lasts.
+        """Put hooks on the model, at its present weights, for as long as the ``with`` block lasts.
 
         Args:
             checkpoint: The checkpoint's name, from which its hashes are derived.
@@ -164,7 +165,7 @@ class Capture:
         *,
         by_step: bool,
     ) -> dict[str, Tensor]:
-        """Backpropagate the losses of the last forward pass, sketch each use's gradients and add them up."""
+        """Backpropagate the last forward pass's losses, and add the sketches of all uses up."""
         n_rows = len(losses)
         if unit == "token":
             n_rows *= self.tape.n_tokens
@@ -185,21 +186,22 @@ class Capture:
         return rows
 
     def _zeros(self, n: int, bins: int) -> dict[str, Tensor]:
-        """Return rows of zeros, in the sketch's numbers: a single one for all parameters when they are pooled."""
-        names = list(self.projections)
-        kinds = dict(self.projections)
+        """Return rows of zeros, in the sketch's numbers; pooled parameters share one."""
+        projections = dict(self.projections)
         if self.sketch.pool:
-            kinds = {POOLED: self.projections[names[-1]]}
+            _, last_projection = projections.popitem()
+            projections = {POOLED: last_projection}
         rows = {}
-        for name, kind in kinds.items():
-            rows[name] = torch.zeros(n, bins, kind.width, dtype=kind.dtype, device=kind.device)
+        for name, projection in projections.items():
+            shape = n, bins, projection.width
+            rows[name] = torch.zeros(shape, dtype=projection.dtype, device=projection.device)
         return rows
 
     def _noise(self) -> dict[str, Noise]:
         noise = {name: projection.noise for name, projection in self.projections.items()}
         if not self.sketch.pool:
             return noise
-        return {POOLED: max(noise.values(), key=lambda one: one.variance)}
+        return {POOLED: max(noise.values(), key=attrgetter("variance"))}
 
     # --- forward passes ---
 
@@ -315,7 +317,7 @@ class Capture:
 
 
 def in_float16(model: nn.Module) -> bool:
-    """Say whether a model's gradients pass through float16, by its weights or the user's autocast."""
+    """Say whether gradients pass through float16, by the weights or the user's autocast."""
     devices = set()
     for parameter in model.parameters():
         if parameter.dtype == torch.float16:

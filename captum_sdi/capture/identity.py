@@ -13,7 +13,7 @@ Report = Callable[[Tensor, Tensor], None]
 
 
 class ReportingIdentity(torch.autograd.Function):
-    """The identity, whose backward pass reports the activation it saved and the gradient that arrives.
+    """The identity; its backward pass reports a saved activation and the gradient there.
 
     The activation is saved the ordinary way, so that activation checkpointing drops and recomputes it like any other.
     """

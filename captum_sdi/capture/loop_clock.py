@@ -50,7 +50,7 @@ class LoopClock:
         return self.step + 1
 
     def count_call(self, module: nn.Module) -> None:
-        """Count a call of one of the loop's modules; without anchors, the first one called starts every step."""
+        """Count a call of a looped module; without anchors, the first one called starts steps."""
         self._calls += 1
         if self.anchors:
             return
@@ -79,7 +79,7 @@ class LoopClock:
 
 
 def called_loop_modules(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """Return the modules of these names that are called, each once even when it has several names."""
+    """Return the modules of these names that are called, each once whatever its names."""
     modules: dict[int, nn.Module] = {}
     for name in names:
         for module in called_modules(find_module(model, name, "loop=")):

@@ -30,7 +30,7 @@ class Owner:
 
 
 def check_targets(model: nn.Module, names: Sequence[str], loop: LoopSpec) -> None:
-    """Check, before any forward pass, that a loop's gradients of these parameters can be captured.
+    """Check, before any forward pass, that these parameters' gradients can be captured.
 
     Raises:
         ValueError: If the loop names a module the model does not have, or a parameter is owned by a module that no

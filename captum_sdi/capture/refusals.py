@@ -191,7 +191,7 @@ def nested_backward(layer: str) -> str:
 
 
 def incomplete_rule(layer: str, rule: str, missing: Sequence[str]) -> str:
-    """Refuse a layer rule that is silent about a parameter it was asked for: its influence would count as zero."""
+    """Refuse a layer rule that is silent about a wanted parameter, which would count as zero."""
     return (
         f"The layer rule {rule!r} for {layer} yielded no gradient of {first_few(missing)}. Let it yield one for each "
         "wanted parameter, or register it with parameters=, the names it knows, so that other layers are not taken."

@@ -103,11 +103,11 @@ class Tape:
 
     @property
     def n_tokens(self) -> int:
-        """How many token positions each layer read in the last forward pass; a ValueError where they disagree."""
+        """How many token positions each layer read in the last forward pass."""
         return self._token_axes.length(self.layers_without)
 
     def layers_without(self, names: Collection[str]) -> str:
-        """Write how to ask for all targets but these, such as " with layers=['core.fc', 'core.norm']"."""
+        """Write which layers= ask for all targets but these; see `refusals.suggest_layers`."""
         return refusals.suggest_layers(self.model, self.targets, set(names))
 
     # --- installing, and the passes ---
@@ -140,7 +140,7 @@ class Tape:
             yield owner.module.register_forward_hook(on_use, prepend=True, with_kwargs=True)
 
     def forward(self, run: Callable[[], Any], batch_size: int) -> Any:
-        """Call the model on a batch of n examples by ``run``, under the hooks, and return what it returns."""
+        """Run a forward pass on a batch under the hooks, and return its result."""
         self._forget()
         self._phase = "forward"
         self._batch_size = batch_size
@@ -225,8 +225,9 @@ class Tape:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[Any, Any] | None:
-        """Call a layer for every example where the model calls it once for the whole batch, as GPT-2 does wpe."""
-        # The examples' gradients could not be told apart otherwise. Whatever the model adds the output to broadcasts.
+        """Call a layer for every example where the model calls it once for the whole batch."""
+        # GPT-2 calls wpe once. The examples' gradients could not be told apart, and the model broadcasts the output of
+        # such a layer in any case.
         # A call for one example alone looks the same: where `expanded` names new layers, the rehearsal compares.
         activation = only_tensor(args, kwargs)
         if not self._listening or self._batch_size == 1 or activation is None:
@@ -343,7 +344,7 @@ def observable() -> Iterator[None]:
 
 
 def inside_autograd_function() -> bool:
-    """Say whether the caller runs in the forward of a `torch.autograd.Function`, as reentrant checkpointing does."""
+    """Say whether the caller runs in an autograd.Function, as reentrant checkpointing does."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

@@ -22,7 +22,7 @@ Unit = Literal["example", "token"]
 
 
 class TokenAxes:
-    """The second axes of what the layers of a forward pass read and returned: are they the token positions?"""
+    """The second axes of what layers read and returned: are they the token positions?"""
 
     def __init__(self) -> None:
         self._first_uses: dict[int | None, tuple[Owner, torch.Size, torch.Size]] = {}
@@ -55,7 +55,7 @@ class TokenAxes:
 
 
 def token_count(activation: Tensor, output: Tensor) -> int | None:
-    """Return the number of token positions p of a layer's call, the second axis of what it read and returned.
+    """Return how many token positions p a layer read: the second axis of input and output.
 
     Returns:
         None where the second axis cannot be the positions: of an input ``(n, i)``, or of another length than in the

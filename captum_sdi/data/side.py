@@ -10,7 +10,7 @@ from captum_sdi.data.losses import LossFn
 
 @dataclass(frozen=True)
 class Side:
-    """How the examples of one side, training or test, are run: their loss and the model's further keywords."""
+    """How the examples of one side, training or test, are run: their loss and keywords."""
 
     name: str
     """The side's name in errors, such as "training"."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_sdi.index.table import RowTable
-from captum_sdi.scores.collect import Ranking, RunningBest
+from captum_sdi.scores.ranking import Ranking, RunningBest
 from captum_sdi.whole_file import write_whole
 
 _TRAINED_ON = 2**16

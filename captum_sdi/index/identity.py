@@ -68,7 +68,7 @@ def settings(sketch: Sketch, parameters: Mapping[str, Tensor], loop: LoopSpec, s
     shapes = {canonical_name(name): list(parameter.shape) for name, parameter in parameters.items()}
     described_settings = {
         "captum_sdi": version("captum-sdi"),
-        "sketch": {"kind": type(sketch).__name__, **asdict(sketch)},  # type: ignore[call-overload]
+        "sketch": {"kind": type(sketch).__name__, **asdict(sketch)},
         "parameters": shapes,
         "loop": {"modules": loop.modules, "anchors": loop.anchors},
         "loss": described(side.loss_fn),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from captum_sdi.blocks import ScoredBlock
@@ -20,12 +21,15 @@ from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.processes import Processes
 from captum_sdi.index.reader import Reader
 from captum_sdi.index.table import BLOCK, RowTable
-from captum_sdi.scores.collect import Ranking, RunningBest, Sums, Winners
+from captum_sdi.scores.collect import Sums, Winners
 from captum_sdi.scores.contract import Scores, pair_scores
+from captum_sdi.scores.ranking import Ranking, RunningBest
 
 if TYPE_CHECKING:
     from captum_sdi.checkpoints import Checkpoint
 
+_EVEN = 16
+"""Rows that a matrix product takes at a time, whatever the processor."""
 NUMBERS_AT_ONCE = 2**24
 """Numbers of rows that are held at once where whole trajectories are contracted."""
 
@@ -134,7 +138,7 @@ class Search:
             for piece in pieces:
                 rows = searched.reader.rows(piece).to(self._device)
                 columns = scores.narrow(1, piece.start - positions.start, len(piece))
-                columns.addmm_(query, rows.T)
+                columns += _products(query, rows)
         return scores
 
     def _merged(self, ranking: Ranking, positions: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,3 +265,11 @@ def _as_tensor(positions: range) -> Tensor:
 def _split(positions: range, size: int) -> list[range]:
     """Cut a range in consecutive ones of at most ``size``."""
     return [positions[first : first + size] for first in range(0, len(positions), size)]
+
+
+def _products(query: Tensor, rows: Tensor) -> Tensor:
+    """Multiply ``(q, D)`` with ``(n, D)`` to ``(q, n)`` so that equal rows have equal products wherever they stand."""
+    n = len(rows)
+    # Matrix products take the last rows of an odd number by another kernel: on some processors it rounds differently.
+    even_rows = F.pad(rows, (0, 0, 0, -n % _EVEN))
+    return (query @ even_rows.T)[:, :n]

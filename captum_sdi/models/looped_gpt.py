@@ -117,11 +117,7 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = self.wte(input_ids) + self.wpe(position_ids)
         for block in self.prelude:
             inputs = block(inputs, mask)
-        if initial_state is None:
-            state = self._default_state(inputs, position_ids)
-        else:
-            check_initial_state(initial_state, inputs)
-            state = initial_state.to(inputs)
+        state = self._initial_state(initial_state, inputs, position_ids)
         for _ in range(n_loops):
             state = self.core(state, inputs, mask)
         for block in self.coda:
@@ -151,6 +147,12 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
             "attention_mask": kwargs.get("attention_mask"),
             "n_loops": kwargs.get("n_loops"),
         }
+
+    def _initial_state(self, initial_state: Tensor | None, inputs: Tensor, position_ids: Tensor) -> Tensor:
+        if initial_state is None:
+            return self._default_state(inputs, position_ids)
+        check_initial_state(initial_state, inputs)
+        return initial_state.to(inputs)
 
     def _default_state(self, inputs: Tensor, position_ids: Tensor) -> Tensor:
         """Return the state before the first loop, (n, p, e), that `config.state_init` names."""

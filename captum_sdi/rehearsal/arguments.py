@@ -1,7 +1,7 @@
 """What the user passed, looked at before anything is computed.
 
-Where Captum asserts, an AssertionError with its sentence is raised, as code written for Captum expects; everywhere
-else ValueError and TypeError.
+Missing examples and a missing batch size raise AssertionError with Captum's sentence, as code written for Captum
+expects; everything else ValueError or TypeError.
 """
 
 from __future__ import annotations
@@ -61,31 +61,32 @@ def check_layers(layers: Any) -> None:
     """Refuse anything but "loop", None, or a list of names.
 
     Raises:
-        AssertionError: If it is something else, as in Captum.
+        TypeError: If it is something else.
+        ValueError: If the list is empty.
     """
     if layers is None or layers == "loop":
         return
     if isinstance(layers, str) or not isinstance(layers, Sequence):
-        raise AssertionError(
+        raise TypeError(
             f"`layers` should be a list! It is {layers!r}; pass layers=[{layers!r}] for one layer, 'loop' for the "
             "loop's trainable parameters, or None for every trainable parameter."
         )
     if len(layers) == 0:
-        raise AssertionError("`layers` cannot be empty! Pass None for every trainable parameter, or name some modules.")
+        raise ValueError("`layers` cannot be empty! Pass None for every trainable parameter, or name some modules.")
     if not all(isinstance(layer, str) for layer in layers):
-        raise AssertionError(f"`layers` should contain str layer names. It is {layers!r}.")
+        raise TypeError(f"`layers` should contain str layer names. It is {layers!r}.")
 
 
 def checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
     """Return a loss function that can be called; warn, as Captum does, of one that does not say how it reduces.
 
     Raises:
-        AssertionError: If it is no function.
+        TypeError: If it is no function.
     """
     if loss_fn is None:
         return None
     if not callable(loss_fn):
-        raise AssertionError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
+        raise TypeError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
     if not hasattr(loss_fn, "reduction"):
         warn_user(  # begins with Captum's sentence
             f'Since `{argument}` has no "reduction" attribute, the implementation assumes that `{argument}` is a '
@@ -125,12 +126,15 @@ def check_inputs(inputs: Any) -> None:
         raise ValueError("inputs is one row of a dataset, not a batch of rows: pass it in a list, [row].")
 
 
-def check_top_k(k: Any, rerank: Any, rank_by: Any = None) -> None:
+def check_top_k(k: Any, rerank: Any, proponents: Any, rank_by: Any = None) -> None:
     """Refuse numbers that name no top k.
 
     Raises:
+        TypeError: If proponents is no bool.
         ValueError: If k, rerank or rank_by cannot be.
     """
+    if not isinstance(proponents, bool):
+        raise TypeError(f"proponents must be True, the highest influences first, or False; got {proponents!r}.")
     if k is not None and (not is_integer(k) or k < 1):
         raise ValueError(f"k must be an int of at least 1, or None for all training examples; got {k!r}.")
     if rerank is not None and (k is None or not is_integer(rerank) or rerank < k):

@@ -6,7 +6,8 @@ a linear map from per-example gradients to rows; inner products of rows estimate
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from dataclasses import Field
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,6 +42,9 @@ class Sketch(Protocol):
 
     Its fields, as `dataclasses.asdict` gives them, say in an index what its rows are.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    """Every dataclass has them."""
 
     @property
     def pool(self) -> bool:

@@ -35,7 +35,7 @@ def affine(
 
 
 def offset_and_slopes(module: nn.Module, activation: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return ``m(x; 0)`` and, for each parameter w, ``m(x; 1) - m(x; 0)``: its slope ∂m/∂w if m is affine in w."""
+    """Return ``m(x; 0)`` and each ``m(x; 1) - m(x; 0)``: the slope ∂m/∂w where m is affine."""
     activation = lifted(activation)
     zeros = {name: torch.zeros_like(parameter) for name, parameter in lifted_parameters(module).items()}
     at_zero = {**lifted_buffers(module), **zeros}
@@ -85,7 +85,7 @@ def is_affine_at(module: nn.Module, activation: Tensor) -> bool:
 
 @torch.no_grad()
 def slopes_need_one_position(module: nn.Module, activation: Tensor) -> bool:
-    """Say whether each position's slopes are the same without the other positions, up to rounding."""
+    """Say whether each position's slopes are the same without the others, up to rounding."""
     _, slopes = offset_and_slopes(module, activation)
     positions = positions_as_examples(activation)
     try:

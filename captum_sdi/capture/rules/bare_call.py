@@ -9,7 +9,7 @@ from captum_sdi.capture.rules.base import lifted
 
 
 class _Bare(nn.Module):
-    """A module's own forward without its hooks: neither ours nor the user's belong to what the layer computes."""
+    """A module's own forward without hooks: neither ours nor the user's are the layer's."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class _Bare(nn.Module):
 
 
 def bare_call(module: nn.Module, tensors: dict[str, Tensor], activation: Tensor) -> Tensor:
-    """Call a module's forward with these tensors as its parameters and buffers of the same names."""
+    """Call a module's forward with these tensors as its parameters and buffers."""
     bare = _Bare(module)
     inner_tensors = {f"inner.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(bare, inner_tensors, (activation,))

@@ -24,7 +24,7 @@ WEIGHT_AND_BIAS = frozenset({"weight", "bias"})
 
 @dataclass(frozen=True)
 class Rule:
-    """How one layer's per-example gradients are formed; see `captum_sdi.capture.rules.rule` for the fields."""
+    """How a layer's per-example gradients are formed; `rule` describes the fields."""
 
     name: str
     gradients: Gradients
@@ -44,7 +44,7 @@ class Rule:
 
 
 def merge_positions(tensor: Tensor, trailing: int = 1) -> Tensor:
-    """Reshape ``(n, ..., *trailing)`` to ``(n, p, *trailing)``: every axis between becomes one position axis."""
+    """Reshape ``(n, ..., *trailing)`` to ``(n, p, *trailing)``, with one axis of positions."""
     shape = tensor.shape[tensor.ndim - trailing :]
     return tensor.reshape(tensor.shape[0], -1, *shape)
 
@@ -60,7 +60,7 @@ def summed_over_positions(per_position: Tensor) -> Dense:
 
 
 def lifted(tensor: Tensor) -> Tensor:
-    """Return a tensor in at least float32: half precision has too few digits for sums and differences."""
+    """Return a tensor in at least float32: half precision has too few digits for sums."""
     if not tensor.is_floating_point():
         return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -18,7 +18,7 @@ _PER_EXAMPLE = Rule("per example", per_example)
 
 
 def why_uncovered(module: nn.Module) -> str | None:
-    """Return why no rule can reach parameters that ``module`` itself owns, as far as its type tells.
+    """Return why no rule can reach a module's own parameters, as far as its type tells.
 
     Returns:
         The reason; None for the types with a registered rule and for any module without children.
@@ -33,7 +33,9 @@ def why_uncovered(module: nn.Module) -> str | None:
 
 
 def choose_rule(module: nn.Module, activation: Tensor, output: object) -> Rule | str:
-    """Return the rule registered for a module's type, or the first generic one that provably reproduces this call.
+    """Return the rule for a call: the one registered for the type, or a generic one on trial.
+
+    A generic rule is taken where it provably reproduces this call.
 
     Args:
         module: A module that owns parameters.

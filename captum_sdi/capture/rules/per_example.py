@@ -22,7 +22,7 @@ def per_example(
     backprop: Tensor,
     wanted: Sequence[str],
 ) -> Iterator[PerExample]:
-    """Yield gradients that the layer's forward alone determines, for as many examples at a time as fit the budget."""
+    """Yield the gradients of any leaf, for as many examples at a time as fit the budget."""
     tensors = {**lifted_buffers(module), **lifted_parameters(module)}
     parameters = {name: tensors[name] for name in wanted}
     activation, backprop = lifted(activation), lifted(backprop)

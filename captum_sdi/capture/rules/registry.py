@@ -60,10 +60,13 @@ def rule(
 
 
 def registered_rule(module: nn.Module) -> Rule | None:
-    """Return the rule registered for a module's type, or for the closest of its base types; None where there is none.
+    """Return the rule registered for a module's type, or for its closest base type.
 
     A subclass or an instance that overrides the forward may compute anything, and parameters that a rule does not know
     (weight_g of an old-style weight_norm) reach the output in unknown ways: such modules are not taken.
+
+    Returns:
+        None where no rule is registered.
     """
     forward = forward_of(module)
     names = {name for name, _ in module.named_parameters(recurse=False)}
@@ -78,7 +81,7 @@ def registered_rule(module: nn.Module) -> Rule | None:
 
 
 def forward_of(module: nn.Module) -> object:
-    """Return the function that computes ``module``'s output, beneath wrappers that compute the same."""
+    """Return the function that computes a module's output, beneath harmless wrappers."""
     forward: object = vars(module).get("forward", type(module).forward)
     if isinstance(forward, functools.partial) and forward.func is recompute:
         forward = forward.args[0]

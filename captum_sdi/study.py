@@ -1,0 +1,134 @@
+"""What a question is made of: a train set at some checkpoints, test examples beside it, and their scored blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from captum_sdi.blocks import ScoredBlock, Source, scored_block
+from captum_sdi.checkpoints import Checkpoint
+from captum_sdi.data.examples import Examples
+from captum_sdi.features import StepFeatures, join
+from captum_sdi.index import SketchIndex, TrainIndex
+from captum_sdi.index.search import Search
+from captum_sdi.passes import Engine, Live, Point
+from captum_sdi.preconditioners import Identity, Preconditioner, preconditioned_blocks
+from captum_sdi.progress import HIDDEN, Progress
+from captum_sdi.scores.contract import Scores, pair_scores
+
+Contraction = Callable[[StepFeatures, StepFeatures], Scores]
+"""``(test features with their total, train features)`` to scores: one of `captum_sdi.scores.contract`."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A train set at some checkpoints, and how its influence is computed: what every question is asked of."""
+
+    engine: Engine
+    checkpoints: Sequence[Checkpoint]
+    train: Examples
+    index: TrainIndex | None = None
+    """Where the train side's features are read from; None: they are computed."""
+    preconditioner: Preconditioner = field(default_factory=Identity)
+    progress: Progress = HIDDEN
+
+    @contextmanager
+    def points(self) -> Iterator[Iterator[Point]]:
+        """Open the model at every checkpoint."""
+        with self.engine.points(self.checkpoints, self.train) as points:
+            yield points
+
+    def complete_index(self, index: TrainIndex) -> SketchIndex:
+        """Write what an index lacks, at every checkpoint, and compare every train example with what it says."""
+        with self.points() as points:
+            for point in points:
+                is_first = point.checkpoint.number == 0
+                sketches = self.complete_at(point, index, thorough=is_first)
+        return sketches
+
+    def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
+        """Write what an index lacks at one checkpoint."""
+        return index.complete(point, self.train, thorough=thorough, progress=self.progress)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Test examples beside a study's train examples."""
+
+    study: Study
+    tests: Examples
+    aggregate: bool = False
+    """Ask about the sum of the test losses: q is 1."""
+
+    @contextmanager
+    def scored_blocks(
+        self,
+        purpose: str,
+        *,
+        by_step: bool,
+        contract: Contraction = pair_scores,
+        train: Source | None = None,
+        only: Tensor | None = None,
+    ) -> Iterator[Iterator[ScoredBlock]]:
+        """Score every block of train examples against all test examples, at every checkpoint.
+
+        Args:
+            purpose: What the progress bar says the pass is for.
+            by_step: Keep the test side's loop steps apart.
+            contract: What two sides' features are contracted to.
+            train: Where the train side's features come from; None: the index, or else the model.
+            only: Positions of the train examples to score; None: all.
+
+        Yields:
+            An iterator over scored blocks, valid inside the ``with`` block.
+        """
+        index = self.study.index
+        if train is None and index is not None:
+            yield self.searched(index, by_step=by_step).scored_blocks(contract)
+            return
+        n_batches = self.study.train.n_batches
+        n_blocks = None if n_batches is None else n_batches * len(self.study.checkpoints)
+        with self.study.progress.bar(purpose, n_blocks) as bar, self.study.points() as points:
+            blocks = self._live_blocks(points, train or Live(self.study.train), only, contract, by_step=by_step)
+            yield counted(blocks, bar)
+
+    def _live_blocks(
+        self, points: Iterable[Point], train: Source, only: Tensor | None, contract: Contraction, *, by_step: bool
+    ) -> Iterator[ScoredBlock]:
+        for point in points:
+            tests = self.test_features(point, by_step=by_step)
+            for block in train.blocks(point, only):
+                scores = contract(tests, block.features)
+                yield scored_block(block, point.checkpoint, scores, tests.n_steps)
+
+    def test_features(self, point: Point, *, by_step: bool) -> StepFeatures:
+        """Return P φ of all test examples at a checkpoint, totals first."""
+        batches = self.test_batches(point, by_step=by_step)
+        return join(batches, aggregate=self.aggregate).with_total()
+
+    def test_batches(self, point: Point, *, by_step: bool) -> Iterator[StepFeatures]:
+        """Yield P φ of the test examples at a checkpoint, batch by batch."""
+        train = Live(self.study.train)
+        for block in preconditioned_blocks(self.study.preconditioner, point, train, self.tests, by_step=by_step):
+            yield block.features
+
+    def searched(self, index: TrainIndex, *, by_step: bool) -> Search:
+        """Put the test examples beside the index, which is completed where rows are missing."""
+        checkpoints, tests = [], []
+        with self.study.points() as points:
+            for point in points:
+                sketches = self.study.complete_at(point, index)
+                checkpoints.append(point.checkpoint)
+                tests.append(self.test_features(point, by_step=by_step))
+        return index.search(sketches, checkpoints, tests)
+
+
+def counted(blocks: Iterable[ScoredBlock], bar: Any) -> Iterator[ScoredBlock]:
+    """Move a progress bar on behind every block."""
+    for block in blocks:
+        yield block
+        bar.update()
