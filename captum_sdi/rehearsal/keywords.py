@@ -18,12 +18,13 @@ def check_keywords_are_named(model: nn.Module, raw: Any, side: Side) -> None:
     keywords = given(raw) if callable(given) else given
     if not keywords:
         return
-    named = _named_keywords(model)
-    if not named:
-        return  # a wrapper, which hands on what it does not know
-    for module in model.children():
-        for inner in module.modules():
-            named |= _named_keywords(inner)
+    parameters = inspect.signature(model.forward).parameters.values()
+    swallows = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if not swallows or not _named_keywords(model):
+        return  # the model refuses what it does not know, or is a wrapper that hands it on
+    named: set[str] = set()
+    for module in model.modules():
+        named |= _named_keywords(module)
     unknown = sorted(set(keywords) - named)
     if unknown:
         argument = "test_forward_kwargs" if side.name == "test" else "forward_kwargs"

@@ -1,0 +1,317 @@
+"""Scores do not depend on the neighbours in a batch, or an error says that they do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, looped_gpt, rows
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from reference import spread
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from captum_sdi import Exact, SDIInfluence, TensorSketch
+from captum_sdi.data.collate import Collator
+from captum_sdi.data.losses import TokenCrossEntropy
+
+D, V = 6, 11
+REFUSED = r"depend on the batch: in a batch of .*fix one noise per position.*batch_size=1"
+
+
+class Base(nn.Module):
+    """An embedding, a loop of three steps over one block, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.block, self.head = nn.Embedding(V, D), nn.Linear(D, D), nn.Linear(D, V)
+
+    def looped(self, h: Tensor) -> Tensor:
+        for _ in range(3):
+            h = h + torch.tanh(self.block(h))
+        return h
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.looped(self.emb(input_ids)))
+
+
+class OneByOne(Base):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.stack([self.looped(x[None])[0] for x in self.emb(input_ids)]))
+
+
+class Joined(Base):
+    """As `OneByOne`, but what is expanded is joined: the batch grows."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.cat([self.looped(x[None]) for x in self.emb(input_ids)]))
+
+
+class Groups(Base):
+    """Examples of one depth together."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.emb(input_ids)
+        depth = 2 + input_ids[:, 0] % 2
+        out = h.clone()
+        for d in depth.unique().tolist():
+            x = h[depth == d]
+            for _ in range(d):
+                x = x + self.block(x)
+            out[depth == d] = x
+        return self.head(out)
+
+
+class TakenApart(Base):
+    """Positions are computed once for the batch, and the first row is taken as that of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wpe = nn.Embedding(16, D)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.emb(input_ids)
+        positions = torch.arange(input_ids.shape[1])[None]
+        for _ in range(3):
+            h = torch.tanh(self.block(h + self.wpe(positions)[0]))
+        return self.head(h)
+
+
+class Mean(Base):
+    """Sees its padding: it takes no mask."""
+
+    def looped(self, h: Tensor) -> Tensor:
+        for _ in range(3):
+            h = torch.tanh(self.block(h + h.mean(1, keepdim=True)))
+        return h
+
+
+class Normed(Base):
+    """Mixes examples."""
+
+    def looped(self, h: Tensor) -> Tensor:
+        for _ in range(3):
+            h = torch.tanh(self.block(h)) - h.mean(0, keepdim=True)
+        return h
+
+
+class Noisy(Base):
+    def forward(self, input_ids: Tensor, noise: Tensor | None = None) -> Tensor:
+        h = self.emb(input_ids)
+        return self.head(self.looped(h + (torch.randn_like(h) if noise is None else noise)))
+
+
+class Swallows(Base):
+    def forward(self, input_ids: Tensor, n_loops: int = 3, **kwargs: Any) -> Tensor:
+        return super().forward(input_ids)
+
+
+class ByBatch(nn.Module):
+    """A loss divided by a count over the batch."""
+
+    reduction = "none"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        return losses.sum(1) / (labels[:, 1:] != -100).sum()
+
+
+def equal_rows(n: int = 4, length: int = 5) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(1, V, (n, length), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def sdi(model: nn.Module, data: Any, **kwargs: Any) -> SDIInfluence:
+    return SDIInfluence(model, data, **{"sketch": Exact(), "loop": "block", **kwargs})
+
+
+def seeded(batch: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {}
+
+
+def refused_in_batches(model: nn.Module, data: Any, match: str = REFUSED, **kwargs: Any) -> None:
+    """In batches it is refused; one by one it works."""
+    with pytest.raises(ValueError, match=match):
+        sdi(model, data, batch_size=3, **kwargs).influence(data)
+    assert sdi(model, data, batch_size=1, **kwargs).influence(data).isfinite().all()
+
+
+# --- A1, A2: calls for one example ---
+
+
+@pytest.mark.parametrize("layers", ["loop", None])
+def test_a1_a_forward_that_takes_examples_one_by_one_is_refused(layers: Any) -> None:
+    refused_in_batches(OneByOne(), equal_rows(), layers=layers)
+
+
+@pytest.mark.parametrize("kind", [Joined, Groups])
+def test_a1_a_foreign_error_of_groups_says_batch_size_1(kind: type[Base]) -> None:
+    data = equal_rows()
+    for depth, row in enumerate(data):
+        row["input_ids"][0] = 1 + depth % 2
+    refused_in_batches(kind(), data, match="batch_size=1")
+
+
+def test_a2_a_call_for_the_whole_batch_that_is_taken_apart_is_refused() -> None:
+    refused_in_batches(TakenApart(), equal_rows(), layers=["block", "wpe"])
+
+
+# --- A3: whatever depends on the batch ---
+
+
+@pytest.mark.parametrize("sketch", [Exact(), TensorSketch(dim=32), TensorSketch(dim=32, pool=True)])
+@pytest.mark.parametrize("kind", [Mean, Normed])
+def test_a3_padding_that_is_seen_and_mixing_are_refused(kind: type[Base], sketch: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attention_mask is dropped
+        refused_in_batches(kind(), rows(4, seed=1), sketch=sketch)
+
+
+def test_a3_a_loss_over_the_batch_is_refused() -> None:
+    refused_in_batches(Base(), equal_rows(), loss_fn=ByBatch())
+
+
+def test_a3_a_seed_per_call_is_refused_and_the_advice_works() -> None:
+    refused_in_batches(Noisy(), equal_rows(), forward_kwargs=seeded)
+    noise = torch.randn(1, 12, D, generator=torch.Generator().manual_seed(1))
+
+    def fixed(batch: Any) -> dict[str, Tensor]:
+        n, length = batch["input_ids"].shape
+        return {"noise": noise[:, :length].expand(n, -1, -1)}
+
+    one, many = (sdi(Noisy(), equal_rows(), batch_size=b, forward_kwargs=fixed).influence(equal_rows()) for b in (1, 3))
+    assert torch.allclose(one, many, rtol=1e-4, atol=1e-5)
+
+
+def test_a3_padding_is_compared_at_the_first_batch_that_has_some() -> None:
+    data = [*equal_rows(3), *rows(3, seed=1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=REFUSED):
+            sdi(Mean(), data, batch_size=3).influence(data[:1])
+
+
+def padded_left(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in batch)
+
+    def pad(tensor: Tensor, value: int) -> Tensor:
+        return F.pad(tensor, (longest - len(tensor), 0), value=value)
+
+    return {
+        "input_ids": torch.stack([pad(row["input_ids"], 0) for row in batch]),
+        "labels": torch.stack([pad(row["labels"], -100) for row in batch]),
+    }
+
+
+def test_a3_left_padding_without_positions_or_mask_is_refused() -> None:
+    loader = DataLoader(rows(4, seed=1), batch_size=4, collate_fn=padded_left)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=REFUSED):
+        sdi(CASES[0].model(torch.float32), loader, loop="core").influence(rows(1, seed=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a3_healthy_models_are_not_warned_of(dtype: torch.dtype, checkpointing: bool) -> None:
+    for case in (CASES[0], CASES[3]):
+        model, data = case.model(dtype), rows(6, seed=1)
+        kwargs = {"batch_size": 4, "loop": "core", "layers": None, "activation_checkpointing": checkpointing}
+        assert sdi(model, data, **kwargs).influence(data).isfinite().all()  # type: ignore[arg-type]
+
+
+# --- any of them: right, or refused ---
+
+KINDS: tuple[Callable[[], nn.Module], ...] = (Base, OneByOne, Joined, Groups, TakenApart, Mean, Normed)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None, phases=(Phase.generate,))
+@given(
+    kind=st.sampled_from(KINDS),
+    lengths=st.lists(st.integers(3, 8), min_size=2, max_size=5),
+    batch_size=st.integers(2, 4),
+    layers=st.sampled_from(["loop", None]),
+    masked=st.booleans(),
+)
+def test_a3_scores_are_those_of_one_by_one_or_an_error(
+    kind: Callable[[], nn.Module], lengths: list[int], batch_size: int, layers: Any, masked: bool
+) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    ids = [torch.randint(1, V, (length,), generator=generator) for length in lengths]
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    if masked:
+        data = [{**row, "attention_mask": torch.ones_like(row["input_ids"])} for row in data]
+    model = kind().double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one = sdi(model, data, layers=layers).influence(data)
+        try:
+            many = sdi(model, data, layers=layers, batch_size=batch_size).influence(data)
+        except ValueError as error:
+            assert "batch_size=1" in str(error)
+            assert kind is not Base
+        else:
+            assert (one - many).norm() <= 1e-6 * one.norm()
+
+
+# --- A7, A8: labels ---
+
+
+def test_a7_labels_already_shifted_are_warned_of() -> None:
+    tokens = torch.stack([row["input_ids"] for row in equal_rows(4, length=7)])
+    data = torch.utils.data.TensorDataset(tokens[:, :-1], tokens[:, 1:])
+    with pytest.warns(UserWarning, match=r"shifted by one already.*shift=False") as caught:
+        sdi(Base(), data, batch_size=2).influence((tokens[:1, :-1], tokens[:1, 1:]))
+    assert len(caught) == 1
+    unshifted = TokenCrossEntropy(shift=False)
+    sdi(Base(), data, batch_size=2, loss_fn=unshifted).influence((tokens[:1, :-1], tokens[:1, 1:]))
+
+
+def test_a7_equal_tokens_are_not_taken_for_shifted_labels() -> None:
+    ids = torch.full((5,), 3)
+    data = [{"input_ids": ids, "labels": ids}] * 2
+    sdi(Base(), data, batch_size=2).influence(data)
+
+
+def test_a8_labels_on_padding_are_warned_of_once() -> None:
+    data = []
+    for row in equal_rows(4, length=6):
+        mask = torch.tensor([1, 1, 1, 1, 0, 0])
+        data.append({"input_ids": row["input_ids"] * mask, "attention_mask": mask, "labels": row["input_ids"] * mask})
+    model = CASES[0].model(torch.float32)
+    with pytest.warns(UserWarning, match="4 labels stand where attention_mask is 0.*-100") as caught:
+        sdi(model, data, loop="core", batch_size=2).influence(data)
+    assert len(caught) == 1
+
+
+# --- A15, B9, B13 ---
+
+
+def test_a15_a_misspelt_keyword_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"test_forward_kwargs names \['num_loops'\].*swallows"):
+        sdi(Swallows(), equal_rows(), test_forward_kwargs={"num_loops": 7}).influence(equal_rows())
+    sdi(Swallows(), equal_rows(), test_forward_kwargs={"n_loops": 7}).influence(equal_rows())
+
+
+def test_b9_rows_longer_than_the_model_takes_are_refused() -> None:
+    model = spread(looped_gpt(n_positions=8)())
+    data = rows(6, seed=1, longest=8)
+    data[4] = rows(1, seed=2, longest=9)[0]
+    for batch_size in (1, 2):
+        with pytest.raises(
+            ValueError, match=r"train example 4 has 9 tokens.*max_position_embeddings is 8.*max_length=8"
+        ):
+            sdi(model, data, loop="core", batch_size=batch_size).influence(data[:2])
+
+
+@pytest.mark.parametrize("proponents", ["no", 0, None])
+def test_b13_proponents_must_be_a_bool(proponents: Any) -> None:
+    for call in ("influence", "step_influence"):
+        with pytest.raises(TypeError, match="proponents must be True.*or False; got"):
+            getattr(sdi(Base(), equal_rows()), call)(equal_rows(), k=2, proponents=proponents)
