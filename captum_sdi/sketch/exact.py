@@ -46,7 +46,7 @@ class ExactProjection:
         # Converted before it is formed: half precision would round the sum over tokens.
         converted = convert(gradient, self.dtype)
         entries = converted.entries(self._shape)
-        return entries.reshape(len(entries), self.width)
+        return entries.reshape(-1, self.width)
 
     def checksum(self) -> bytes:
         """Return no bytes: nothing is drawn."""
