@@ -15,7 +15,7 @@ from cases import N_LOOPS, looped_gpt, rows
 from reference import spread
 from torch import Tensor, nn
 
-from captum_sdi import Exact, SDIInfluence, SketchIndex
+from captum_sdi import Exact, SDIInfluence, SketchIndex, TensorSketch
 from captum_sdi.features import Gradient, Noise
 from captum_sdi.sketch import Projection, Sketch
 
