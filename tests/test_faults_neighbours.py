@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
-from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import TokenCrossEntropy
 
 D, V = 6, 11
@@ -254,10 +253,14 @@ def test_a3_scores_are_those_of_one_by_one_or_an_error(
         try:
             many = sdi(model, data, layers=layers, batch_size=batch_size).influence(data)
         except ValueError as error:
-            assert "batch_size=1" in str(error)
-            assert kind is not Base
+            refusal = str(error)
         else:
-            assert (one - many).norm() <= 1e-6 * one.norm()
+            refusal = ""
+    if refusal:
+        assert "batch_size=1" in refusal
+        assert kind is not Base
+    else:
+        assert (one - many).norm() <= 1e-6 * one.norm()
 
 
 # --- A7, A8: labels ---
@@ -313,5 +316,5 @@ def test_b9_rows_longer_than_the_model_takes_are_refused() -> None:
 @pytest.mark.parametrize("proponents", ["no", 0, None])
 def test_b13_proponents_must_be_a_bool(proponents: Any) -> None:
     for call in ("influence", "step_influence"):
-        with pytest.raises(TypeError, match="proponents must be True.*or False; got"):
+        with pytest.raises(TypeError, match=r"proponents must be True.*or False; got"):
             getattr(sdi(Base(), equal_rows()), call)(equal_rows(), k=2, proponents=proponents)
