@@ -145,7 +145,9 @@ class NoDataclass:
     projection = Gaussian.projection
 
 
-@pytest.mark.parametrize("value", [2048, None, "TensorSketch", nn.Linear(2, 2), NoProjection(), NoDataclass(), Exact, TensorSketch])
+@pytest.mark.parametrize(
+    "value", [2048, None, "TensorSketch", nn.Linear(2, 2), NoProjection(), NoDataclass(), Exact, TensorSketch]
+)
 def test_what_is_no_sketch_is_refused(value: object) -> None:
     with pytest.raises(TypeError, match=r"sketch= must be TensorSketch\(\.\.\.\) or Exact\(\), got "):
         influence_with(value)  # type: ignore[arg-type]
