@@ -17,7 +17,7 @@ from captum_sdi.words import warn_user
 def check_labels_on_padding(raw: Any, side: Side, positions: Sequence[int]) -> bool:
     """Warn of the default loss's targets where the attention mask is 0; say whether there were any."""
     _, keywords, labels = split_batch(raw)
-    mask = keywords.get("attention_mask")
+    mask: Any = keywords.get("attention_mask")
     if not _are_comparable(mask, labels) or not isinstance(side.loss_fn, TokenCrossEntropy):
         return False
     targets = target_labels(raw, side.loss_fn)
@@ -37,7 +37,7 @@ def check_labels_are_unshifted(raw: Any, side: Side) -> None:
     if not (isinstance(side.loss_fn, TokenCrossEntropy) and side.loss_fn.shift):
         return
     inputs, keywords, labels = split_batch(raw)
-    ids = keywords.get("input_ids", inputs[0] if inputs else None)
+    ids: Any = keywords.get("input_ids", inputs[0] if inputs else None)
     if not _are_comparable(ids, labels):
         return
     is_target = labels != IGNORED

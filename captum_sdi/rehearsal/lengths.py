@@ -40,7 +40,7 @@ def check_length(raw: Any, limit: tuple[str, int] | None, side: str, positions: 
     name, most = limit
     mask = raw.get("attention_mask")
     is_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
-    number = int(mask.sum(1).argmax()) if is_mask else 0  # type: ignore[union-attr]
+    number = int(mask.sum(1).argmax()) if is_mask else 0
     raise ValueError(
         f"{side} example {positions[number]} has {ids.shape[1]} tokens, but the model's {name} is {most}. Truncate "
         f"rows to {most} tokens, e.g. tokenizer(..., truncation=True, max_length={most})."
