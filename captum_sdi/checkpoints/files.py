@@ -24,6 +24,8 @@ def weights_file(path: Path, adapter: str | None) -> Path:
         raise ValueError(f"There is no checkpoint at {path}: no such file or directory.")
     if path.is_file() and path.suffix != ".distcp":
         return path
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is neither a regular file nor a folder (a pipe, a device?), so it is no checkpoint.")
     folder = path if path.is_dir() else path.parent
     candidates = [folder / name for name in WEIGHT_FILES]
     if adapter is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from captum_sdi.checkpoints.adapters import adapter_name, load_adapter
 from captum_sdi.checkpoints.files import ADAPTER_FILES, weights_file
@@ -58,7 +59,7 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
             "Pass checkpoints_load_func to load checkpoints of another kind."
         )
     model = unwrapped(model)
-    check_not_on_meta(model)
+    check_writable(model)
     source = Path(os.fsdecode(path))
     file = weights_file(source, adapter_name(model))
     state, metadata = read_weights(file)
@@ -82,8 +83,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def check_not_on_meta(model: nn.Module) -> None:
-    """Check that the model's tensors have memory for weights to be copied into."""
+def check_writable(model: nn.Module) -> None:
+    """Check that weights can be copied into every tensor of the model, before the first one is."""
     for name, tensor in named_tensors(model).items():
         if tensor.is_meta:
             raise ValueError(
@@ -91,3 +92,15 @@ def check_not_on_meta(model: nn.Module) -> None:
                 "model memory first, e.g. model.to_empty(device='cpu'), or build it with from_pretrained and without "
                 "offloading."
             )
+        entries_share_memory = any(s == 0 and n > 1 for s, n in zip(strides(tensor), tensor.shape, strict=True))
+        if entries_share_memory or (tensor.is_inference() and not torch.is_inference_mode_enabled()):
+            cause = "entries that share memory (expand)" if entries_share_memory else "been made in inference mode"
+            raise ValueError(
+                f"'{name}' of the model has {cause}, so nothing can be loaded into it. Nothing was loaded. Replace it "
+                "by its clone() first, or build the model outside torch.inference_mode()."
+            )
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's strides; 1s where its layout (sparse) has none."""
+    return tensor.stride() if tensor.layout == torch.strided else (1,) * tensor.ndim

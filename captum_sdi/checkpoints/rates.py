@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from captum_sdi.checkpoints.checkpoint import as_number
 from captum_sdi.checkpoints.files import TRAINER_FOLDER, WEIGHT_FILES, abbreviated
 from captum_sdi.checkpoints.reading import OPTIMIZER_KEYS, RATE_KEYS, read_json
 
@@ -59,9 +60,7 @@ def optimizer_rate(groups: list[dict[str, Any]], origin: str) -> float | None:
 def as_rate(value: Any, origin: str) -> float:
     """Turn a number, a one-element tensor or (in safetensors metadata) a string into a rate."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)
+        return as_number(value)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{origin} should be a learning rate, one number, but is {value!r}.") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from captum_sdi.checkpoints.files import abbreviated
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")
 RATE_KEYS = ("learning_rate", "lr")
 OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
+# A link there may lead elsewhere, as those of the Hub's cache do; a name may not.
+_PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0:]+(?<!\.json)")
 
 StateDict = dict[str, Tensor]
 
@@ -26,6 +29,11 @@ def read_weights(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
     """Read the state dict in a file, or in the shards it indexes, and its other content."""
     if file.name.endswith(".index.json"):
         return read_shards(file), {}
+    return read_file(file)
+
+
+def read_file(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+    """Read the state dict in one file, and its other content."""
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     return read_pickle(file)
@@ -33,10 +41,7 @@ def read_weights(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
 
 def read_shards(index: Path) -> StateDict:
     """Read the state dict that an index of shards describes."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no 'weight_map', so it is no index of shards.")
-    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    shards = [index.parent / name for name in shard_names(index)]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise ValueError(
@@ -45,9 +50,22 @@ def read_shards(index: Path) -> StateDict:
         )
     state: StateDict = {}
     for shard in shards:
-        tensors, _ = read_weights(shard)
+        tensors, _ = read_file(shard)
         state.update(tensors)
     return state
+
+
+def shard_names(index: Path) -> list[str]:
+    """Read the names of the files that an index spreads its tensors over."""
+    weight_map = read_json(index).get("weight_map")
+    if weight_map is None:
+        raise ValueError(f"{index} has no 'weight_map', so it is no index of shards.")
+    if not isinstance(weight_map, dict):
+        raise damaged(index, "'weight_map'", "an object of tensor names and file names", weight_map)
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
+            raise damaged(index, f"'weight_map' of {tensor!r}", "the name of a file in the same folder", name)
+    return sorted(set(weight_map.values()))
 
 
 def read_safetensors(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
@@ -98,9 +116,11 @@ def unpickled(file: Path) -> Any:
         refused = re.search(r"GLOBAL (\S+)|unrecognized (?:function|type) (\S+)", str(error))
         if not refused:
             reason, *_ = str(error).split("\n")
+            if "weights" in reason.lower():  # torch's sentence advises to run whatever the file holds
+                reason = "what torch.save writes for tensors looks otherwise"
             raise ValueError(
                 f"{file} cannot be read: it is no file of torch.save, or is damaged ({type(error).__name__}: {reason})."
-            ) from error
+            ) from None
         raise ValueError(
             f"{file} holds Python objects ({refused[1] or refused[2]}) beside its tensors. Reading them could run any "
             "code, so load_checkpoint does not. If you trust the file, convert it once:\n"
@@ -108,7 +128,7 @@ def unpickled(file: Path) -> Any:
             "    torch.save({'model_state_dict': ..., 'learning_rate': ...}, 'converted.pt')\n"
             "with the model's state dict and learning rate taken from `saved` (`saved.state_dict()` where it is the "
             "model itself)."
-        ) from error
+        ) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -117,6 +137,13 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file} is damaged: its lists and objects are nested too deeply to be read.") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a JSON {type(content).__name__}, expected an object.")
     return content
+
+
+def damaged(file: Path, key: str, expected: str, value: Any) -> ValueError:
+    """Return the error of a file whose ``key`` holds ``value`` where ``expected`` belongs."""
+    return ValueError(f"{file} is damaged: {key} must be {expected}, but is {reprlib.repr(value)}.")

@@ -1,0 +1,156 @@
+"""Checkpoint folders as people really have them: loaded right, or refused before anything is changed."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from captum_sdi.checkpoints import load_checkpoint
+from tests.test_checkpoints import saved_pretrained, sharded, tiny_gpt, unchanged, values, write_log
+
+
+def refused(model: nn.Module, path: Path, sentence: str) -> None:
+    with unchanged(model), pytest.raises(ValueError, match=sentence) as caught:
+        load_checkpoint(model, path)
+    assert "weights_only" not in str(caught.value)
+    assert caught.value.__cause__ is None or "weights_only" not in str(caught.value.__cause__)
+
+
+# --- What a file may not hold --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", ["1_0", "１", "inf", "0x1", "", "True"])
+def test_e10_only_decimal_numbers_are_rates(rate: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"learning_rate": rate})
+    refused(model, tmp_path / "a.safetensors", rf"should be a learning rate, one number, but is '{rate}'")
+
+
+@pytest.mark.parametrize("rate", ["1e-3", "0.001", " 1E-3", ".001"])
+def test_e10_decimal_numbers_are_still_rates(rate: str, tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    save_file(model.state_dict(), tmp_path / "a.safetensors", metadata={"learning_rate": rate})
+    assert load_checkpoint(model, tmp_path / "a.safetensors") == 0.001
+
+
+@pytest.mark.parametrize("content", [b"hello world", b"\x80\x04]q\x00\x95.", b"PK\x03\x04 cut"])
+def test_e10_torchs_advice_to_run_the_file_is_not_passed_on(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    refused(nn.Linear(2, 1), tmp_path / "a.pt", "no file of torch.save, or is damaged")
+
+
+def test_e10_a_torchscript_archive_is_named_without_torchs_advice(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 1)).save(str(tmp_path / "a.pt"))
+    refused(nn.Linear(2, 1), tmp_path / "a.pt", "no file of torch.save, or is damaged")
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+DAMAGED_LOGS = {
+    "nesting": (f'{{"log_history": {NESTED}}}', "nested too deeply"),
+    "step": ('{"global_step": "5"}', r"'global_step' must be a number of steps, but is '5'"),
+    "huge step": (f'{{"global_step": 1{"0" * 400}}}', "'global_step' must be"),
+    "bool step": ('{"global_step": true}', "'global_step' must be"),
+    "negative step": ('{"global_step": -5}', "'global_step' must be"),
+    "history": ('{"global_step": 5, "log_history": {"a": 1}}', "'log_history' must be a list"),
+    "entry": ('{"global_step": 5, "log_history": [3]}', r"'log_history\[0\]' must be an object"),
+    "entry's step": (
+        '{"global_step": 5, "log_history": [{"step": [], "learning_rate": 1}]}',
+        r"'log_history\[0\].step' must be",
+    ),
+    "entry's rate": ('{"global_step": 5, "log_history": [{"step": 5, "learning_rate": {}}]}', "should be a learning"),
+    "huge rate": (
+        f'{{"global_step": 5, "log_history": [{{"step": 5, "learning_rate": 1{"0" * 400}}}]}}',
+        "should be a learning rate",
+    ),
+}
+
+
+@pytest.mark.parametrize(("log", "sentence"), DAMAGED_LOGS.values(), ids=DAMAGED_LOGS.keys())
+def test_e8_a_damaged_trainer_state_is_named(log: str, sentence: str, tmp_path: Path) -> None:
+    model, path = tiny_gpt(2), saved_pretrained(tiny_gpt(1), tmp_path)
+    (path / "trainer_state.json").write_text(log)
+    refused(model, path, rf"trainer_state\.json.*{sentence}")
+
+
+OUTSIDE: list[Any] = ["../stolen.safetensors", "/etc/passwd", "..", ".", "", "a\\b", "C:x", "model.safetensors.index.json", 3, None]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=str)
+def test_e8_an_index_names_files_of_its_own_folder(name: Any, tmp_path: Path) -> None:
+    path = sharded(tiny_gpt(1), tmp_path)
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["transformer.wpe.weight"] = name
+    index.write_text(json.dumps(content))
+    refused(tiny_gpt(2), path, r"index\.json is damaged: 'weight_map' of 'transformer.wpe.weight' must be the name")
+
+
+@pytest.mark.parametrize("value", [[], "a", 3])
+def test_e8_a_weight_map_of_another_type(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": value}))
+    refused(tiny_gpt(2), tmp_path, r"index\.json is damaged: 'weight_map' must be an object of tensor names")
+
+
+def test_e8_shards_may_be_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    path = sharded(tiny_gpt(1), tmp_path)
+    write_log(path, 5, {5: 0.5})
+    (tmp_path / "blobs").mkdir()
+    for number, shard in enumerate(sorted(path.glob("model-*.safetensors"))):
+        blob = shard.rename(tmp_path / "blobs" / str(number))
+        shard.symlink_to(blob)
+    assert load_checkpoint(tiny_gpt(2), path) == 0.5
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_e7_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.pt")
+    refused(tiny_gpt(), tmp_path / "a.pt", r"a\.pt is neither a regular file nor a folder")
+    refused(tiny_gpt(), Path(os.devnull), "is neither a regular file nor a folder")
+
+
+# --- Nothing is ever half loaded -----------------------------------------------------------------
+
+
+def two_tensors(late: torch.Tensor) -> nn.Module:
+    model = nn.Linear(2, 1)
+    model.register_buffer("z", late)
+    return model
+
+
+UNCOPYABLE: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], str]] = {
+    "sparse": (lambda: two_tensors(torch.ones(3)), lambda: torch.ones(3).to_sparse(), "z .*sparse_coo in the check"),
+    "complex": (
+        lambda: two_tensors(torch.ones(3, dtype=torch.int64)),
+        lambda: torch.ones(3, dtype=torch.complex64),
+        "z .torch.complex64 in the checkpoint",
+    ),
+    "expanded": (
+        lambda: two_tensors(torch.zeros(1).expand(3)),
+        lambda: torch.ones(3),
+        "'z' of the model has entries that share memory",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make_model", "stored", "sentence"), UNCOPYABLE.values(), ids=UNCOPYABLE.keys())
+def test_e9_what_cannot_be_copied_is_found_before_the_first_copy(
+    make_model: Any, stored: Any, sentence: str, tmp_path: Path
+) -> None:
+    model = make_model()
+    state = {name: tensor + 1 for name, tensor in values(nn.Linear(2, 1)).items()}
+    torch.save({"model": {**state, "z": stored()}, "lr": 0.1}, tmp_path / "a.pt")
+    refused(model, tmp_path / "a.pt", re.compile(sentence, re.DOTALL))
+
+
+def test_e9_a_model_of_inference_mode_is_refused(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        late = torch.zeros(3)
+    torch.save({**two_tensors(torch.ones(3)).state_dict(), "lr": 0.1}, tmp_path / "a.pt")
+    refused(two_tensors(late), tmp_path / "a.pt", "'z' of the model has been made in inference mode")
