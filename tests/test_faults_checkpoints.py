@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from captum_sdi.checkpoints import load_checkpoint
-from tests.test_checkpoints import saved_pretrained, sharded, tiny_gpt, unchanged, values, write_log
+from tests.test_checkpoints import NO_RATE, saved_pretrained, sharded, tiny_gpt, train, unchanged, values, write_log
 
 
 def refused(model: nn.Module, path: Path, sentence: str) -> None:
@@ -154,3 +156,86 @@ def test_e9_a_model_of_inference_mode_is_refused(tmp_path: Path) -> None:
         late = torch.zeros(3)
     torch.save({**two_tensors(torch.ones(3)).state_dict(), "lr": 0.1}, tmp_path / "a.pt")
     refused(two_tensors(late), tmp_path / "a.pt", "'z' of the model has been made in inference mode")
+
+
+# --- The rate that was used ----------------------------------------------------------------------
+
+SCHEDULES = ["linear", "cosine", "constant_with_warmup"]
+WARMUP, STEPS = 5, 22
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def scheduled_run(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float], str]:
+    """A run that logged every step, and saved within its warm-up, at its end, after it and at the last step."""
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = {"warmup_steps": WARMUP, "lr_scheduler_type": request.param, "save_steps": 3}
+    return folder, train(folder, tiny_gpt(), STEPS, logging_steps=1, **settings).rates, request.param
+
+
+def as_if_logged(run: Path, folder: Path, every: int, *, late: bool = False) -> list[Path]:
+    """Copy a run, its logs thinned out and, as before transformers 4.51, one step late."""
+    shutil.copytree(run, folder)
+    for file in folder.glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(file.read_text())
+        next_rate = torch.load(file.with_name("scheduler.pt"), weights_only=True)["_last_lr"][0]
+        rates = [entry["learning_rate"] for entry in state["log_history"]] + [next_rate]
+        rates = rates[int(late) :]
+        for entry, rate in zip(state["log_history"], rates, strict=False):
+            entry["learning_rate"] = rate
+        state["log_history"] = [entry for entry in state["log_history"] if entry["step"] % every == 0]
+        file.write_text(json.dumps(state))
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["own rates", "next rates"])
+@pytest.mark.parametrize("every", [1, 2, 10, 500])
+@pytest.mark.filterwarnings("ignore:.*logged no learning rate")
+def test_a9_rates_are_those_used_however_seldom_they_were_logged(
+    scheduled_run: tuple[Path, dict[int, float], str], every: int, late: bool, tmp_path: Path
+) -> None:
+    run, truth, _ = scheduled_run
+    model = tiny_gpt(2)
+    folders = as_if_logged(run, tmp_path / "run", every, late=late)
+    assert len(folders) == 8
+    for folder in folders:
+        step = int(folder.name.split("-")[1])
+        assert load_checkpoint(model, folder) == pytest.approx(truth[step], rel=0.01), step
+
+
+@pytest.mark.parametrize(("schedule", "every"), [("linear", 500), ("cosine", 10), ("constant", 500)])
+@pytest.mark.filterwarnings("ignore:.*logged no learning rate")
+def test_a9_real_runs_that_log_seldom(schedule: str, every: int, tmp_path: Path) -> None:
+    settings = {"lr_scheduler_type": schedule, "save_steps": 4, "warmup_steps": 3, "logging_steps": every}
+    truth = train(tmp_path, tiny_gpt(), 13, **settings).rates
+    for step in (4, 8, 12, 13):
+        rate = load_checkpoint(tiny_gpt(2), tmp_path / f"checkpoint-{step}")
+        assert rate == pytest.approx(truth[step], rel=0.01), step
+
+
+def test_a9_the_schedulers_rate_is_said_once_at_the_users_line(
+    scheduled_run: tuple[Path, dict[int, float], str], tmp_path: Path
+) -> None:
+    folders = as_if_logged(scheduled_run[0], tmp_path / "run", 500)
+    model = tiny_gpt(2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for folder in folders:
+            load_checkpoint(model, folder)
+    assert [warning.filename for warning in caught] == [__file__]
+    sentence = r"run logged no learning rate .* scheduler.pt, .* choose logging_steps so that it divides save_steps"
+    assert re.search(sentence, str(caught[0].message))
+
+
+def test_a9_an_unknown_schedule_is_read_one_step_late(tmp_path: Path) -> None:
+    path = saved_pretrained(tiny_gpt(1), tmp_path)
+    (path / "trainer_state.json").write_text('{"global_step": 6, "max_steps": 9, "log_history": []}')
+    torch.save({"_last_lr": [0.123], "base_lrs": [1.0], "last_epoch": 6}, path / "scheduler.pt")
+    with pytest.warns(UserWarning, match=r"logged no .* at its step 6: 0.123, that of step 7, one step late by sched"):
+        assert load_checkpoint(tiny_gpt(2), path) == 0.123
+
+
+def test_a9_the_advice_fits_a_folder_whose_log_is_there(tmp_path: Path) -> None:
+    path = saved_pretrained(tiny_gpt(1), tmp_path)
+    write_log(path, 6, {})
+    with pytest.warns(UserWarning, match=rf"{NO_RATE}.*trainer_state.json logged none: .*choose logging_steps <= save"):
+        assert load_checkpoint(tiny_gpt(2), path) == 1.0

@@ -4,7 +4,7 @@ A checkpoint is compared with the model, key by key and shape by shape, before t
 nothing is ever half-loaded. Weights are copied *into* the model's own tensors: Parameter objects stay the objects they
 were. Pickles are read with ``weights_only=True``, so a checkpoint never runs code.
 
-Imports go down this list: loading, adapters, whole, differences, rates, reading, finding, files, checkpoint.
+Imports go down this list: loading, adapters, whole, differences, rates, trainer, schedules, reading, finding, files, checkpoint.
 """
 
 from captum_sdi.checkpoints.checkpoint import Checkpoint, checkpoint_names, listed_checkpoints

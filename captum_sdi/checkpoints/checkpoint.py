@@ -48,7 +48,7 @@ class Checkpoint:
         returned = load(model, self.source)
         try:
             rate = as_number(returned)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             rate = math.nan
         if not math.isfinite(rate):
             raise ValueError(
@@ -63,6 +63,14 @@ def as_number(value: Any) -> float:
     if isinstance(value, bool) or (isinstance(value, str) and not _DECIMAL.fullmatch(value.strip())):
         raise TypeError(f"{value!r} is no number.")
     return float(value)
+
+
+def as_rate(value: Any, origin: str) -> float:
+    """Turn a number, a one-element tensor or (in safetensors metadata) a string into a rate."""
+    try:
+        return as_number(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{origin} should be a learning rate, one number, but is {value!r}.") from None
 
 
 def listed_checkpoints(sources: Sequence[Any]) -> list[Checkpoint]:
