@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from captum_sdi import SDIInfluence
 from captum_sdi.checkpoints import load_checkpoint
 from tests.test_checkpoints import NO_RATE, saved_pretrained, sharded, tiny_gpt, train, unchanged, values, write_log
 
@@ -239,3 +240,71 @@ def test_a9_the_advice_fits_a_folder_whose_log_is_there(tmp_path: Path) -> None:
     write_log(path, 6, {})
     with pytest.warns(UserWarning, match=rf"{NO_RATE}.*trainer_state.json logged none: .*choose logging_steps <= save"):
         assert load_checkpoint(tiny_gpt(2), path) == 1.0
+
+
+# --- All of several checkpoints are looked at before the first pass ------------------------------
+
+
+def as_folder(folder: Path, number: int) -> Path:
+    path = saved_pretrained(tiny_gpt(number), folder).rename(folder / f"checkpoint-{number}")
+    write_log(path, number, {number: 0.5})
+    return path
+
+
+def as_file(folder: Path, number: int) -> Path:
+    torch.save({"model": tiny_gpt(number).state_dict(), "lr": 0.5}, folder / f"{number}.pt")
+    return folder / f"{number}.pt"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def of_another_shape(path: Path) -> None:
+    torch.save({"model": tiny_gpt(n_layer=2).state_dict(), "lr": 0.5}, path)
+
+
+SPOILT: dict[str, tuple[Any, Callable[[Path], Any], str]] = {
+    "cut": (as_folder, lambda path: cut(path / "model.safetensors"), r"3.model\.safetensors is .* damaged"),
+    "shape": (as_folder, lambda path: tiny_gpt(n_positions=9).save_pretrained(path), r"3.* does not fit the model"),
+    "log": (as_folder, lambda path: cut(path / "trainer_state.json"), r"3.trainer_state\.json is not valid JSON"),
+    "no weights": (as_folder, lambda path: (path / "model.safetensors").unlink(), "3 holds no weights"),
+    "cut pickle": (as_file, cut, r"3\.pt .* damaged"),
+    "shape of a pickle": (as_file, of_another_shape, r"3\.pt does not fit the model"),
+    "stray": (as_file, lambda path: path.write_text("a note"), r"3\.pt .* no file of torch.save"),
+}
+
+
+@pytest.mark.parametrize(("write", "spoil", "sentence"), SPOILT.values(), ids=SPOILT.keys())
+def test_b8_the_last_of_three_checkpoints_is_refused_before_any_work(
+    write: Any, spoil: Any, sentence: str, tmp_path: Path
+) -> None:
+    paths = [str(write(tmp_path, number)) for number in (1, 2, 3)]
+    spoil(Path(paths[-1]))
+    model, ids = tiny_gpt(), torch.tensor([1, 2, 3])
+    forwards: list[Any] = []
+    influence = SDIInfluence(model, [{"input_ids": ids, "labels": ids}], checkpoints=paths)
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    with unchanged(model), pytest.raises(ValueError, match=sentence):
+        influence.influence([{"input_ids": ids, "labels": ids}])
+    assert not forwards
+
+
+@pytest.mark.parametrize("write", [as_folder, as_file])
+@pytest.mark.filterwarnings("ignore:Nothing repeats")
+def test_b8_checkpoints_that_fit_are_read_as_before(write: Any, tmp_path: Path) -> None:
+    paths = [str(write(tmp_path, number)) for number in (1, 2, 3)]
+    ids = torch.tensor([1, 2, 3])
+    rows = [{"input_ids": ids, "labels": ids}]
+    all_three = SDIInfluence(tiny_gpt(), rows, checkpoints=paths, layers=None).influence(rows)
+    totals = [SDIInfluence(tiny_gpt(), rows, checkpoints=[path], layers=None).influence(rows).total for path in paths]
+    assert torch.allclose(all_three.total, sum(totals))
+
+
+@pytest.mark.filterwarnings("ignore:Nothing repeats")
+def test_b8_a_load_function_of_the_users_reads_what_it_likes(tmp_path: Path) -> None:
+    ids = torch.tensor([1, 2, 3])
+    rows = [{"input_ids": ids, "labels": ids}]
+    sources = ["one.json", "two.json"]
+    influence = SDIInfluence(tiny_gpt(), rows, sources, checkpoints_load_func=lambda *_: 1.0, layers=None)
+    assert influence.influence(rows).total.shape == (1, 1)

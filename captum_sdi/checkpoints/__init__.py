@@ -9,6 +9,6 @@ Imports go down this list: loading, adapters, whole, differences, rates, trainer
 
 from captum_sdi.checkpoints.checkpoint import Checkpoint, checkpoint_names, listed_checkpoints
 from captum_sdi.checkpoints.finding import find_checkpoints
-from captum_sdi.checkpoints.loading import load_checkpoint
+from captum_sdi.checkpoints.loading import check_checkpoints, load_checkpoint
 
-__all__ = ["Checkpoint", "checkpoint_names", "find_checkpoints", "listed_checkpoints", "load_checkpoint"]
+__all__ = ["Checkpoint", "check_checkpoints", "checkpoint_names", "find_checkpoints", "listed_checkpoints", "load_checkpoint"]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.checkpoints.adapters import adapter_name, load_adapter
+from captum_sdi.checkpoints.adapters import adapter_name, check_adapter, load_adapter
+from captum_sdi.checkpoints.checkpoint import Checkpoint
 from captum_sdi.checkpoints.files import ADAPTER_FILES, weights_file
 from captum_sdi.checkpoints.rates import effective_rate, learning_rate
-from captum_sdi.checkpoints.reading import read_weights
-from captum_sdi.checkpoints.whole import load_whole, named_tensors
+from captum_sdi.checkpoints.reading import StateDict, read_weights
+from captum_sdi.checkpoints.whole import fitting_weights, load_whole, named_tensors
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
@@ -53,22 +56,51 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    model = unwrapped(model)
+    file, state, rate = opened(model, path)
+    if file.name in ADAPTER_FILES:
+        load_adapter(model, state, file)
+    else:
+        load_whole(model, state, file)
+    return effective_rate(rate, Path(os.fsdecode(path)))
+
+
+def check_checkpoints(model: nn.Module, checkpoints: Sequence[Checkpoint]) -> None:
+    """Check that `load_checkpoint` can load every one of several checkpoints, before hours are spent on the first.
+
+    Headers, keys, shapes and learning rates are read, and no weights: pickles are mapped into memory, unless torch
+    wrote them in its format of before 2020.
+
+    Raises:
+        TypeError: If a checkpoint is no path.
+        ValueError: If `load_checkpoint` would refuse one.
+    """
+    if len(checkpoints) == 1:
+        return  # it is loaded before anything else is done
+    model = unwrapped(model)
+    for checkpoint in checkpoints:
+        with warnings.catch_warnings(action="ignore"):  # what there is to say of a rate is said when it is used
+            file, state, _ = opened(model, checkpoint.source, headers=True)
+        if file.name in ADAPTER_FILES:
+            check_adapter(model, state, file)
+        else:
+            fitting_weights(model, state, file)
+
+
+def opened(
+    model: nn.Module, path: str | os.PathLike[str], *, headers: bool = False
+) -> tuple[Path, StateDict, float | None]:
+    """Find and read a checkpoint's file, its weights (or the headers alone) and its learning rate."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(
             f"load_checkpoint takes the path of a file or folder, got {type(path).__name__}. "
             "Pass checkpoints_load_func to load checkpoints of another kind."
         )
-    model = unwrapped(model)
     check_writable(model)
     source = Path(os.fsdecode(path))
     file = weights_file(source, adapter_name(model))
-    state, metadata = read_weights(file)
-    rate = learning_rate(metadata, source, file)
-    if file.name in ADAPTER_FILES:
-        load_adapter(model, state, file)
-    else:
-        load_whole(model, state, file)
-    return effective_rate(rate, source)
+    state, metadata = read_weights(file, headers=headers)
+    return file, state, learning_rate(metadata, source, file)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,24 @@ _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0:]+(?<!\.json)")
 StateDict = dict[str, Tensor]
 
 
-def read_weights(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
-    """Read the state dict in a file, or in the shards it indexes, and its other content."""
+def read_weights(file: Path, *, headers: bool = False) -> tuple[StateDict, Mapping[str, Any]]:
+    """Read the state dict in a file, or in the shards it indexes, and its other content.
+
+    ``headers`` leaves out the values: tensors are on the meta device, or mapped into memory.
+    """
     if file.name.endswith(".index.json"):
-        return read_shards(file), {}
-    return read_file(file)
+        return read_shards(file, headers=headers), {}
+    return read_file(file, headers=headers)
 
 
-def read_file(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+def read_file(file: Path, *, headers: bool) -> tuple[StateDict, Mapping[str, Any]]:
     """Read the state dict in one file, and its other content."""
     if file.suffix == ".safetensors":
-        return read_safetensors(file)
-    return read_pickle(file)
+        return read_safetensors(file, headers=headers)
+    return read_pickle(file, headers=headers)
 
 
-def read_shards(index: Path) -> StateDict:
+def read_shards(index: Path, *, headers: bool) -> StateDict:
     """Read the state dict that an index of shards describes."""
     shards = [index.parent / name for name in shard_names(index)]
     missing = [shard.name for shard in shards if not shard.is_file()]
@@ -50,7 +54,7 @@ def read_shards(index: Path) -> StateDict:
         )
     state: StateDict = {}
     for shard in shards:
-        tensors, _ = read_file(shard)
+        tensors, _ = read_file(shard, headers=headers)
         state.update(tensors)
     return state
 
@@ -68,19 +72,29 @@ def shard_names(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def read_safetensors(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+def read_safetensors(file: Path, *, headers: bool) -> tuple[StateDict, Mapping[str, Any]]:
     """Read the tensors of a safetensors file, and its metadata."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
+            if headers:
+                return {name: header(opened.get_slice(name)) for name in opened.keys()}, metadata  # noqa: SIM118
         return load_file(file), metadata
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file, or is damaged: {error}") from error
 
 
-def read_pickle(file: Path) -> tuple[StateDict, Mapping[str, Any]]:
+def header(stored: Any) -> Tensor:
+    """Return a tensor without values that has the shape and the kind of numbers of a slice of a safetensors file."""
+    dtype = torch.float32 if stored.get_dtype().startswith(("F", "BF")) else torch.int64
+    if stored.get_dtype().startswith("C"):
+        dtype = torch.complex64
+    return torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+
+
+def read_pickle(file: Path, *, headers: bool) -> tuple[StateDict, Mapping[str, Any]]:
     """Read the state dict in a file of ``torch.save``, and everything in that file."""
-    saved = unpickled(file)
+    saved = unpickled(file, mapped=headers)
     if not isinstance(saved, Mapping):
         raise ValueError(
             f"{file} holds a {type(saved).__name__} instead of a state dict. Save the model with "
@@ -108,10 +122,11 @@ def nested_state(saved: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None
 
 
-def unpickled(file: Path) -> Any:
+def unpickled(file: Path, *, mapped: bool = False) -> Any:
     """Read a file of ``torch.save`` without running code, or explain why that is impossible."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        mmap = mapped and zipfile.is_zipfile(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle raises nearly anything: KeyError, EOFError, ...
         refused = re.search(r"GLOBAL (\S+)|unrecognized (?:function|type) (\S+)", str(error))
         if not refused:
