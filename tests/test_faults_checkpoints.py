@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from captum_sdi import SDIInfluence
-from captum_sdi.checkpoints import load_checkpoint
-from tests.test_checkpoints import NO_RATE, saved_pretrained, sharded, tiny_gpt, train, unchanged, values, write_log
+from captum_sdi.checkpoints import find_checkpoints, load_checkpoint
+from tests.test_checkpoints import NO_RATE, make, optimizer, saved_pretrained, sharded, tiny_gpt, train, unchanged, values, write_log
 
 
 def refused(model: nn.Module, path: Path, sentence: str) -> None:
@@ -308,3 +308,96 @@ def test_b8_a_load_function_of_the_users_reads_what_it_likes(tmp_path: Path) -> 
     sources = ["one.json", "two.json"]
     influence = SDIInfluence(tiny_gpt(), rows, sources, checkpoints_load_func=lambda *_: 1.0, layers=None)
     assert influence.influence(rows).total.shape == (1, 1)
+
+
+# --- Which entries of a folder are checkpoints ---------------------------------------------------
+
+
+def found_in(folder: Path) -> list[str]:
+    return [Path(path).relative_to(folder).as_posix() for path in find_checkpoints(folder)]
+
+
+@pytest.mark.parametrize("names", [["epoch_0", "epoch_2", "epoch_10"], ["step_5", "step_50"], ["ckpt-1", "ckpt-2"]])
+@pytest.mark.parametrize("saved", ["model.safetensors", "pytorch_model.bin", "zero_to_fp32.py", "adapter_model.bin"])
+def test_a10_numbered_folders_beside_the_final_model_are_the_checkpoints(
+    names: list[str], saved: str, tmp_path: Path
+) -> None:
+    make(tmp_path, "model.safetensors", "config.json", "all_results.json", "runs/a", "eval_1/results.json")
+    make(tmp_path, *[f"{name}/{saved}" for name in names])
+    assert found_in(tmp_path) == names
+
+
+def test_a10_accelerates_epochs_beside_a_final_model(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(tiny_gpt())
+    for epoch in range(3):
+        accelerator.save_state(str(tmp_path / f"epoch_{epoch}"))
+    accelerator.unwrap_model(prepared).save_pretrained(tmp_path)
+    assert found_in(tmp_path) == ["epoch_0", "epoch_1", "epoch_2"]
+
+
+def test_a10_other_folders_with_weights_are_named(tmp_path: Path) -> None:
+    make(tmp_path, "model.safetensors", "best/model.safetensors", "logs/a.txt")
+    with pytest.warns(UserWarning, match=r"is taken as one checkpoint, although folders in it hold weights .*: best\."):
+        assert found_in(tmp_path) == ["."]
+
+
+def test_a10_what_cannot_be_weights_is_skipped(tmp_path: Path) -> None:
+    others = ["all_results.json", "training_args.bin", "optimizer.pt", "rng_state_0.pth", "notes.txt", "scheduler.bin"]
+    others += ["events.out.tfevents.17.host.1.0", "tokenizer.model", "runs/", "wandb/a", "loss.png", "run.log"]
+    make(tmp_path, *others)
+    with pytest.raises(ValueError, match=r"Nothing in it can be weights: all_results.json, events.*list of paths"):
+        find_checkpoints(tmp_path)
+    make(tmp_path, "1.pt", "2.ckpt", "3.safetensors", "4", "5.npz")
+    assert found_in(tmp_path) == ["1.pt", "2.ckpt", "3.safetensors", "4", "5.npz"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without named pipes")
+def test_e7_a_pipe_among_checkpoints_is_skipped_and_alone_refused(tmp_path: Path) -> None:
+    as_file(tmp_path, 1)
+    os.mkfifo(tmp_path / "2.pt")
+    assert found_in(tmp_path) == ["1.pt"]
+    with pytest.raises(ValueError, match=r"2\.pt! It is neither a regular file nor a directory"):
+        find_checkpoints(tmp_path / "2.pt")
+
+
+def linked(path: Path, twin: Path) -> None:
+    twin.symlink_to(path)
+
+
+def copied(path: Path, twin: Path) -> None:
+    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, twin)
+
+
+@pytest.mark.parametrize("twice", [linked, copied])
+@pytest.mark.parametrize("write", [as_folder, as_file])
+def test_a10_links_and_copies_of_the_same_weights_count_once(write: Any, twice: Any, tmp_path: Path) -> None:
+    paths = [write(tmp_path, number) for number in (1, 2)]
+    twice(paths[1], tmp_path / ("checkpoint-3" if paths[1].is_dir() else "last.pt"))
+    with pytest.warns(UserWarning, match=r"(checkpoint-3|last.pt) holds the same weights as .*2.*counted once") as caught:
+        assert find_checkpoints(tmp_path) == [str(path) for path in paths]
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(UserWarning, match=r"holds the same weights"):
+        assert find_checkpoints([paths[0], paths[1], paths[0]]) == [str(path) for path in paths]
+
+
+def lightning(folder: Path, prefixes: list[str], **more: torch.Tensor) -> Path:
+    state = {prefix + name: tensor for prefix in prefixes for name, tensor in tiny_gpt(1).state_dict().items()}
+    saved = {"pytorch-lightning_version": "2.5.0", "epoch": 1, "callbacks": {"a": {"best": torch.ones(1)}}}
+    torch.save({**saved, "state_dict": state | more, "optimizer_states": [optimizer(0.5)]}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.gpt.", ""])
+def test_a10_lightnings_weights_are_told_by_their_prefix(prefix: str, tmp_path: Path) -> None:
+    more = {"metric.total": torch.ones(1)} if prefix else {}
+    model = tiny_gpt(2)
+    assert load_checkpoint(model, lightning(tmp_path, [prefix], **more)) == 0.5
+    for name, tensor in tiny_gpt(1).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_a10_two_models_in_one_lightning_module_are_refused(tmp_path: Path) -> None:
+    refused(tiny_gpt(2), lightning(tmp_path, ["student.", "teacher."]), r"under several names: student\., teacher\.")

@@ -14,8 +14,8 @@ from captum_sdi.checkpoints.adapters import adapter_name, check_adapter, load_ad
 from captum_sdi.checkpoints.checkpoint import Checkpoint
 from captum_sdi.checkpoints.files import ADAPTER_FILES, weights_file
 from captum_sdi.checkpoints.rates import effective_rate, learning_rate
-from captum_sdi.checkpoints.reading import StateDict, read_weights
-from captum_sdi.checkpoints.whole import fitting_weights, load_whole, named_tensors
+from captum_sdi.checkpoints.reading import LIGHTNING_KEY, StateDict, read_weights
+from captum_sdi.checkpoints.whole import fitting_weights, lightning_weights, load_whole, named_tensors
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
@@ -28,7 +28,8 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> float:
     * ``.safetensors`` files, with ``learning_rate`` in their metadata if they have it;
     * files of ``torch.save``: a state dict, alone or under ``model_state_dict``, ``state_dict`` or ``model``, with
       ``learning_rate``, ``lr`` or an optimizer's state dict (``optimizer``, ``optimizer_state_dict``) beside it. An
-      optimizer saved *after* ``scheduler.step()`` holds the next step's rate, so prefer ``learning_rate``.
+      optimizer saved *after* ``scheduler.step()`` holds the next step's rate, so prefer ``learning_rate``;
+    * Lightning's ``*.ckpt``, if one prefix alone tells the model's weights from the LightningModule's others.
 
     The prefixes ``module.`` and ``_orig_mod.`` may be on either side, a tied weight may be stored under one of its
     names only, and values are cast to the model's dtype.
@@ -100,6 +101,8 @@ def opened(
     source = Path(os.fsdecode(path))
     file = weights_file(source, adapter_name(model))
     state, metadata = read_weights(file, headers=headers)
+    if LIGHTNING_KEY in metadata:
+        state = lightning_weights(model, state, file)
     return file, state, learning_rate(metadata, source, file)
 
 

@@ -34,6 +34,8 @@ def rate_beside_weights(metadata: Mapping[str, Any], file: Path) -> float | None
             return as_rate(value, f"'{key}' of {file}")
     for key in OPTIMIZER_KEYS:
         optimizer = metadata.get(key)
+        if isinstance(optimizer, list) and len(optimizer) == 1:  # Lightning's
+            optimizer = optimizer[0]
         if isinstance(optimizer, Mapping) and optimizer.get("param_groups"):
             return optimizer_rate(optimizer["param_groups"], f"'{key}' of {file}")
     return None

@@ -19,7 +19,8 @@ from captum_sdi.checkpoints.files import abbreviated
 
 _STATE_KEYS = ("model_state_dict", "state_dict", "model")
 RATE_KEYS = ("learning_rate", "lr")
-OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optimizer_states")
+LIGHTNING_KEY = "pytorch-lightning_version"
 # A link there may lead elsewhere, as those of the Hub's cache do; a name may not.
 _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0:]+(?<!\.json)")
 

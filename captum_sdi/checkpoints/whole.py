@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from captum_sdi.borrow import kept_rng
 from captum_sdi.checkpoints.differences import Differences, mismatch
+from captum_sdi.checkpoints.files import abbreviated
 from captum_sdi.checkpoints.reading import StateDict
 
 
@@ -32,6 +33,21 @@ def fitting_weights(model: nn.Module, state: StateDict, file: Path) -> StateDict
     if differences:
         raise differences.error(file, model)
     return matched
+
+
+def lightning_weights(model: nn.Module, state: StateDict, file: Path) -> StateDict:
+    """Take the model's tensors out of a LightningModule's, which has the model under an attribute's name."""
+    names = list(bare_names(named_tensors(model)))
+    prefixes = [name.removesuffix(names[0]) for name in state if name.endswith(names[0])]
+    fitting = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{file} holds weights for the model under several names: {abbreviated(fitting)}. Save the right ones: "
+            "torch.save({'model_state_dict': module.<name>.state_dict(), 'learning_rate': lr}, path)."
+        )
+    if not fitting or fitting == [""]:
+        return state
+    return {name: state[fitting[0] + name] for name in names}
 
 
 def named_tensors(model: nn.Module) -> StateDict:
