@@ -16,7 +16,18 @@ from torch import nn
 
 from captum_sdi import SDIInfluence
 from captum_sdi.checkpoints import find_checkpoints, load_checkpoint
-from tests.test_checkpoints import NO_RATE, make, optimizer, saved_pretrained, sharded, tiny_gpt, train, unchanged, values, write_log
+from tests.test_checkpoints import (
+    NO_RATE,
+    make,
+    optimizer,
+    saved_pretrained,
+    sharded,
+    tiny_gpt,
+    train,
+    unchanged,
+    values,
+    write_log,
+)
 
 
 def refused(model: nn.Module, path: Path, sentence: str) -> None:
@@ -82,7 +93,18 @@ def test_e8_a_damaged_trainer_state_is_named(log: str, sentence: str, tmp_path: 
     refused(model, path, rf"trainer_state\.json.*{sentence}")
 
 
-OUTSIDE: list[Any] = ["../stolen.safetensors", "/etc/passwd", "..", ".", "", "a\\b", "C:x", "model.safetensors.index.json", 3, None]
+OUTSIDE: list[Any] = [
+    "../stolen.safetensors",
+    "/etc/passwd",
+    "..",
+    ".",
+    "",
+    "a\\b",
+    "C:x",
+    "model.safetensors.index.json",
+    3,
+    None,
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=str)
@@ -297,8 +319,8 @@ def test_b8_checkpoints_that_fit_are_read_as_before(write: Any, tmp_path: Path) 
     ids = torch.tensor([1, 2, 3])
     rows = [{"input_ids": ids, "labels": ids}]
     all_three = SDIInfluence(tiny_gpt(), rows, checkpoints=paths, layers=None).influence(rows)
-    totals = [SDIInfluence(tiny_gpt(), rows, checkpoints=[path], layers=None).influence(rows).total for path in paths]
-    assert torch.allclose(all_three.total, sum(totals))
+    totals = [SDIInfluence(tiny_gpt(), rows, checkpoints=[path], layers=None).influence(rows) for path in paths]
+    assert torch.allclose(all_three, torch.stack(totals).sum(0))
 
 
 @pytest.mark.filterwarnings("ignore:Nothing repeats")
@@ -307,7 +329,7 @@ def test_b8_a_load_function_of_the_users_reads_what_it_likes(tmp_path: Path) -> 
     rows = [{"input_ids": ids, "labels": ids}]
     sources = ["one.json", "two.json"]
     influence = SDIInfluence(tiny_gpt(), rows, sources, checkpoints_load_func=lambda *_: 1.0, layers=None)
-    assert influence.influence(rows).total.shape == (1, 1)
+    assert influence.influence(rows).shape == (1, 1)
 
 
 # --- Which entries of a folder are checkpoints ---------------------------------------------------
@@ -376,7 +398,9 @@ def copied(path: Path, twin: Path) -> None:
 def test_a10_links_and_copies_of_the_same_weights_count_once(write: Any, twice: Any, tmp_path: Path) -> None:
     paths = [write(tmp_path, number) for number in (1, 2)]
     twice(paths[1], tmp_path / ("checkpoint-3" if paths[1].is_dir() else "last.pt"))
-    with pytest.warns(UserWarning, match=r"(checkpoint-3|last.pt) holds the same weights as .*2.*counted once") as caught:
+    with pytest.warns(
+        UserWarning, match=r"(checkpoint-3|last.pt) holds the same weights as .*2.*counted once"
+    ) as caught:
         assert find_checkpoints(tmp_path) == [str(path) for path in paths]
     assert [warning.filename for warning in caught] == [__file__]
     with pytest.warns(UserWarning, match=r"holds the same weights"):

@@ -30,7 +30,12 @@ StateDict = dict[str, Tensor]
 def read_weights(file: Path, *, headers: bool = False) -> tuple[StateDict, Mapping[str, Any]]:
     """Read the state dict in a file, or in the shards it indexes, and its other content.
 
-    ``headers`` leaves out the values: tensors are on the meta device, or mapped into memory.
+    Args:
+        file: The file.
+        headers: Leave out the values: tensors are on the meta device, or mapped into memory.
+
+    Returns:
+        The state dict and the other content.
     """
     if file.name.endswith(".index.json"):
         return read_shards(file, headers=headers), {}

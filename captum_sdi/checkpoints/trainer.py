@@ -146,7 +146,7 @@ def logs_are_late(states: list[TrainerState]) -> bool:
     for late in (False, True):  # on a plateau a rate is the next one as well, and only the whole schedule can tell
         if rates_of_schedule(1, rates_by_step(states, logs_are_late=late), states):
             return late
-    # A scheduler without base_lrs (ReduceLROnPlateau) moves at evaluations only: the next step's rate is mostly the same.
+    # A scheduler without base_lrs (ReduceLROnPlateau) moves at evaluations only: the next rate is mostly the same.
     return any(state.step in state.logged and state.peak is not None for state in states)
 
 
