@@ -19,7 +19,7 @@ TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")
 _OTHER_FOLDERS = ("runs", "logs", "wandb", "lightning_logs", "tensorboard", "__pycache__")
 _OTHER_FILES = re.compile(
     r".*\.(json|jsonl|txt|md|ya?ml|toml|csv|tsv|log|out|err|py|sh|html|ipynb|png|jpe?g|svg|pdf|jinja|model|lock|tmp|zip)"
-    r"|.*\.tfevents\..*|.*\.unfinished|(training_args|optimizer|scheduler|sampler|scaler|random_states|rng_state).*"
+    r"|.*\.tfevents\..*|.*\.unfinished|(training_args|optimizer|scheduler|sampler|scaler|random_states|rng_state)(_\d+)*\.(pt|pth|bin|pkl)"
 )
 _NAMES_IN_A_MESSAGE = 10
 
