@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from captum_sdi import queries
-from captum_sdi.checkpoints import find_checkpoints, listed_checkpoints, load_checkpoint
+from captum_sdi.checkpoints import check_checkpoints, find_checkpoints, listed_checkpoints, load_checkpoint
 from captum_sdi.data.batch import ForwardKwargs
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.examples import Examples
@@ -329,9 +329,12 @@ class SDIInfluence(TracInCPBase):
 
     def study(self, *, show_progress: bool = False, with_index: bool = True) -> Study:
         """Return the train set, the checkpoints and the methods, as `captum_sdi.queries` takes them."""
+        checkpoints = listed_checkpoints(self.checkpoints)
+        if self.checkpoints_load_func is load_checkpoint:
+            check_checkpoints(self.model, checkpoints)
         return Study(
             engine=self._engine,
-            checkpoints=listed_checkpoints(self.checkpoints),
+            checkpoints=checkpoints,
             train=self._train_examples(),
             index=self._index if with_index else None,
             preconditioner=self.preconditioner,

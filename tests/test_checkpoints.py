@@ -769,10 +769,13 @@ def logged_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder
 
 @pytest.fixture(scope="module")
 def sparse_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder]:
-    """A run that saves at steps 3, 6, 9 and 12, and logs at 5 and 10."""
+    """A run that saves at steps 3, 6, 9 and 12, logs at 5 and 10, and kept no scheduler."""
     folder = tmp_path_factory.mktemp("sparse")
     settings = {"save_steps": 3, "logging_steps": 5, "lr_scheduler_type": "cosine"}
-    return folder, train(folder, tiny_gpt(), 12, **settings)
+    recorder = train(folder, tiny_gpt(), 12, **settings)
+    for scheduler in folder.glob("*/scheduler.pt"):
+        scheduler.unlink()
+    return folder, recorder
 
 
 def test_the_rate_used_at_a_logged_step(logged_run: tuple[Path, Recorder]) -> None:

@@ -22,19 +22,25 @@ def adapter_name(model: nn.Module) -> str | None:
 
 def load_adapter(model: nn.Module, state: StateDict, file: Path) -> None:
     """Copy an adapter's weights into the active adapter of a PeftModel; the base model stays."""
+    name = check_adapter(model, state, file)
+    from peft import set_peft_model_state_dict  # optional: a PeftModel proves that it is installed
+
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def check_adapter(model: nn.Module, state: StateDict, file: Path) -> str:
+    """Check that an adapter fits the active adapter of a PeftModel, and return that one's name."""
     name = adapter_name(model)
     if name is None or not hasattr(model, "peft_config"):
         raise ValueError(
             f"{file} holds the weights of an adapter, but the model ({type(model).__name__}) is no PeftModel. Wrap it "
             f"first: model = peft.PeftModel.from_pretrained(model, {str(file.parent)!r}, is_trainable=True)."
         )
-    from peft import set_peft_model_state_dict  # optional: a PeftModel proves that it is installed
-
     check_adapter_settings(model, name, file)
     differences = adapter_differences(model, name, state)
     if differences:
         raise differences.error(file, model)
-    set_peft_model_state_dict(model, state, adapter_name=name)
+    return name
 
 
 def check_adapter_settings(model: Any, name: str, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+# float() takes more: underscores, and the digits of every alphabet.
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Checkpoint:
             return self
         returned = load(model, self.source)
         try:
-            rate = float(returned)
-        except (TypeError, ValueError):
+            rate = as_number(returned)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             rate = math.nan
         if not math.isfinite(rate):
             raise ValueError(
@@ -52,6 +56,21 @@ class Checkpoint:
                 "load the checkpoint and return a finite number."
             )
         return replace(self, rate=rate)
+
+
+def as_number(value: Any) -> float:
+    """Turn a number, a one-element tensor or a decimal string into a float; True and "1_0" are no numbers."""
+    if isinstance(value, bool) or (isinstance(value, str) and not _DECIMAL.fullmatch(value.strip())):
+        raise TypeError(f"{value!r} is no number.")
+    return float(value)
+
+
+def as_rate(value: Any, origin: str) -> float:
+    """Turn a number, a one-element tensor or (in safetensors metadata) a string into a rate."""
+    try:
+        return as_number(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{origin} should be a learning rate, one number, but is {value!r}.") from None
 
 
 def listed_checkpoints(sources: Sequence[Any]) -> list[Checkpoint]:

@@ -55,9 +55,16 @@ def mismatch(name: str, stored: Tensor, target: Tensor) -> list[str]:
     """Describe a difference in shape, or between numbers and codes (quantised weights), if any."""
     if stored.shape != target.shape:
         return [two_values(name, tuple(stored.shape), tuple(target.shape))]
-    if stored.is_floating_point() != target.is_floating_point():
+    if number_kind(stored) != number_kind(target):
         return [two_values(name, stored.dtype, target.dtype)]
+    if stored.layout != target.layout:
+        return [two_values(name, stored.layout, target.layout)]
     return []
+
+
+def number_kind(tensor: Tensor) -> tuple[bool, ...]:
+    """Tell apart what is not cast into each other: floating point, complex, codes with a scale, other numbers."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.is_quantized
 
 
 def two_values(name: str, in_checkpoint: Any, in_model: Any) -> str:

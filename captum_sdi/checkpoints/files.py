@@ -15,6 +15,12 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # In the order in which they are looked for: whole models before adapters, safetensors before pickles.
 WEIGHT_FILES = WHOLE_FILES + ADAPTER_FILES
 TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)")
+# What trainers leave beside their checkpoints.
+_OTHER_FOLDERS = ("runs", "logs", "wandb", "lightning_logs", "tensorboard", "__pycache__")
+_OTHER_FILES = re.compile(
+    r".*\.(json|jsonl|txt|md|ya?ml|toml|csv|tsv|log|out|err|py|sh|html|ipynb|png|jpe?g|svg|pdf|jinja|model|lock|tmp|zip)"
+    r"|.*\.tfevents\..*|.*\.unfinished|(training_args|optimizer|scheduler|sampler|scaler|random_states|rng_state)(_\d+)*\.(pt|pth|bin|pkl)"
+)
 _NAMES_IN_A_MESSAGE = 10
 
 
@@ -24,6 +30,8 @@ def weights_file(path: Path, adapter: str | None) -> Path:
         raise ValueError(f"There is no checkpoint at {path}: no such file or directory.")
     if path.is_file() and path.suffix != ".distcp":
         return path
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is neither a regular file nor a folder (a pipe, a device?), so it is no checkpoint.")
     folder = path if path.is_dir() else path.parent
     candidates = [folder / name for name in WEIGHT_FILES]
     if adapter is not None:
@@ -43,6 +51,13 @@ def weights_file(path: Path, adapter: str | None) -> Path:
         f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)} is in it, but {listed}. "
         "Pass a checkpoint folder or file; a folder of several checkpoints goes to checkpoints=."
     )
+
+
+def may_be_weights(path: Path) -> bool:
+    """Tell whether an entry of a folder can be a checkpoint, by its name; only a load function knows for certain."""
+    if path.is_dir():
+        return path.name not in _OTHER_FOLDERS
+    return path.is_file() and not _OTHER_FILES.fullmatch(path.name)
 
 
 def conversion_command(folder: Path) -> str | None:

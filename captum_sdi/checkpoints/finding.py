@@ -10,16 +10,25 @@ from typing import Any
 
 from captum._utils.av import AV
 
-from captum_sdi.checkpoints.files import TRAINER_FOLDER, WEIGHT_FILES, conversion_command
+from captum_sdi.checkpoints.copies import without_copies
+from captum_sdi.checkpoints.files import (
+    TRAINER_FOLDER,
+    WEIGHT_FILES,
+    abbreviated,
+    conversion_command,
+    may_be_weights,
+)
+from captum_sdi.words import warn_user
 
 
 def find_checkpoints(checkpoints: Any) -> list[Any]:
     """Order what the user passed as ``checkpoints`` into a list, by Captum's rules.
 
-    A directory of Trainer folders (``checkpoint-<n>``) is ordered by step, and whatever else lies in it is ignored. A
-    directory that is a checkpoint, or a file, is a list of one. The entries of any other directory, and a list of
-    paths, are sorted naturally, as in Captum. Every other iterable keeps its order. ``None`` stands for the model's
-    current weights.
+    A directory of Trainer folders (``checkpoint-<n>``), or of others with weights and a number at the end of their
+    names (``epoch_2``, ``step_500``), is ordered by step, and whatever else lies in it is ignored. A directory that is
+    a checkpoint, or a file, is a list of one. The entries of any other directory, less those that cannot be weights
+    (results, logs, optimizers), and a list of paths, are sorted naturally, as in Captum. Every other iterable keeps its
+    order. The same weights under two paths count once, with a warning. ``None`` stands for the model's current weights.
 
     Args:
         checkpoints: A path, an iterable of whatever the load function takes, or None.
@@ -40,7 +49,7 @@ def find_checkpoints(checkpoints: Any) -> list[Any]:
     if checkpoints is None:
         return [None]
     if isinstance(checkpoints, (str, os.PathLike)):
-        return checkpoints_at(os.fsdecode(checkpoints))
+        return without_copies(checkpoints_at(os.fsdecode(checkpoints)))
     if isinstance(checkpoints, Mapping) or not isinstance(checkpoints, Iterable):
         raise TypeError(
             "checkpoints must be a path, a list or an iterator of checkpoints, or None for the model's current "
@@ -58,8 +67,8 @@ def find_checkpoints(checkpoints: Any) -> list[Any]:
         raise ValueError(f"{captums_sentence(checkpoints)} It is empty. Pass at least one checkpoint.")
     # Captum sorts a list of paths, and takes everything else in the order given.
     if isinstance(checkpoints, list) and all(isinstance(source, str) for source in sources):
-        return AV.sort_files(sources)
-    return sources
+        sources = AV.sort_files(sources)
+    return without_copies(sources)
 
 
 def checkpoints_at(path: str) -> list[str]:
@@ -68,18 +77,28 @@ def checkpoints_at(path: str) -> list[str]:
         return [path]
     if not os.path.exists(path):
         raise ValueError(f"{captums_sentence(path)} There is no such file or directory. Check the path.")
-    trainer_folders = trainer_folders_in(path)
-    if trainer_folders:
-        return trainer_folders
+    if not os.path.isdir(path):
+        raise ValueError(f"{captums_sentence(path)} It is neither a regular file nor a directory (a pipe, a device?).")
+    numbered_folders = trainer_folders_in(path) or numbered_folders_in(path)
+    if numbered_folders:
+        return numbered_folders
     if is_checkpoint(Path(path)):
+        warn_of_others_within(Path(path))
         return [path]
     # The path is escaped, because a directory may be called "run[1]".
     pattern = os.path.join(glob.escape(path), "*")
-    files = AV.sort_files(glob.glob(pattern))
-    if not files:
+    entries = AV.sort_files(glob.glob(pattern))
+    if not entries:
         raise ValueError(
             f"{captums_sentence(path)} The directory is empty. Pass one that holds checkpoint-<step> folders or "
             "checkpoint files."
+        )
+    files = [entry for entry in entries if may_be_weights(Path(entry))]
+    if not files:
+        names = [os.path.basename(entry) for entry in entries]
+        raise ValueError(
+            f"{captums_sentence(path)} Nothing in it can be weights: {abbreviated(names)}. Pass a directory that holds "
+            "checkpoint-<step> folders or checkpoint files, or a list of paths."
         )
     return files
 
@@ -93,6 +112,22 @@ def trainer_folders_in(path: str) -> list[str]:
             step = int(match[1])
             folders[step] = os.path.join(path, entry.name)
     return [folders[step] for step in sorted(folders)]
+
+
+def numbered_folders_in(path: str) -> list[str]:
+    """List the folders with weights whose names end in a number, as accelerate's do, in that order."""
+    folders = [entry for entry in Path(path).iterdir() if entry.name[-1].isdecimal() and entry.is_dir()]
+    return AV.sort_files([os.path.join(path, entry.name) for entry in folders if is_checkpoint(entry)])
+
+
+def warn_of_others_within(folder: Path) -> None:
+    """Warn of folders with weights inside a folder that is taken as one checkpoint."""
+    inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_checkpoint(entry))
+    if inner:
+        warn_user(
+            f"{folder} is taken as one checkpoint, although folders in it hold weights as well: {abbreviated(inner)}. "
+            "Pass a list of paths to choose others."
+        )
 
 
 def is_checkpoint(folder: Path) -> bool:

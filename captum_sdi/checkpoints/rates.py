@@ -1,20 +1,18 @@
-"""The learning rate of a checkpoint: the one *used at its step*.
-
-A Trainer folder holds it in the log of ``trainer_state.json``; its ``optimizer.pt`` and ``scheduler.pt`` already hold
-the next step's.
-"""
+"""The learning rate of a checkpoint: the one *used at its step*."""
 
 from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from captum_sdi.checkpoints.files import TRAINER_FOLDER, WEIGHT_FILES, abbreviated
-from captum_sdi.checkpoints.reading import OPTIMIZER_KEYS, RATE_KEYS, read_json
+from captum_sdi.checkpoints.checkpoint import as_rate
+from captum_sdi.checkpoints.files import WEIGHT_FILES, abbreviated
+from captum_sdi.checkpoints.reading import OPTIMIZER_KEYS, RATE_KEYS
+from captum_sdi.checkpoints.trainer import trainer_rate
+from captum_sdi.words import warn_user
 
 
 def learning_rate(metadata: Mapping[str, Any], path: Path, file: Path) -> float | None:
@@ -36,6 +34,8 @@ def rate_beside_weights(metadata: Mapping[str, Any], file: Path) -> float | None
             return as_rate(value, f"'{key}' of {file}")
     for key in OPTIMIZER_KEYS:
         optimizer = metadata.get(key)
+        if isinstance(optimizer, list) and len(optimizer) == 1:  # Lightning's
+            optimizer = optimizer[0]
         if isinstance(optimizer, Mapping) and optimizer.get("param_groups"):
             return optimizer_rate(optimizer["param_groups"], f"'{key}' of {file}")
     return None
@@ -49,105 +49,28 @@ def optimizer_rate(groups: list[dict[str, Any]], origin: str) -> float | None:
     if len(set(rates)) > 1:
         # Influence has one rate per checkpoint. The first group's is also what the Trainer logs.
         listed = abbreviated([f"{rate:g}" for rate in rates])
-        _warn(
+        warn_user(
             f"{origin} has parameter groups with different learning rates ({listed}). The first is used for all of "
             "them; save 'learning_rate' beside the state dict to choose another."
         )
     return rates[0]
 
 
-def as_rate(value: Any, origin: str) -> float:
-    """Turn a number, a one-element tensor or (in safetensors metadata) a string into a rate."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"{origin} should be a learning rate, one number, but is {value!r}.") from None
-
-
-def trainer_rate(folder: Path) -> float | None:
-    """Read the rate used at a Trainer folder's step from its log; None where it has no log."""
-    file = folder / "trainer_state.json"
-    if not file.is_file():
-        return None
-    state = read_json(file)
-    rates = logged_rates(state, file)
-    step = state.get("global_step")
-    if not isinstance(step, int):
-        return None
-    if step in rates:
-        return rates[step]
-    later_rates = rates_logged_later(folder, rates)
-    return rate_between(step, rates | later_rates, folder)
-
-
-def logged_rates(state: dict[str, Any], file: Path) -> dict[int, float]:
-    """Read the learning rates in a Trainer's log, by step."""
-    rates: dict[int, float] = {}
-    for entry in state.get("log_history") or []:
-        if "learning_rate" in entry and "step" in entry:
-            step = entry["step"]
-            rates[step] = as_rate(entry["learning_rate"], f"step {step} of {file}")
-    return rates
-
-
-def rates_logged_later(folder: Path, own_rates: dict[int, float]) -> dict[int, float]:
-    """Collect the rates in the logs of the same run's other checkpoints."""
-    # A checkpoint's own log ends at its step at the latest, so the next logged rate is never in it.
-    if not TRAINER_FOLDER.fullmatch(folder.absolute().name):
-        return {}
-    run = folder.absolute().parent
-    later_rates: dict[int, float] = {}
-    for file in [*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"]:
-        if not file.is_file():
-            continue
-        rates = logged_rates(read_json(file), file)
-        # A log that contradicts the checkpoint's own is of another run in the same directory.
-        if own_rates.items() <= rates.items():
-            later_rates |= rates
-    return later_rates
-
-
-def rate_between(step: int, rates: dict[int, float], folder: Path) -> float | None:
-    """Interpolate linearly between the nearest logged steps; beyond the ends take the nearest."""
-    steps_before = [logged for logged in rates if logged < step]
-    steps_after = [logged for logged in rates if logged > step]
-    if steps_before and steps_after:
-        earlier, later = max(steps_before), min(steps_after)
-        weight = (step - earlier) / (later - earlier)
-        rate = rates[earlier] + weight * (rates[later] - rates[earlier])
-        explanation = f"{rate:g} is interpolated between those of steps {earlier} and {later}"
-    elif steps_before or steps_after:
-        nearest = max(steps_before) if steps_before else min(steps_after)
-        rate = rates[nearest]
-        explanation = f"{rate:g}, that of step {nearest}, the nearest logged one, is used"
-    else:
-        return None
-    _warn(
-        f"{folder} logged no learning rate at its step {step}: {explanation}. For exact rates choose logging_steps so "
-        "that it divides save_steps."
-    )
-    return rate
-
-
 def effective_rate(rate: float | None, path: Path) -> float:
     """Replace a missing rate by 1.0, and warn of it, or of one that has no effect."""
     if rate is None:
+        advice = "Save 'learning_rate' beside the state dict, or keep trainer_state.json beside the weights."
+        if (path / "trainer_state.json").is_file():
+            advice = "Its trainer_state.json logged none: keep scheduler.pt, or choose logging_steps <= save_steps."
         # The same words for every checkpoint of a run, so that Python shows them once.
-        _warn(
+        warn_user(
             f"A checkpoint in {os.path.dirname(os.path.abspath(path))} holds no learning rate: 1.0 is used, so all "
-            "such checkpoints count alike. Save 'learning_rate' beside the state dict, or keep trainer_state.json "
-            "beside the weights."
+            f"such checkpoints count alike. {advice}"
         )
         return 1.0
     if rate == 0:
-        _warn(
+        warn_user(
             f"The learning rate of {path} is 0: this checkpoint contributes nothing to any score. Leave it out, or "
             "take one from the middle of the schedule."
         )
     return rate
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)

@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from captum_sdi.borrow import kept_rng
 from captum_sdi.checkpoints.differences import Differences, mismatch
+from captum_sdi.checkpoints.files import abbreviated
 from captum_sdi.checkpoints.reading import StateDict
 
 
 def load_whole(model: nn.Module, state: StateDict, file: Path) -> None:
     """Copy a state dict of the whole model into it, if the two agree in every key and shape."""
+    # Not strict, because a module's "_extra_state" is no tensor and is left as it is.
+    model.load_state_dict(fitting_weights(model, state, file), strict=False)
+
+
+def fitting_weights(model: nn.Module, state: StateDict, file: Path) -> StateDict:
+    """Return a state dict under the model's names, if the two agree in every key and shape."""
     matched, differences = match_names(model, state)
     if differences:
         renamed = read_by_transformers(model, file)
@@ -25,8 +32,22 @@ def load_whole(model: nn.Module, state: StateDict, file: Path) -> None:
             matched, differences = match_names(model, renamed)
     if differences:
         raise differences.error(file, model)
-    # Not strict, because a module's "_extra_state" is no tensor and is left as it is.
-    model.load_state_dict(matched, strict=False)
+    return matched
+
+
+def lightning_weights(model: nn.Module, state: StateDict, file: Path) -> StateDict:
+    """Take the model's tensors out of a LightningModule's, which has the model under an attribute's name."""
+    names = list(bare_names(named_tensors(model)))
+    prefixes = [name.removesuffix(names[0]) for name in state if name.endswith(names[0])]
+    fitting = [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"{file} holds weights for the model under several names: {abbreviated(fitting)}. Save the right ones: "
+            "torch.save({'model_state_dict': module.<name>.state_dict(), 'learning_rate': lr}, path)."
+        )
+    if not fitting or fitting == [""]:
+        return state
+    return {name: state[fitting[0] + name] for name in names}
 
 
 def named_tensors(model: nn.Module) -> StateDict:
@@ -83,8 +104,8 @@ def fill_tied(matched: StateDict, targets: StateDict) -> list[str]:
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
-    """Compare exactly, NaN equal to NaN; tensors of another shape are reported elsewhere."""
-    if first.shape != second.shape:
+    """Compare exactly, NaN equal to NaN; tensors of another shape are reported elsewhere, headers have no values."""
+    if first.shape != second.shape or first.is_meta or second.is_meta:
         return True
     equal = torch.isclose(first, second.to(first.dtype), rtol=0, atol=0, equal_nan=True)
     return bool(equal.all())
