@@ -23,9 +23,8 @@ from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
 from captum_sdi.features import Columns, LoopSpec
 from captum_sdi.index import Faiss, SketchIndex, TrainIndex
-from captum_sdi.inputs import as_batches, as_loader
+from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
-from captum_sdi.model_facts import model_config
 from captum_sdi.passes import Engine, largest_batch
 from captum_sdi.preconditioners import Identity, Preconditioner
 from captum_sdi.progress import Progress
@@ -119,7 +118,7 @@ class SDIInfluence(TracInCPBase):
         self.preconditioner = Identity() if preconditioner is None else preconditioner
         arguments.check_model(model)
         arguments.check_methods(sketch, self.preconditioner, search, index)
-        self._collate = collate_fn or Collator(_pad_token_id(model))
+        self._collate = collate_fn or Collator(padding_token(model))
         first_size = _most_examples(model) if batch_size == "auto" else batch_size
         loader = as_loader(train_dataset, first_size, self._collate, "train_dataset")
         super().__init__(model, loader, checkpoints, checkpoints_load_func, loss_fn, first_size, test_loss_fn)
@@ -348,6 +347,7 @@ class SDIInfluence(TracInCPBase):
         return Examples(Stream(self.train_dataloader, "train_dataset", self._train_side.loss_fn), self._train_side)
 
     def _examples(self, inputs: Any, side: Side) -> Examples:
+        arguments.check_inputs(inputs)
         batches = as_batches(inputs, self.batch_size or 1, self._collate)
         return Examples(Stream(batches, "inputs", side.loss_fn), side)
 
@@ -368,7 +368,3 @@ class SDIInfluence(TracInCPBase):
 def _most_examples(model: nn.Module) -> int:
     """Return where the search for a batch size begins."""
     return 256 if any(parameter.is_cuda for parameter in model.parameters()) else 16
-
-
-def _pad_token_id(model: nn.Module) -> int:
-    return getattr(model_config(model), "pad_token_id", None) or 0

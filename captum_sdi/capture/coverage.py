@@ -14,6 +14,7 @@ from captum_sdi.capture.tape import Tape
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
 from captum_sdi.data.losses import LossFn, check_gradient, default_loss, example_losses
 from captum_sdi.features import Gradient, LoopSpec
+from captum_sdi.inputs import first_batch
 from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import as_loop, target_parameters
 from captum_sdi.sketch.exact import Exact
@@ -58,7 +59,8 @@ def coverage_check(
 
     Args:
         model: The model.
-        batch: A batch; see `captum_sdi.data.batch`.
+        batch: A batch; see `captum_sdi.data.batch`. Of rows or a Dataset the first 8 count, of a DataLoader its first
+            batch.
         loop: As for `captum_sdi.SDIInfluence`.
         layers: As for `captum_sdi.SDIInfluence`.
         loss_fn: As for `captum_sdi.SDIInfluence`.
@@ -78,6 +80,7 @@ def coverage_check(
         >>> max(coverage_check(model, {"input_ids": ids, "labels": ids}).differences) < 1e-4
         True
     """
+    batch = first_batch(model, batch, 8)
     spec = as_loop(loop) or find_loop(model, batch, forward_kwargs=forward_kwargs)
     names = target_parameters(model, layers, spec)
     targets = {name: model.get_parameter(name) for name in names}
@@ -142,6 +145,8 @@ def ordinary_gradients(
     for name, gradient in zip(targets, gradients, strict=True):
         if gradient is None:
             gradient = torch.zeros_like(targets[name])
+        if gradient.is_sparse:  # of nn.Embedding(sparse=True)
+            gradient = gradient.to_dense()
         expected[name] = gradient.flatten()
     return expected
 

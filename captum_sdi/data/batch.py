@@ -12,11 +12,13 @@ gives no ``collate_fn``; what a loss function may return is described in `captum
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,6 +193,10 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
 
 def forward_keywords(model: nn.Module) -> set[str] | None:
     """Return the keywords that forward names; None where it names none and takes any."""
+    # Wrappers, of torch.compile and of DataParallel, take anything and hand it on.
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     keywords: set[str] = set()
     takes_any = False
     for parameter in inspect.signature(model.forward).parameters.values():
@@ -202,6 +208,60 @@ def forward_keywords(model: nn.Module) -> set[str] | None:
     return None if takes_any and not keywords else keywords
 
 
+# --- plain values ---
+
+SMALL_INTEGERS = (torch.int8, torch.uint8, torch.int16)
+UNSIGNED_INTEGERS = (torch.uint16, torch.uint32, torch.uint64)
+"""Few operations of torch take them, and none that looks up an id."""
+
+
+def plain_batch(raw: Any) -> Any:
+    """Return a batch in the same form, whose arrays and lists of numbers are tensors and whose ids are int64.
+
+    Raises:
+        ValueError: If a list of numbers is ragged.
+
+    Example:
+        >>> ids = torch.tensor([[1, 2]], dtype=torch.uint8)
+        >>> plain_batch({"input_ids": ids, "labels": [[1, 2]]})
+        {'input_ids': tensor([[1, 2]]), 'labels': tensor([[1, 2]])}
+    """
+    if isinstance(raw, Mapping):
+        return with_values(raw, {key: plain_value(str(key), value) for key, value in raw.items()})
+    if isinstance(raw, list | tuple):
+        values = [plain_value(f"batch[{place}]", value) for place, value in enumerate(raw)]
+        return in_form_of(raw, values)
+    return raw
+
+
+def plain_value(name: str, value: Any) -> Any:
+    """Return a batch's value as a tensor where it is made of numbers; others, such as texts, as they are."""
+    if isinstance(value, Mapping):
+        return plain_batch(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.tensor(value)
+    elif isinstance(value, list) and _is_of_numbers(value):
+        try:
+            value = torch.tensor(np.array(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} of a batch is a list of rows of different length: pad it, or pass the rows one by one, "
+                "[{...}, {...}], which are padded."
+            ) from error
+    if not isinstance(value, Tensor):
+        return value
+    is_small = value.dtype in SMALL_INTEGERS and value.ndim <= 2 and "mask" not in name  # images have more axes
+    return value.long() if is_small or value.dtype in UNSIGNED_INTEGERS else value
+
+
+def _is_of_numbers(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(map(_is_of_numbers, value))
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "biuf"
+    return isinstance(value, int | float | np.number)
+
+
 # --- nested values ---
 
 
@@ -210,12 +270,25 @@ def map_tensors(apply: Callable[[Tensor], Any], value: Any) -> Any:
     if isinstance(value, Tensor):
         return apply(value)
     if isinstance(value, Mapping):
-        return {key: map_tensors(apply, item) for key, item in value.items()}
-    is_named_tuple = hasattr(value, "_fields")
-    if isinstance(value, list | tuple) and not is_named_tuple:
-        kind = type(value)
-        return kind(map_tensors(apply, item) for item in value)
+        return with_values(value, {key: map_tensors(apply, item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return in_form_of(value, [map_tensors(apply, item) for item in value])
     return value
+
+
+def with_values(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """Return a mapping of the same type, whose attributes may be its keys as in `BatchEncoding`."""
+    if type(mapping) is dict or not isinstance(mapping, MutableMapping):
+        return values
+    changed = copy.copy(mapping)
+    changed.update(values)
+    return changed
+
+
+def in_form_of(sequence: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    """Return a list or tuple of the same type, named or not."""
+    kind = type(sequence)
+    return kind(*values) if hasattr(sequence, "_fields") else kind(values)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

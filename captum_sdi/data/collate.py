@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+from captum_sdi.data.batch import plain_batch, plain_value
 from captum_sdi.data.losses import IGNORED
 
 
@@ -42,7 +43,7 @@ class Collator:
         """
         first = rows[0]
         if not isinstance(first, Mapping):
-            return _collate_tuples(rows)
+            return plain_batch(_collate_tuples(rows))
         if _is_batch(first):
             raise ValueError(
                 f"A row is one example, but input_ids and labels of this one are of shape "
@@ -53,6 +54,8 @@ class Collator:
         for number, row in enumerate(rows):
             if set(row) != keys:
                 raise ValueError(f"Row {number} of a batch has keys {sorted(row)}, its first row {sorted(keys)}.")
+            if _is_empty(row.get("input_ids")):
+                raise ValueError(f"Row {number} of a batch is empty: its input_ids hold no token. Leave such rows out.")
         batch = {}
         for key in first:
             values = [row[key] for row in rows]
@@ -65,12 +68,19 @@ class Collator:
 
     def _stack(self, key: str, values: list[Any]) -> Any:
         try:
-            tensors = [torch.as_tensor(value) for value in values]
+            tensors = [plain_value(key, torch.as_tensor(value)) for value in values]
         except (TypeError, ValueError, RuntimeError):
             return values  # such as texts; the reader drops what forward does not take
         has_scalars = any(tensor.ndim == 0 for tensor in tensors)
         further_axes = {tensor.shape[1:] for tensor in tensors}
-        if has_scalars or len(further_axes) > 1:
+        is_mixed = has_scalars and any(tensor.ndim > 0 for tensor in tensors)
+        if len(further_axes) > 1 or is_mixed:
+            shapes = [tuple(tensor.shape) for tensor in tensors]
+            raise ValueError(
+                f"The rows of a batch hold {key!r} of shapes {shapes[:5]}: only the first axis is padded. Give them "
+                "the same further axes, or pass collate_fn=."
+            )
+        if has_scalars:
             return torch.stack(tensors)
         padding_value = self._padding.get(key, 0)
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=padding_value)
@@ -84,6 +94,12 @@ def _collate_tuples(rows: Sequence[Any]) -> Any:
             "The rows of a batch differ in shape and tuples have no place for an attention mask: yield mapping "
             "rows (input_ids, attention_mask, labels), which are padded, or pass collate_fn=."
         ) from error
+
+
+def _is_empty(ids: Any) -> bool:
+    if isinstance(ids, list | tuple):
+        return len(ids) == 0
+    return 0 in getattr(ids, "shape", ())
 
 
 def _attention_mask(lengths: Sequence[int]) -> Tensor:

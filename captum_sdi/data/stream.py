@@ -8,56 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader
 
-from captum_sdi.data.batch import batch_size, select
+from captum_sdi.data.batch import batch_size, plain_batch, select
 from captum_sdi.data.fingerprints import batch_fingerprint
 from captum_sdi.data.losses import IGNORED, LossFn, untargeted_examples
+from captum_sdi.data.order import check_order, check_places, check_rows, is_indexed, other_rows, rows_at
 from captum_sdi.words import warn_user
 
-
-def check_order(loader: DataLoader[Any], argument: str) -> None:
-    """Check that a loader keeps its dataset's order and leaves nothing out.
-
-    Raises:
-        ValueError: If it shuffles, or drops its last batch; names ``argument``.
-    """
-    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    sampler = getattr(sampler, "sampler", sampler)
-    if not isinstance(loader.dataset, IterableDataset) and shuffles(sampler):
-        raise ValueError(
-            f"{argument} shuffles, but an example is known by its position: results could not be matched to "
-            "examples. Build the DataLoader with shuffle=False."
-        )
-    if getattr(loader.batch_sampler, "drop_last", loader.drop_last):
-        raise ValueError(
-            f"{argument} has drop_last=True and would leave examples out without a word. Build the DataLoader with "
-            "drop_last=False."
-        )
-
-
-def shuffles(sampler: Any) -> bool:
-    """Say whether a sampler draws its order; one of an unknown type is run from two seeds."""
-    if isinstance(sampler, SequentialSampler):
-        return False
-    if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
-        return True
-    if getattr(sampler, "shuffle", None) is True:
-        return True
-    orders = []
-    for seed in (0, 1):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            orders.append([str(index) for index in sampler])
-    return orders[0] != orders[1]
+READ_TWICE = 4
+"""How many batches are read twice, to notice data that differs at every reading."""
 
 
 class Stream:
@@ -69,7 +29,7 @@ class Stream:
         loss_fn: What the batches are for: the default loss predicts nothing from one token.
 
     Raises:
-        ValueError: If the loader shuffles or drops its last batch.
+        ValueError: If the loader shuffles, or leaves something out.
     """
 
     def __init__(self, loader: Iterable[Any], argument: str, loss_fn: LossFn | None = None) -> None:
@@ -79,7 +39,9 @@ class Stream:
         self._argument = argument
         self._loss_fn = loss_fn
         self._opened: tuple[Any, Iterator[Any]] | None = None
-        self._fingerprints: list[bytes] | None = None  # of the first whole pass, by batch
+        self._fingerprints: dict[int, bytes] = {}  # of every batch read so far, by its number
+        self._n_batches: int | None = None  # known after the first whole pass
+        self._n_read_twice = 0
 
     def __len__(self) -> int:
         return len(self._loader)  # type: ignore[arg-type]  # TypeError when unknown, as for DataLoader
@@ -100,30 +62,43 @@ class Stream:
         """
         first, following = self._open()
         self._opened = None
-        fingerprints: list[bytes] = []
         untargeted: list[int] = []
-        start = 0
-        batches = itertools.chain([first], following)
+        start = n_batches = 0
+        batches = check_rows(itertools.chain([first], following), self._loader, self._argument)
         for number, raw in enumerate(batches):
-            fingerprint = batch_fingerprint(raw)
-            if self._fingerprints is None:
+            self._compare(number, start, raw)
+            if self._n_batches is None:
                 in_batch = untargeted_examples(raw, self._loss_fn)
                 untargeted += [start + position for position in in_batch]
-            elif self._fingerprints[number : number + 1] != [fingerprint]:
-                raise ValueError(self._changed(f"batch {number} is another one"))
-            fingerprints.append(fingerprint)
+            n_batches = number + 1
             yield start, raw
             start += batch_size(raw)
-        if self._fingerprints is not None and len(fingerprints) != len(self._fingerprints):
-            raise ValueError(self._changed_length(len(fingerprints), len(self._fingerprints)))
-        self._fingerprints = fingerprints
+        if self._n_batches not in (None, n_batches):
+            raise ValueError(self._changed_length(n_batches))
+        self._n_batches = n_batches
         if untargeted:
             self._warn_of_untargeted(untargeted)
+
+    def _compare(self, number: int, start: int, raw: Any) -> None:
+        """Compare a batch with the one read before, the first ones with their rows read again.
+
+        Raises:
+            ValueError: If it is another one.
+        """
+        fingerprint = batch_fingerprint(raw)
+        is_new = number not in self._fingerprints
+        is_beyond = self._n_batches is not None and number >= self._n_batches
+        if is_beyond or self._fingerprints.setdefault(number, fingerprint) != fingerprint:
+            raise ValueError(self._changed(f"batch {number} is another one"))
+        if is_new and self._n_read_twice < READ_TWICE and is_indexed(self._loader):
+            self._n_read_twice += 1
+            indices = range(start, start + batch_size(raw))
+            check_places(self._loader, indices, raw, self._argument)  # type: ignore[arg-type]
 
     @property
     def n_examples(self) -> int | None:
         """How many examples there are; None when only a whole pass can tell."""
-        return len(self._loader.dataset) if self._is_indexed() else None  # type: ignore[attr-defined]
+        return len(self._loader.dataset) if is_indexed(self._loader) else None  # type: ignore[attr-defined]
 
     def picked(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
         """Yield some of the examples, batch by batch.
@@ -136,7 +111,7 @@ class Stream:
         Yields:
             The positions of a batch's examples ``(n,)``, and the batch.
         """
-        if self._is_indexed():
+        if is_indexed(self._loader):
             yield from self._picked_from_dataset(only)
         else:
             yield from self._picked_from_pass(only)
@@ -168,8 +143,11 @@ class Stream:
             start = number * size
             stop = min(start + size, len(dataset))
             # The whole batch is collated, so that its examples are padded, and rounded, as in a whole pass.
-            rows = [dataset[index] for index in range(start, stop)]
-            raw = loader.collate_fn(rows)
+            rows = rows_at(dataset, range(start, stop))
+            raw = plain_batch(loader.collate_fn(rows))
+            if batch_size(raw) != stop - start:
+                raise ValueError(other_rows(self._argument, number, stop - start, batch_size(raw)))
+            self._compare(number, start, raw)
             positions = wanted[batch_numbers == number]
             in_batch = positions - start
             yield positions, select(raw, in_batch.tolist())
@@ -177,30 +155,21 @@ class Stream:
     def _open(self) -> tuple[Any, Iterator[Any]]:
         """Return the first batch and an iterator of the others, which the next pass will use up."""
         if self._opened is None:
-            iterator = iter(self._loader)
+            iterator = map(plain_batch, self._loader)
             try:
                 self._opened = next(iterator), iterator
             except StopIteration:
-                if self._fingerprints is None:
+                if self._n_batches is None:
                     raise ValueError(f"{self._argument} is empty.") from None
-                raise ValueError(self._changed_length(0, len(self._fingerprints))) from None
+                raise ValueError(self._changed_length(0)) from None
         return self._opened
 
-    def _is_indexed(self) -> bool:
-        """Say whether the example at a position is the dataset's at that index."""
-        loader = self._loader
-        if not isinstance(loader, DataLoader) or loader.batch_size is None:
-            return False
-        in_order = type(loader.sampler) is SequentialSampler
-        plain_batches = type(loader.batch_sampler) is BatchSampler
-        return in_order and plain_batches and hasattr(loader.dataset, "__len__")
-
-    def _changed_length(self, n_batches: int, n_before: int) -> str:
-        return self._changed(f"it ended after {n_batches} batches instead of {n_before}")
+    def _changed_length(self, n_batches: int) -> str:
+        return self._changed(f"it ended after {n_batches} batches instead of {self._n_batches}")
 
     def _changed(self, difference: str) -> str:
         return (
-            f"{self._argument} yields something else at the next checkpoint: {difference}. An example is known by its "
+            f"{self._argument} yields something else when it is read again: {difference}. An example is known by its "
             "position, so every pass must yield the same batches: no shuffling, no random augmentation, and an "
             "iterable that can be read again."
         )

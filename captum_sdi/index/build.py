@@ -20,7 +20,16 @@ from captum_sdi.index.manifest import Manifest, ParameterColumns
 from captum_sdi.index.processes import Processes, Turns
 from captum_sdi.index.search import Search
 from captum_sdi.index.shards import DTYPES, SUFFIX, dtype_name
-from captum_sdi.index.verify import check_data, check_length, check_row, check_settings, compared_batches, lookup
+from captum_sdi.index.verify import (
+    check_data,
+    check_length,
+    check_row,
+    check_same_reading,
+    check_settings,
+    compared_batches,
+    first_reading,
+    lookup,
+)
 from captum_sdi.index.writer import ShardWriter
 from captum_sdi.model_facts import model_device
 from captum_sdi.sketch.base import Sketch
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
     from captum_sdi.checkpoints import Checkpoint
     from captum_sdi.data.examples import Examples
     from captum_sdi.data.side import Side
+    from captum_sdi.data.stream import Stream
     from captum_sdi.passes import Point
     from captum_sdi.progress import Progress
 
@@ -75,7 +85,7 @@ class TrainIndex:
         self._sketch, self._side = sketch, side
         self._index: SketchIndex | None = None  # kept between questions, for what it has verified
         self._checked_rows: set[str] = set()
-        self._checked_data = False
+        self._checked_data: Stream | None = None  # of the last question: a new one may find edited rows
         if self.path.exists():
             check_folder(self.path)
 
@@ -97,6 +107,7 @@ class TrainIndex:
         """
         identity = identity_at(point, self._sketch, self._side)
         build = Build(point, train, identity, Processes(model_device(point.model)))
+        check_same_reading(build.processes, first_reading(train))
         index = self._compared(build)
         if build.name not in self._checked_rows and index.shards[build.name]:
             self._checked_rows.add(build.name)
@@ -107,9 +118,9 @@ class TrainIndex:
             with writing(index, build.processes), progress.bar(purpose, train.n_batches) as bar:
                 self._prepare(index, build)
                 compute_missing(index, build, bar)
-        elif thorough or not self._checked_data:
+        elif thorough or self._checked_data is not train.stream:
             check_data(index, train, thorough=thorough)
-        self._checked_data = True
+        self._checked_data = train.stream
         return index
 
     def search(self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]) -> Search:
@@ -190,7 +201,7 @@ def compute_missing(index: SketchIndex, build: Build, bar: Any) -> None:
                 rows = index.flat(features)[:, 0].cpu()
                 writer.add(positions[absent], rows[absent], fingerprints[absent])
             bar.update()
-    build.processes.wait()
+    check_same_reading(build.processes, (n_examples, content.digest()))
     finish(index, build.processes, n_examples, fingerprint=content.hexdigest()[:32])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_sdi.data.fingerprints import example_fingerprints
+from captum_sdi.data.fingerprints import batch_fingerprint, example_fingerprints
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.identity import Identity, described
 from captum_sdi.index.manifest import RATE, Manifest
@@ -19,6 +19,7 @@ from captum_sdi.precision import is_coarse
 
 if TYPE_CHECKING:
     from captum_sdi.data.examples import Examples
+    from captum_sdi.index.processes import Processes
     from captum_sdi.passes import Point
 
 CHECKED = 10_000
@@ -155,6 +156,31 @@ def check_data(index: SketchIndex, train: Examples, *, thorough: bool) -> None:
         if is_sampled and only is None and n_seen > CHECKED:
             return  # a stream can only be read from its beginning
     check_length(index, n_seen)
+
+
+def first_reading(train: Examples) -> tuple[int | None, bytes]:
+    """Return what tells a train set before it is read: its length, and its first batch's fingerprint."""
+    return train.stream.n_examples, batch_fingerprint(train.stream.peek())
+
+
+def check_same_reading(processes: Processes, reading: tuple[int | None, bytes]) -> None:
+    """Refuse processes of one launch that read other train sets, or other batches of one.
+
+    Args:
+        processes: All come here.
+        reading: How many examples this process has read, and a fingerprint of them.
+
+    Raises:
+        ValueError: If theirs are not all the same.
+    """
+    readings = processes.gather(reading)
+    different = [rank for rank, other in enumerate(readings) if other != readings[0]]
+    if different:
+        raise ValueError(
+            f"train_dataset is another one in process {different[0]} than in process 0: each sketches its part of the "
+            "batches, so all must read the same ones. Pass the plain, whole DataLoader or Dataset to every process, "
+            "and the same batch_size."
+        )
 
 
 def compared_batches(

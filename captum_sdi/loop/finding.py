@@ -15,6 +15,7 @@ from torch import nn
 
 from captum_sdi.data.batch import ForwardKwargs, select
 from captum_sdi.features import LoopSpec, canonical_name
+from captum_sdi.inputs import first_batch
 from captum_sdi.loop.parameters import canonical_modules
 from captum_sdi.loop.presets import WHOLE_MODEL, find_preset
 from captum_sdi.loop.table import FoundLoop, tabulate_loop
@@ -27,7 +28,7 @@ def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | N
 
     Args:
         model: Run once, and given back as it was.
-        batch: A batch it takes; see `captum_sdi.data`.
+        batch: A batch it takes, or rows, a Dataset or a DataLoader; see `captum_sdi.data`.
         forward_kwargs: Further keywords for its forward, or a function of the batch.
 
     Returns:
@@ -50,7 +51,7 @@ def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | N
         ln_f                   1  coda
         lm_head                1  coda
     """
-    first_example = select(batch, [0])
+    first_example = select(first_batch(model, batch, 1), [0])
     calls = watch_calls(model, first_example, forward_kwargs)
     loop = find_preset(model, calls) or repeated_modules(model, calls)
     if loop is None:

@@ -6,7 +6,7 @@ expects; everything else ValueError or TypeError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,18 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: If it is no module.
-        ValueError: If its parameters are on the meta device, or on several.
+        ValueError: If its parameters are on the meta device, on several, or sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     places: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         places.setdefault(str(parameter.device), name)
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"The model is sharded: {name!r} is a DTensor, of which this process holds a part (FSDP2, tensor "
+                "parallelism). Load it whole on one device."
+            )
     if "meta" in places:
         raise ValueError(
             f"The model has no weights: {places['meta']!r} is on the meta device. Load it first; if a device_map "
@@ -96,34 +101,17 @@ def checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
     return loss_fn
 
 
-def check_batch_size(batch_size: Any, argument: str) -> None:
-    """Refuse a batch size that is no number of examples.
-
-    Raises:
-        AssertionError: If it is no int, as in Captum.
-        ValueError: If it is below 1.
-    """
-    if not is_integer(batch_size):
-        raise AssertionError(f"since the `{argument}` argument was a `Dataset`, `batch_size` must be an int.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-
-
 def check_inputs(inputs: Any) -> None:
-    """Refuse no examples at all, and a single row where a batch of rows is meant.
+    """Refuse no examples at all.
 
     Raises:
         AssertionError: If there are none, as in Captum.
-        ValueError: If it is one row.
     """
     if inputs is None:
         raise AssertionError(
             "`inputs` argument is required. If you wish to calculate self influence scores, please use the "
             "`self_influence` method instead."
         )
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    if isinstance(ids, Tensor) and ids.ndim == 1:
-        raise ValueError("inputs is one row of a dataset, not a batch of rows: pass it in a list, [row].")
 
 
 def check_top_k(k: Any, rerank: Any, proponents: Any, rank_by: Any = None) -> None:
