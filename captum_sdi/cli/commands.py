@@ -9,10 +9,10 @@ from pathlib import Path
 
 from captum_sdi.cli import pictures
 from captum_sdi.cli.loading import build_influence, load_encoder, load_model, resolve_checkpoints
-from captum_sdi.cli.options import FORMATS
+from captum_sdi.cli.output import ARRAYS, LINES, TENSORS, check_output_folder, listed_files, written_whole
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe
-from captum_sdi.cli.results import ARRAYS, LINES, TENSORS, Results
+from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
 from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
@@ -55,7 +55,7 @@ def score(options: Namespace) -> None:
     Raises:
         ValueError: If ``--rerank`` leaves fewer candidates than ``-k`` training examples.
     """
-    check_output_folder(options.out, overwrite=options.overwrite)
+    check_output_folder(options.out, overwrite=options.overwrite, pictures=options.pictures > 0)
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
@@ -70,12 +70,12 @@ def score(options: Namespace) -> None:
     if not is_first_process():
         return
     results = Results.from_scores(scores, queries, train, proponents=not options.opponents)
-    remove_results(options.out)
-    results.write(options.out)
     files = [LINES, ARRAYS, TENSORS]
-    if options.pictures:
-        drawn = range(len(queries))[: options.pictures]
-        files += pictures.draw(results, drawn, 5, options.out, options.format)
+    with written_whole(options.out, overwrite=options.overwrite) as unfinished:
+        if options.pictures:
+            drawn = range(len(queries))[: options.pictures]
+            files += pictures.draw(results, drawn, 5, unfinished, options.format)
+        results.write(unfinished, files)
     print_unless_quiet(f"{results}\n{options.out}: {', '.join(files)}", options)
 
 
@@ -92,7 +92,11 @@ def plot(options: Namespace) -> None:
     absent = sorted(set(queries) - set(positions))
     if absent:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
-    files = pictures.draw(results, queries, options.k, folder, options.format)
+    listed = listed_files(folder)
+    with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
+        files = pictures.draw(results, queries, options.k, unfinished, options.format)
+        if TENSORS in listed:
+            results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)
 
 
@@ -193,21 +197,3 @@ def score_queries(sdi: SDIInfluence, queries: JsonLines, options: Namespace) -> 
         if str(error).startswith("rank_by="):  # which counts from 0
             raise ValueError(f"--rank-by {options.rank_by}: no query runs that many loop steps.") from error
         raise
-
-
-def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Check, before hours of work, that results have a folder to go to."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; name a folder.")
-    if (folder / LINES).exists() and not overwrite:
-        raise ValueError(f"{folder} holds the results of an earlier run: name another --out, or say --overwrite.")
-
-
-def remove_results(folder: Path) -> None:
-    """Remove the files of an earlier run, which may have written more of them."""
-    patterns = [LINES, ARRAYS, TENSORS]
-    for name in pictures.NAMES:
-        patterns += [f"{name}.{extension}" for extension in FORMATS]
-    for pattern in patterns:
-        for file in folder.glob(pattern):
-            file.unlink()

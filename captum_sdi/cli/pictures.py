@@ -11,16 +11,12 @@ from matplotlib.axes import Axes
 from captum_sdi import plotting
 from captum_sdi.cli.results import Results
 
-NAMES = ("trajectories-*", "heatmap-*", "totals", "step-share")
-"""Of all pictures, as patterns."""
-
 HEATMAP_EXAMPLES = 20  # of either sign; so few can be named beside the heat map
 TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading and twice two examples
 
 
 def draw(results: Results, queries: Sequence[int], k: int, folder: Path, format: str) -> list[str]:
     """Draw and save the pictures of the queries at these positions; return the files' names."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, axes in drawn_axes(results, queries, k):
         file = f"{name}.{format}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from captum_sdi.cli.output import ARRAYS, FILES, LINES, TENSORS
 from captum_sdi.cli.rows import JsonLines, clip
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.whole_file import write_whole
 
-LINES, ARRAYS, TENSORS = "scores.jsonl", "scores.npz", "scores.safetensors"
 QUERIES_SHOWN, EXAMPLES_SHOWN = 10, 3  # as many as a screen holds
 
 
@@ -58,17 +60,21 @@ class Results:
             raise ValueError(f"{LINES} and {TENSORS} in {folder} are of different runs: run captum-sdi score again.")
         return results
 
-    def write(self, folder: Path) -> None:
-        """Write the three files; the folder is made where there is none."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder: Path, files: Sequence[str]) -> None:
+        """Write the three files into a folder that is to hold `files`."""
         arrays = {}
         for field in dataclasses.fields(self.scores):
             tensor = getattr(self.scores, field.name)
             arrays[field.name] = tensor.cpu().numpy()
-        np.savez(folder / ARRAYS, **arrays)
-        self.scores.save(folder / TENSORS)
-        json_lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines]
-        (folder / LINES).write_text("".join(json_lines), encoding="utf-8")
+        with (folder / ARRAYS).open("wb") as file:
+            np.savez(file, **arrays)
+        json_lines = b"".join(json_line(line) for line in self.lines)
+        write_whole(folder / LINES, lambda unfinished: unfinished.write_bytes(json_lines))
+        self.write_tensors(folder, files)
+
+    def write_tensors(self, folder: Path, files: Sequence[str]) -> None:
+        """Write the scores, and the list of the files that belong to them."""
+        self.scores.save(folder / TENSORS, **{FILES: json.dumps(sorted(files))})
 
     @property
     def pairs(self) -> list[list[dict[str, Any]]]:
@@ -137,6 +143,14 @@ def describe_pairs(scores: StepInfluence, q: int, train: JsonLines) -> list[dict
         }
         pairs.append(pair)
     return pairs
+
+
+def json_line(line: dict[str, Any]) -> bytes:
+    """Return a line of JSON; what no encoding holds, half of a surrogate pair, stays an escape sequence."""
+    try:
+        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(line)}\n".encode()
 
 
 def short_number(value: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from captum_sdi.index.lock import writing
 from captum_sdi.index.manifest import Manifest, ParameterColumns
 from captum_sdi.index.processes import Processes, Turns
 from captum_sdi.index.search import Search
-from captum_sdi.index.shards import DTYPES, SUFFIX, dtype_name
+from captum_sdi.index.shards import DTYPES, dtype_name, is_shard_name
 from captum_sdi.index.verify import check_data, check_length, check_row, check_settings, compared_batches, lookup
 from captum_sdi.index.writer import ShardWriter
 from captum_sdi.model_facts import model_device
@@ -156,8 +157,7 @@ class TrainIndex:
             index = self._compared(build)  # anew: another builder may just have finished
             folder = index.folder(build.name)
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = [*folder.glob(f"*{UNFINISHED}"), *self.path.glob(f"*{UNFINISHED}")]
-            for file in [*unfinished, *index.damaged]:
+            for file in [*unfinished_files(folder), *unfinished_files(self.path), *index.damaged]:
                 file.unlink(missing_ok=True)
             index.manifest.save(self.path)
         build.processes.wait()
@@ -240,4 +240,18 @@ def could_be_of_index(entry: Path) -> bool:
     """Say whether an entry of a folder without a manifest may be that of an index whose manifest was lost."""
     if entry.suffix in (UNFINISHED, ".lock", ".json", ".faiss"):
         return True
-    return entry.is_dir() and all(file.suffix in (SUFFIX, UNFINISHED) for file in entry.iterdir())
+    if entry.is_symlink() or not entry.is_dir():
+        return False
+    return all(is_shard_name(file.name) or is_unfinished(file) for file in entry.iterdir())
+
+
+def unfinished_files(folder: Path) -> list[Path]:
+    """List what a killed process left of our files."""
+    return [file for file in folder.glob(f"*{UNFINISHED}") if is_unfinished(file)]
+
+
+def is_unfinished(file: Path) -> bool:
+    """Say whether a file is one of ours that was being written."""
+    written = r"(\d{12,}-\d{12,}\.safetensors|[0-9a-f]{16}\.faiss|manifest\.json|command\.json|builder\.json)"
+    is_named = re.fullmatch(rf"{written}\.\d+{re.escape(UNFINISHED)}", file.name, re.ASCII)
+    return is_named is not None and file.is_file() and not file.is_symlink()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from captum_sdi.features import Noise, StepFeatures
 from captum_sdi.index.manifest import NAME, RATE, Manifest
-from captum_sdi.index.shards import DTYPES, SUFFIX, DamagedError, Shard
+from captum_sdi.index.shards import DTYPES, DamagedError, Shard, is_shard_name
+from captum_sdi.whole_file import check_replaceable
 
 _PIECE, _LEAST = 2**22, 64
 """Bytes of rows that are multiplied at once, and how many rows at least: with fewer a matrix product is slow."""
@@ -185,7 +186,7 @@ class SketchIndex:
     def _scanned(self, checkpoint: str) -> list[Shard]:
         """List one checkpoint's sound shards, and note the others as damaged."""
         owner = self.manifest.owner(checkpoint)
-        files = sorted(self.folder(checkpoint).glob(f"*{SUFFIX}"))
+        files = shard_files(self.folder(checkpoint))
         shards: list[Shard] = []
         next_example = 0
         for file in files:
@@ -298,3 +299,17 @@ class SketchIndex:
         rows = [features.rows[parameter.name] for parameter in self.manifest.rows]
         device = rows[0].device
         return torch.cat([row.to(device) for row in rows], dim=-1)
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the files of a checkpoint's folder that may be shards; whatever else is there is left alone.
+
+    Raises:
+        ValueError: If the folder or one of them is a link, or no regular file: it would lead to what is not the index's.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link; an index has its shards in folders of its own: remove the link.")
+    files = sorted(file for file in folder.glob("*") if is_shard_name(file.name))
+    for file in files:
+        check_replaceable(file)
+    return files

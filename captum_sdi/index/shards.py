@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,6 +166,11 @@ class Shard:
 def file_name(start: int, stop: int) -> str:
     """Return the name of the file that holds examples ``start`` to ``stop``."""
     return f"{start:012d}-{stop:012d}{SUFFIX}"
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a file of that name may be a shard."""
+    return re.fullmatch(r"\d{12,}-\d{12,}\.safetensors", name, re.ASCII) is not None
 
 
 def shard_metadata(start: int, stop: int, owner: str) -> dict[str, str]:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from captum_sdi.features import Columns
 from captum_sdi.scores.contract import Scores
+from captum_sdi.whole_file import check_regular, write_whole
 
 _VERSION = {"format": "captum_sdi.StepInfluence", "version": "1"}
 
@@ -114,20 +115,26 @@ class StepInfluence:
         fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
         return StepInfluence(**fields)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write every field to one safetensors file, on the CPU and without pickle.
+    def save(self, path: str | os.PathLike[str], **notes: str) -> None:
+        """Write every field to one safetensors file, whole or not at all, on the CPU and without pickle.
 
         Args:
-            path: The file to write; an existing one is replaced.
+            path: The file to write; an existing one is replaced, and a link stays one.
+            **notes: Kept beside the fields, for programs that know of them.
 
         Raises:
-            FileNotFoundError: Its folder does not exist.
+            FileNotFoundError: If its folder does not exist.
+            ValueError: If the path is a folder, a pipe or a device.
         """
         folder = Path(path).absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._fields() if value is not None}
-        save_file({name: value.clone() for name, value in tensors.items()}, os.fspath(path), metadata=_VERSION)
+        content = save({name: value.clone() for name, value in tensors.items()}, metadata={**notes, **_VERSION})
+        target = Path(os.path.realpath(path))
+        if target.exists():
+            check_regular(target)
+        write_whole(target, lambda unfinished: unfinished.write_bytes(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepInfluence:
