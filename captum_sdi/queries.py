@@ -66,7 +66,7 @@ class Study:
 
     def complete_index(self, index: TrainIndex) -> SketchIndex:
         """Write what an index lacks, at every checkpoint, and compare every train example with what it says."""
-        with self.points() as points:
+        with index.one_build(len(self.checkpoints)), self.points() as points:
             for point in points:
                 is_first = point.checkpoint.number == 0
                 sketches = self.complete_at(point, index, thorough=is_first)
@@ -141,7 +141,7 @@ class Question:
     def searched(self, index: TrainIndex, *, by_step: bool) -> Search:
         """Put the test examples beside the index, which is completed where rows are missing."""
         checkpoints, tests = [], []
-        with self.study.points() as points:
+        with index.one_build(len(self.study.checkpoints)), self.study.points() as points:
             for point in points:
                 sketches = self.study.complete_at(point, index)
                 checkpoints.append(point.checkpoint)

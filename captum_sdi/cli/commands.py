@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,9 +15,11 @@ from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
 from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
+from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.whole_file import check_regular
 
 # --- the commands ---
 
@@ -26,6 +27,7 @@ from captum_sdi.scores.result import StepInfluence
 def index(options: Namespace) -> None:
     """Run ``captum-sdi index``: check everything, then write the first file."""
     folder = options.index
+    check_regular(options.train)
     recipe = Recipe.from_options(options)
     recipe = dataclasses.replace(recipe, checkpoints=resolve_checkpoints(recipe))
     check_same_recipe(recipe, folder)
@@ -45,6 +47,7 @@ def index(options: Namespace) -> None:
     except KeyboardInterrupt:
         write_recipe(recipe, folder)  # captum-sdi score may complete the index, too
         raise
+    train.check_unchanged()
     write_recipe(recipe, folder)
     print_unless_quiet(SketchIndex.open(folder), options)
 
@@ -59,6 +62,7 @@ def score(options: Namespace) -> None:
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
+    check_regular(options.query)
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
@@ -67,6 +71,8 @@ def score(options: Namespace) -> None:
     train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
     sdi = build_influence(recipe, model, train, options.index, options.n_loops)
     scores = score_queries(sdi, queries, options)
+    for examples in (queries, train):
+        examples.check_unchanged()
     if not is_first_process():
         return
     results = Results.from_scores(scores, queries, train, proponents=not options.opponents)
@@ -154,8 +160,9 @@ def recipe_of_index(options: Namespace) -> Recipe:
             "it was run, which completes it; an index made in Python is scored in Python, with "
             "SDIInfluence(..., index=...)."
         )
-    if not Path(recipe.train).is_file():
+    if not Path(recipe.train).exists():
         raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
+    check_regular(Path(recipe.train))
     return dataclasses.replace(
         recipe,
         checkpoints=resolve_checkpoints(recipe),
@@ -169,14 +176,6 @@ def open_index(folder: Path) -> SketchIndex:
     if not folder.is_dir():
         raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
     return SketchIndex.open(folder)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how much is free on the disk that a folder is on, or will be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
 
 
 # --- scores ---

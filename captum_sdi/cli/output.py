@@ -69,6 +69,12 @@ def written_whole(folder: Path, *, overwrite: bool, keep: bool = False) -> Itera
     """Write files into a folder beside their place, and put all of them there at the end, or none.
 
     A link to the folder stays one. Files that an earlier run lists as its own are removed, unless `keep` is said.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        ValueError: If something is in the way at the end; the message says where the new files are.
     """
     folder = Path(os.path.realpath(folder))
     parent = folder if folder.is_dir() else folder.parent

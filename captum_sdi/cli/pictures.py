@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from captum_sdi import plotting
-from captum_sdi.cli.results import Results
+from captum_sdi.cli.results import Results, printable
 
 HEATMAP_EXAMPLES = 20  # of either sign; so few can be named beside the heat map
 TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading and twice two examples
@@ -30,7 +30,7 @@ def draw(results: Results, queries: Sequence[int], k: int, folder: Path, format:
 def drawn_axes(results: Results, queries: Sequence[int], k: int) -> Iterator[tuple[str, Axes]]:
     """Yield the name of each picture and its axes, one picture at a time."""
     scores = results.scores
-    train_texts, query_texts = results.train_texts, results.query_texts
+    train_texts, query_texts = results.train_texts, [printable(text) for text in results.query_texts]
     for q in queries:
         title = f"query {q}: {query_texts[q]}"
         yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, texts=train_texts, title=title)

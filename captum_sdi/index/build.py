@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from captum_sdi.features import StepFeatures
 from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.identity import Identity, identity_at
-from captum_sdi.index.lock import writing
+from captum_sdi.index.lock import check_space, explained, locked
 from captum_sdi.index.manifest import Manifest, ParameterColumns
 from captum_sdi.index.processes import Processes, Turns
 from captum_sdi.index.search import Search
@@ -77,6 +78,9 @@ class TrainIndex:
         self._index: SketchIndex | None = None  # kept between questions, for what it has verified
         self._checked_rows: set[str] = set()
         self._checked_data = False
+        self._held: ExitStack | None = None  # what ends with the build of all checkpoints
+        self._is_locked, self._n_checkpoints = False, 1
+        self._completed: set[str] = set()
         if self.path.exists():
             check_folder(self.path)
 
@@ -105,13 +109,47 @@ class TrainIndex:
         lacks_rows = bool(index.damaged) or not index.is_complete(build.name)
         if any(build.processes.gather(lacks_rows)):
             purpose = f"index training batches at {build.name}"
-            with writing(index, build.processes), progress.bar(purpose, train.n_batches) as bar:
+            with ExitStack() as alone, explained(index), progress.bar(purpose, train.n_batches) as bar:
+                self._check_space(index, build)
+                self._take_lock(build, alone)
                 self._prepare(index, build)
                 compute_missing(index, build, bar)
         elif thorough or not self._checked_data:
             check_data(index, train, thorough=thorough)
         self._checked_data = True
+        self._completed.add(build.name)
         return index
+
+    @contextmanager
+    def one_build(self, n_checkpoints: int) -> Iterator[None]:
+        """Hold the lock, once it is needed, until rows at all checkpoints have been completed."""
+        with ExitStack() as held:
+            self._held, self._n_checkpoints, self._is_locked = held, n_checkpoints, False
+            self._completed.clear()
+            try:
+                yield
+            finally:
+                self._held, self._n_checkpoints = None, 1
+
+    def _take_lock(self, build: Build, alone: ExitStack) -> None:
+        if build.processes.rank != 0:
+            return
+        if self._held is None:
+            alone.enter_context(locked(self.path))
+        elif not self._is_locked:
+            self._held.enter_context(locked(self.path))
+            self._is_locked = True
+
+    def _check_space(self, index: SketchIndex, build: Build) -> None:
+        """Check that what is missing at this checkpoint and those that follow fits on the disk."""
+        n_examples = build.train.stream.n_examples
+        if n_examples is None:
+            return
+        names, n_checkpoints = {build.name}, 1
+        if self._held is not None:
+            names, n_checkpoints = set(index.shards) - self._completed, self._n_checkpoints - len(self._completed)
+        n_present = sum(min(index.rows_at(name), n_examples) for name in names)
+        check_space(index, max(0, n_checkpoints * n_examples - n_present))
 
     def search(self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.
