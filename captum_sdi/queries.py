@@ -113,7 +113,8 @@ class Question:
             yield self.searched(index, by_step=by_step).scored_blocks(contract)
             return
         n_batches = self.study.train.n_batches
-        n_blocks = None if n_batches is None else n_batches * len(self.study.checkpoints)
+        is_counted = n_batches is not None and only is None  # nobody knows which batches hold those of `only`
+        n_blocks = n_batches * len(self.study.checkpoints) if is_counted else None
         with self.study.progress.bar(purpose, n_blocks) as bar, self.study.points() as points:
             blocks = self._live_blocks(points, train or Live(self.study.train), only, contract, by_step=by_step)
             yield counted(blocks, bar)
@@ -248,7 +249,7 @@ def top_in_two_passes(question: Question, ranking: Ranking) -> StepInfluence:
     """Find the winners of several checkpoints in one pass, their trajectories in a short second one."""
     indices, _ = top_examples(question, ranking)
     winners = Winners(indices)
-    purpose = "compute the winners' trajectories for training batches"
+    purpose = "score winners step by step"
     with question.scored_blocks(purpose, by_step=True, only=indices.unique().cpu()) as blocks:
         collect(blocks, winners)
     return StepInfluence.from_sums(*winners.result(), indices)

@@ -133,7 +133,7 @@ class Results:
         shown = list(zip(self.query_texts, self.pairs, strict=True))[:QUERIES_SHOWN]
         for q, (query_text, pairs) in enumerate(shown):
             table.append(f"query {q}: {query_text}")
-            table.append("       score  ± error  step  example")
+            table.append("       score  ± error  step  example (steps count from 1)")
             for pair in pairs[:EXAMPLES_SHOWN]:
                 step = 1 + int(np.abs(pair["trajectory"]).argmax())
                 numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}"

@@ -142,7 +142,6 @@ class SketchIndex:
         examples = "not counted yet" if self.examples is None else f"{self.examples:,}"
         loop = ", ".join(settings["loop"]["modules"])
         n_shards = sum(len(shards) for shards in self.shards.values())
-        size = f"{self.bytes / 2**20:,.1f} MiB" if self.bytes >= 2**20 else f"{self.bytes / 2**10:,.1f} KiB"
         lines = [
             f"index         {self.path}",
             f"state         {state}",
@@ -150,7 +149,7 @@ class SketchIndex:
             f"sketch        {kind}({sketch_settings})",
             f"parameters    {len(settings['parameters'])}, loop {loop}",
             f"row           {self.width:,} x {self.manifest.dtype}",
-            f"size          {size} in {n_shards} {'shard' if n_shards == 1 else 'shards'}",
+            f"size          {in_bytes(self.bytes)} in {n_shards} {'shard' if n_shards == 1 else 'shards'}",
             f"loss          {settings['loss']}",
             f"written by    captum_sdi {settings['captum_sdi']}",
             "checkpoints",
@@ -317,6 +316,11 @@ class SketchIndex:
         rows = [features.rows[parameter.name] for parameter in self.manifest.rows]
         device = rows[0].device
         return torch.cat([row.to(device) for row in rows], dim=-1)
+
+
+def in_bytes(size: float) -> str:
+    """Write a size in MiB, or in KiB where it is less than one."""
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from captum_sdi.index.folder import SketchIndex
+from captum_sdi.index.folder import SketchIndex, in_bytes
 from captum_sdi.index.shards import HALF_PRECISION
 
 HOLDER = "builder.json"
@@ -89,8 +89,8 @@ def check_space(index: SketchIndex, n_rows: int) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"the index at {index.path} needs {needed / 2**20:,.0f} MiB more, and {free / 2**20:,.0f} MiB are free on "
-            "its disk. Nothing was computed: free some space, or choose index_dtype=torch.float16 or pool=True in "
+            f"the index at {index.path} needs {in_bytes(needed)} more, and {in_bytes(free)} are free on its "
+            "disk. Nothing was computed: free some space, or choose index_dtype=torch.float16 or pool=True in "
             "another folder",
         )
 
