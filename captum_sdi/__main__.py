@@ -78,7 +78,8 @@ def without_line_breaks(message: object) -> str:
 
 def print_message(message: str) -> None:
     """Print a line to standard error, above a progress bar if there is one."""
-    tqdm.write(f"captum-sdi: {message}", file=sys.stderr)
+    printable = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)  # no escape sequences
+    tqdm.write(f"captum-sdi: {printable}", file=sys.stderr)
 
 
 if __name__ == "__main__":

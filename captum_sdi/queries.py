@@ -131,7 +131,7 @@ def top_in_two_passes(question: Question, ranking: Ranking) -> StepInfluence:
     """Find the winners of several checkpoints in one pass, their trajectories in a short second one."""
     indices, _ = top_examples(question, ranking)
     winners = Winners(indices)
-    purpose = "compute the winners' trajectories for training batches"
+    purpose = "score winners step by step"
     with question.scored_blocks(purpose, by_step=True, only=indices.unique().cpu()) as blocks:
         collect(blocks, winners)
     return StepInfluence.from_sums(*winners.result(), indices)

@@ -44,7 +44,7 @@ class Study:
 
     def complete_index(self, index: TrainIndex) -> SketchIndex:
         """Write what an index lacks, at every checkpoint, and compare every train example with what it says."""
-        with self.points() as points:
+        with index.one_build(len(self.checkpoints)), self.points() as points:
             for point in points:
                 is_first = point.checkpoint.number == 0
                 sketches = self.complete_at(point, index, thorough=is_first)
@@ -90,7 +90,7 @@ class Question:
         if train is None and index is not None:
             yield self.searched(index, by_step=by_step).scored_blocks(contract)
             return
-        n_batches = self.study.train.n_batches
+        n_batches = None if only is not None else self.study.train.n_batches  # of some examples nobody knows it
         n_blocks = None if n_batches is None else n_batches * len(self.study.checkpoints)
         with self.study.progress.bar(purpose, n_blocks) as bar, self.study.points() as points:
             blocks = self._live_blocks(points, train or Live(self.study.train), only, contract, by_step=by_step)
@@ -119,7 +119,7 @@ class Question:
     def searched(self, index: TrainIndex, *, by_step: bool) -> Search:
         """Put the test examples beside the index, which is completed where rows are missing."""
         checkpoints, tests = [], []
-        with self.study.points() as points:
+        with index.one_build(len(self.study.checkpoints)), self.study.points() as points:
             for point in points:
                 sketches = self.study.complete_at(point, index)
                 checkpoints.append(point.checkpoint)

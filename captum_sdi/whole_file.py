@@ -1,13 +1,43 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and files that are files."""
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 UNFINISHED = ".unfinished"
 """The suffix of a file that is being written, or was when its process was killed."""
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """Check that a path leads to a file: a pipe would hang, and a device never ends.
+
+    Returns:
+        Its status.
+
+    Raises:
+        FileNotFoundError: If there is nothing.
+        ValueError: If it is a folder, a pipe, a device or a socket.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
+        raise ValueError(f"{path} is {kind}; name a regular file.")
+    return status
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that nothing but a regular file would be replaced.
+
+    Raises:
+        ValueError: If the path is a link, a folder, a pipe, a device or a socket.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, which is not written through: remove it, or name another place.")
+    if path.exists():
+        check_regular(path)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class Coverage:
     """Norms of ``.grad``."""
     differences: tuple[float, ...]
     """Norms of their differences, relative to the expected norm or a hundredth of the largest, whichever is more."""
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         header = "parameter"

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from argparse import Namespace
 from pathlib import Path
 
 from captum_sdi.cli import pictures
 from captum_sdi.cli.loading import build_influence, load_encoder, load_model, resolve_checkpoints
-from captum_sdi.cli.options import FORMATS
+from captum_sdi.cli.output import ARRAYS, LINES, TENSORS, check_output_folder, listed_files, written_whole
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe
-from captum_sdi.cli.results import ARRAYS, LINES, TENSORS, Results
+from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
 from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
+from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.whole_file import check_regular
 
 # --- the commands ---
 
@@ -26,6 +27,7 @@ from captum_sdi.scores.result import StepInfluence
 def index(options: Namespace) -> None:
     """Run ``captum-sdi index``: check everything, then write the first file."""
     folder = options.index
+    check_regular(options.train)
     recipe = Recipe.from_options(options)
     recipe = dataclasses.replace(recipe, checkpoints=resolve_checkpoints(recipe))
     check_same_recipe(recipe, folder)
@@ -45,6 +47,7 @@ def index(options: Namespace) -> None:
     except KeyboardInterrupt:
         write_recipe(recipe, folder)  # captum-sdi score may complete the index, too
         raise
+    train.check_unchanged()
     write_recipe(recipe, folder)
     print_unless_quiet(SketchIndex.open(folder), options)
 
@@ -55,10 +58,11 @@ def score(options: Namespace) -> None:
     Raises:
         ValueError: If ``--rerank`` leaves fewer candidates than ``-k`` training examples.
     """
-    check_output_folder(options.out, overwrite=options.overwrite)
+    check_output_folder(options.out, overwrite=options.overwrite, pictures=options.pictures > 0)
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
+    check_regular(options.query)
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
@@ -67,15 +71,17 @@ def score(options: Namespace) -> None:
     train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
     sdi = build_influence(recipe, model, train, options.index, options.n_loops)
     scores = score_queries(sdi, queries, options)
+    for examples in (queries, train):
+        examples.check_unchanged()
     if not is_first_process():
         return
     results = Results.from_scores(scores, queries, train, proponents=not options.opponents)
-    remove_results(options.out)
-    results.write(options.out)
     files = [LINES, ARRAYS, TENSORS]
-    if options.pictures:
-        drawn = range(len(queries))[: options.pictures]
-        files += pictures.draw(results, drawn, 5, options.out, options.format)
+    with written_whole(options.out, overwrite=options.overwrite) as unfinished:
+        if options.pictures:
+            drawn = range(len(queries))[: options.pictures]
+            files += pictures.draw(results, drawn, 5, unfinished, options.format)
+        results.write(unfinished, files)
     print_unless_quiet(f"{results}\n{options.out}: {', '.join(files)}", options)
 
 
@@ -92,7 +98,11 @@ def plot(options: Namespace) -> None:
     absent = sorted(set(queries) - set(positions))
     if absent:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
-    files = pictures.draw(results, queries, options.k, folder, options.format)
+    listed = listed_files(folder)
+    with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
+        files = pictures.draw(results, queries, options.k, unfinished, options.format)
+        if TENSORS in listed:
+            results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)
 
 
@@ -150,8 +160,9 @@ def recipe_of_index(options: Namespace) -> Recipe:
             "it was run, which completes it; an index made in Python is scored in Python, with "
             "SDIInfluence(..., index=...)."
         )
-    if not Path(recipe.train).is_file():
+    if not Path(recipe.train).exists():
         raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
+    check_regular(Path(recipe.train))
     return dataclasses.replace(
         recipe,
         checkpoints=resolve_checkpoints(recipe),
@@ -165,14 +176,6 @@ def open_index(folder: Path) -> SketchIndex:
     if not folder.is_dir():
         raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
     return SketchIndex.open(folder)
-
-
-def free_bytes(folder: Path) -> int:
-    """Return how much is free on the disk that a folder is on, or will be."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
 
 
 # --- scores ---
@@ -193,21 +196,3 @@ def score_queries(sdi: SDIInfluence, queries: JsonLines, options: Namespace) -> 
         if str(error).startswith("rank_by="):  # which counts from 0
             raise ValueError(f"--rank-by {options.rank_by}: no query runs that many loop steps.") from error
         raise
-
-
-def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Check, before hours of work, that results have a folder to go to."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder} is a file; name a folder.")
-    if (folder / LINES).exists() and not overwrite:
-        raise ValueError(f"{folder} holds the results of an earlier run: name another --out, or say --overwrite.")
-
-
-def remove_results(folder: Path) -> None:
-    """Remove the files of an earlier run, which may have written more of them."""
-    patterns = [LINES, ARRAYS, TENSORS]
-    for name in pictures.NAMES:
-        patterns += [f"{name}.{extension}" for extension in FORMATS]
-    for pattern in patterns:
-        for file in folder.glob(pattern):
-            file.unlink()

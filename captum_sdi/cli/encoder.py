@@ -58,7 +58,9 @@ class Encoder:
             token_ids, length = self.tokenize(fields)
             row = {"input_ids": token_ids}
             self.check_vocabulary(row, source="tokenizer")
-        row.setdefault("labels", row["input_ids"])
+        mask = row.get("attention_mask", [1] * len(row["input_ids"]))
+        unpadded = [token if seen else IGNORED for token, seen in zip(row["input_ids"], mask, strict=True)]
+        row.setdefault("labels", unpadded)
         return row, length
 
     def text(self, fields: Mapping[str, Any]) -> str:
@@ -81,6 +83,7 @@ class Encoder:
             raise ValueError('"labels" are one per token: give "input_ids" with them instead of "text" alone')
         if self.tokenizer is None:
             raise ValueError('there is "text", but no tokenizer beside the model: name one with --tokenizer')
+        check_encodable(text)
         settings = {"add_special_tokens": self.special_tokens, "verbose": False}
         token_ids = self.tokenizer(text, **settings)["input_ids"]
         length = len(token_ids)
@@ -118,6 +121,24 @@ def check_token_lists(row: Mapping[str, Any]) -> None:
     mask = row.get("attention_mask", [])
     if not set(mask) <= {0, 1}:
         raise ValueError(f'"attention_mask" must be 0 or 1 per token; it is {json_excerpt(mask)}')
+
+
+def check_encodable(text: str) -> None:
+    """Check that no character is half of a surrogate pair, which is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'"text" holds half of a surrogate pair at character {error.start}: mend it') from error
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, for `json.loads`, in which no key stands twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {json_excerpt(twice)} stands twice in one object: which is meant?")
+    return fields
 
 
 def json_excerpt(value: Any, length: int = 60) -> str:

@@ -60,7 +60,7 @@ def load_encoder(recipe: Recipe, model: Any) -> Encoder:
     """Return the encoder of lines; without a tokenizer, it takes only token ids."""
     longest = getattr(model.config, "max_position_embeddings", None)
     return Encoder(
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=model.get_input_embeddings().weight.shape[0],  # adapters on it have no num_embeddings
         tokenizer=load_tokenizer(recipe),
         max_length=recipe.max_length or longest,
         special_tokens=recipe.special_tokens,

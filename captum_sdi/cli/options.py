@@ -252,6 +252,7 @@ def add_plot_options(command: ArgumentParser) -> None:
         "-k", type=positive_integer, default=5, metavar="K", help="lines of proponents and of opponents in a picture"
     )
     group.add_argument("--out", type=Path, metavar="DIR", help="folder to write; without it, the one of the results")
+    group.add_argument("--overwrite", action="store_true", help="replace pictures in DIR, whoever drew them")
     add_format_option(group)
 
 

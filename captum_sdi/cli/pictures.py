@@ -9,10 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from captum_sdi import plotting
-from captum_sdi.cli.results import Results
-
-NAMES = ("trajectories-*", "heatmap-*", "totals", "step-share")
-"""Of all pictures, as patterns."""
+from captum_sdi.cli.results import Results, printable
 
 HEATMAP_EXAMPLES = 20  # of either sign; so few can be named beside the heat map
 TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading and twice two examples
@@ -20,7 +17,6 @@ TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading 
 
 def draw(results: Results, queries: Sequence[int], k: int, folder: Path, format: str) -> list[str]:
     """Draw and save the pictures of the queries at these positions; return the files' names."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for name, axes in drawn_axes(results, queries, k):
         file = f"{name}.{format}"
@@ -34,7 +30,7 @@ def draw(results: Results, queries: Sequence[int], k: int, folder: Path, format:
 def drawn_axes(results: Results, queries: Sequence[int], k: int) -> Iterator[tuple[str, Axes]]:
     """Yield the name of each picture and its axes, one picture at a time."""
     scores = results.scores
-    train_texts, query_texts = results.train_texts, results.query_texts
+    train_texts, query_texts = results.train_texts, [printable(text) for text in results.query_texts]
     for q in queries:
         title = f"query {q}: {query_texts[q]}"
         yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, texts=train_texts, title=title)

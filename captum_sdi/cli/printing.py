@@ -21,7 +21,7 @@ def shows_progress(options: Namespace) -> bool:
 
 def print_line(text: object) -> None:
     """Print a command's result to standard output."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{encodable(escaped(str(text)), sys.stdout.encoding)}\n")
 
 
 def print_unless_quiet(text: object, options: Namespace) -> None:
@@ -33,4 +33,15 @@ def print_unless_quiet(text: object, options: Namespace) -> None:
 def print_summary(examples: JsonLines, options: Namespace) -> None:
     """Print what was read to standard error, so that a pipe takes the result alone."""
     if shows_progress(options):
-        sys.stderr.write(f"{examples.summary()}\n")
+        sys.stderr.write(f"{encodable(escaped(examples.summary()), sys.stderr.encoding)}\n")
+
+
+def escaped(text: str) -> str:
+    """Return a text with control characters as escape sequences, which no terminal obeys; line breaks stay."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    """Return a text with what a console cannot show as escape sequences."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

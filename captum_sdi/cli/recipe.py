@@ -12,6 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from captum_sdi.cli.options import DTYPES
+from captum_sdi.schema import (
+    COUNT,
+    FLAG,
+    INTEGER,
+    NUMBER,
+    TEXT,
+    Kind,
+    check_fields,
+    is_count,
+    list_of,
+    one_of,
+    optional,
+    parse_json,
+)
 from captum_sdi.whole_file import write_whole
 
 NAME = "command.json"
@@ -83,10 +98,12 @@ class Recipe:
         if not file.is_file():
             return None
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = parse_json(file.read_text(encoding="utf-8"))
+            check_fields(settings, HEADER_FIELDS)
             header = {key: settings.pop(key, None) for key in HEADER}
             if header != HEADER:
                 raise ValueError(f"{header} instead of {HEADER}")
+            check_fields(settings, FIELDS)
             locate = partial(located_path, folder)
             for name in PATHS:
                 settings[name] = map_paths(locate, settings[name])
@@ -118,6 +135,41 @@ class Recipe:
             if name not in NOT_COMPARED and own_value != other_value:
                 differences.append(f"{as_typed(name, own_value)}, not {as_typed(name, other_value)}")
         return differences
+
+
+def is_place(value: Any) -> bool:
+    """Return whether a value of JSON says where something is."""
+    is_pair = isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("from here", "absolute"))
+    texts = value.values() if is_pair else [value]
+    return all(isinstance(text, str) and "\0" not in text for text in texts)
+
+
+PLACE = Kind("a path", is_place)
+HEADER_FIELDS = {"format": TEXT, "format_version": COUNT}
+FIELDS = {
+    "model": PLACE,
+    "train": PLACE,
+    "checkpoints": optional(list_of(PLACE)),
+    "tokenizer": optional(PLACE),
+    "max_length": optional(COUNT),
+    "special_tokens": FLAG,
+    "loop": optional(list_of(TEXT)),
+    "loop_layers": optional(list_of(INTEGER, 3)),
+    "damping": NUMBER,
+    "n_loops": optional(COUNT),
+    "dtype": one_of(("auto", *DTYPES)),
+    "trust_remote_code": FLAG,
+    "layers": list_of(TEXT),
+    "dim": COUNT,
+    "seed": INTEGER,
+    "pool": FLAG,
+    "index_dtype": optional(one_of(DTYPES)),
+    "batch_size": Kind(
+        "a whole number, auto or null", lambda value: value is None or value == "auto" or is_count(value)
+    ),
+    "activation_checkpointing": FLAG,
+}
+"""What JSON holds of each option."""
 
 
 def map_paths(change: Callable[[Any], Any], paths: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,29 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from captum_sdi.cli.output import ARRAYS, FILES, LINES, TENSORS
 from captum_sdi.cli.rows import JsonLines, clip
+from captum_sdi.schema import COUNT, OBJECT, TEXT, Kind, check_fields, list_of, parse_json
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.whole_file import write_whole
 
-LINES, ARRAYS, TENSORS = "scores.jsonl", "scores.npz", "scores.safetensors"
 QUERIES_SHOWN, EXAMPLES_SHOWN = 10, 3  # as many as a screen holds
+
+
+class Texts(Sequence[str]):
+    """The texts of some examples by index, as long as the largest index asks for; the others are empty."""
+
+    def __init__(self, known: Mapping[int, str]) -> None:
+        self._known = known
+
+    def __len__(self) -> int:
+        return 1 + max(self._known, default=-1)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._known.get(index, "")
+
+
+REAL = Kind("a number", lambda value: type(value) in (int, float) and not abs(value) > 1e300)
 
 
 @dataclass(frozen=True)
@@ -50,25 +69,33 @@ class Results:
         for name in (LINES, TENSORS):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no results of captum-sdi score: there is no {name} in it.")
-        with (folder / LINES).open(encoding="utf-8") as file:  # a text may hold what str.splitlines would split at
-            lines = [json.loads(line) for line in file]
-        results = Results(StepInfluence.load(folder / TENSORS), lines)
+        results = Results(StepInfluence.load(folder / TENSORS), read_lines(folder / LINES))
         indices = results.scores.indices
-        if indices is None or indices.tolist() != results.train_indices:
+        if indices is None or indices.tolist() != results.train_indices or not results.agree():
             raise ValueError(f"{LINES} and {TENSORS} in {folder} are of different runs: run captum-sdi score again.")
         return results
 
-    def write(self, folder: Path) -> None:
-        """Write the three files; the folder is made where there is none."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def write(self, folder: Path, files: Sequence[str]) -> None:
+        """Write the three files into a folder that is to hold `files`."""
         arrays = {}
         for field in dataclasses.fields(self.scores):
             tensor = getattr(self.scores, field.name)
             arrays[field.name] = tensor.cpu().numpy()
-        np.savez(folder / ARRAYS, **arrays)
-        self.scores.save(folder / TENSORS)
-        json_lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.lines]
-        (folder / LINES).write_text("".join(json_lines), encoding="utf-8")
+        with (folder / ARRAYS).open("wb") as file:
+            np.savez(file, **arrays)
+        json_lines = b"".join(json_line(line) for line in self.lines)
+        write_whole(folder / LINES, lambda unfinished: unfinished.write_bytes(json_lines))
+        self.write_tensors(folder, files)
+
+    def write_tensors(self, folder: Path, files: Sequence[str]) -> None:
+        """Write the scores, and the list of the files that belong to them."""
+        self.scores.save(folder / TENSORS, **{FILES: json.dumps(sorted(files))})
+
+    def agree(self) -> bool:
+        """Return whether the lines hold the scores of the tensors, which have more digits."""
+        totals = [[pair["score"] for pair in pairs] for pairs in self.pairs]
+        written = np.array(totals, dtype=np.float64)
+        return np.allclose(written, self.scores.influence_scores.double().numpy(), rtol=1e-5, atol=0, equal_nan=True)
 
     @property
     def pairs(self) -> list[list[dict[str, Any]]]:
@@ -93,12 +120,12 @@ class Results:
         return [line["example"]["text"] for line in self.lines]
 
     @property
-    def train_texts(self) -> list[str]:
+    def train_texts(self) -> Texts:
         """What each training example says; nothing for one that does not occur in the scores."""
         known: dict[int, str] = {}
         for pairs in self.pairs:
-            known |= {pair["index"]: pair["example"]["text"] for pair in pairs}
-        return [known.get(index, "") for index in range(1 + max(known))]
+            known |= {pair["index"]: printable(pair["example"]["text"]) for pair in pairs}
+        return Texts(known)
 
     def __str__(self) -> str:
         width = min(120, shutil.get_terminal_size().columns)
@@ -106,7 +133,7 @@ class Results:
         shown = list(zip(self.query_texts, self.pairs, strict=True))[:QUERIES_SHOWN]
         for q, (query_text, pairs) in enumerate(shown):
             table.append(f"query {q}: {query_text}")
-            table.append("       score  ± error  step  example")
+            table.append("       score  ± error  step  example (steps count from 1)")
             for pair in pairs[:EXAMPLES_SHOWN]:
                 step = 1 + int(np.abs(pair["trajectory"]).argmax())
                 numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}"
@@ -137,6 +164,44 @@ def describe_pairs(scores: StepInfluence, q: int, train: JsonLines) -> list[dict
         }
         pairs.append(pair)
     return pairs
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Read the lines of ``scores.jsonl``, and check what is read of them."""
+    lines = []
+    with file.open(encoding="utf-8") as text:  # which may hold what str.splitlines would split at
+        try:
+            for line in text:
+                fields = parse_json(line)
+                check_line(fields)
+                lines.append(fields)
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is damaged: line {len(lines) + 1}: {error}. Run captum-sdi score again."
+            ) from error
+    if not lines:
+        raise ValueError(f"{file} is damaged: it is empty. Run captum-sdi score again.")
+    return lines
+
+
+def check_line(fields: Any) -> None:
+    """Check one query of ``scores.jsonl``."""
+    check_fields(fields, {"example": OBJECT, "n_steps": COUNT})
+    check_fields(fields["example"], {"text": TEXT}, within="example ")
+    role = "proponents" if "proponents" in fields else "opponents"
+    check_fields(fields, {role: list_of(OBJECT)})
+    for pair in fields[role]:
+        kinds = {"index": COUNT, "score": REAL, "error": REAL, "trajectory": list_of(REAL), "example": OBJECT}
+        check_fields(pair, kinds, within=f"{role} ")
+        check_fields(pair["example"], {"text": TEXT}, within=f"{role} example ")
+
+
+def json_line(line: dict[str, Any]) -> bytes:
+    """Return a line of JSON; what no encoding holds, half of a surrogate pair, stays an escape sequence."""
+    try:
+        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:
+        return f"{json.dumps(line)}\n".encode()
 
 
 def short_number(value: Tensor) -> float:

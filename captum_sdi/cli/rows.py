@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from captum_sdi.cli.encoder import EXCERPT, INPUTS, Encoder
+from captum_sdi.cli.encoder import EXCERPT, INPUTS, Encoder, unique_keys
+from captum_sdi.whole_file import check_regular
 
 
 class JsonLines(Dataset[dict[str, Tensor]]):
@@ -47,6 +49,7 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         self._line_numbers = array.array("Q")
         self._lengths = array.array("Q")  # in tokens
         self._input_names: set[str] = set()
+        self._stamp = stamp(check_regular(self.path))
         self.digest = self._scan(check=digest is None, show_progress=show_progress)
         if digest is not None and digest != self.digest:
             raise ValueError(
@@ -90,8 +93,18 @@ class JsonLines(Dataset[dict[str, Tensor]]):
 
     def _fields(self, position: int) -> dict[str, Any]:
         with self.path.open("rb") as file:
+            self.check_unchanged(os.fstat(file.fileno()))
             file.seek(self._starts[position])
             return json.loads(file.readline())
+
+    def check_unchanged(self, status: os.stat_result | None = None) -> None:
+        """Check that the file is still the one whose lines were counted.
+
+        Raises:
+            ValueError: If it was truncated, written to or replaced.
+        """
+        if stamp(status or check_regular(self.path)) != self._stamp:
+            raise ValueError(f"{self.path} has changed since its lines were counted: run again when it is finished.")
 
     def _scan(self, *, check: bool, show_progress: bool) -> str:
         """Find every example, check it if asked to, and return a digest of the file."""
@@ -107,6 +120,7 @@ class JsonLines(Dataset[dict[str, Tensor]]):
                     self._line_numbers.append(line_number)
                 start += len(line)
                 bar.update(len(line))
+        self.check_unchanged()
         return digest.hexdigest()
 
     def _progress_bar(self, *, show_progress: bool) -> tqdm:
@@ -122,7 +136,7 @@ class JsonLines(Dataset[dict[str, Tensor]]):
     def _check(self, line: bytes, line_number: int) -> None:
         """Check one line, and count its tokens."""
         try:
-            fields = json.loads(line.strip())
+            fields = json.loads(line.strip(), object_pairs_hook=unique_keys)
             row, length = self._encoder(fields)
             self._input_names = self._input_names or set(row)
             if set(row) != self._input_names:
@@ -130,6 +144,8 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         except json.JSONDecodeError as error:
             message = f"no JSON, {error.msg} at column {error.colno}"
             raise ValueError(f"{self.path}, line {line_number}: {message}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{self.path}, line {line_number}: lists or objects are nested too deeply.") from error
         except ValueError as error:
             raise ValueError(f"{self.path}, line {line_number}: {error}.") from error
         kept = len(row["input_ids"])
@@ -137,6 +153,11 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         self.n_tokens += kept
         if length > kept:
             self.n_cut += 1
+
+
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """Return what changes when a file does."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def clip(text: str, length: int) -> str:

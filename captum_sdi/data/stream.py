@@ -118,7 +118,7 @@ class Stream:
 
     def collated_alone(self, position: int) -> Any:
         """Return the batch of one example alone; None where the loader has no dataset in its own order."""
-        if not self._is_indexed():
+        if not is_indexed(self._loader):
             return None
         loader: Any = self._loader
         return loader.collate_fn([loader.dataset[position]])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,11 @@ from captum_sdi.features import StepFeatures
 from captum_sdi.index.faiss import Faiss
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.identity import Identity, identity_at
-from captum_sdi.index.lock import writing
+from captum_sdi.index.lock import check_space, explained, locked
 from captum_sdi.index.manifest import Manifest, ParameterColumns
 from captum_sdi.index.processes import Processes, Turns
 from captum_sdi.index.search import Search
-from captum_sdi.index.shards import DTYPES, SUFFIX, dtype_name
+from captum_sdi.index.shards import DTYPES, dtype_name, is_shard_name
 from captum_sdi.index.verify import (
     check_data,
     check_length,
@@ -86,6 +88,9 @@ class TrainIndex:
         self._index: SketchIndex | None = None  # kept between questions, for what it has verified
         self._checked_rows: set[str] = set()
         self._checked_data: Stream | None = None  # of the last question: a new one may find edited rows
+        self._held: ExitStack | None = None  # what ends with the build of all checkpoints
+        self._is_locked, self._n_checkpoints = False, 1
+        self._completed: set[str] = set()
         if self.path.exists():
             check_folder(self.path)
 
@@ -115,13 +120,47 @@ class TrainIndex:
         lacks_rows = bool(index.damaged) or not index.is_complete(build.name)
         if any(build.processes.gather(lacks_rows)):
             purpose = f"index training batches at {build.name}"
-            with writing(index, build.processes), progress.bar(purpose, train.n_batches) as bar:
+            with ExitStack() as alone, explained(index), progress.bar(purpose, train.n_batches) as bar:
+                self._check_space(index, build)
+                self._take_lock(build, alone)
                 self._prepare(index, build)
                 compute_missing(index, build, bar)
         elif thorough or self._checked_data is not train.stream:
             check_data(index, train, thorough=thorough)
         self._checked_data = train.stream
+        self._completed.add(build.name)
         return index
+
+    @contextmanager
+    def one_build(self, n_checkpoints: int) -> Iterator[None]:
+        """Hold the lock, once it is needed, until rows at all checkpoints have been completed."""
+        with ExitStack() as held:
+            self._held, self._n_checkpoints, self._is_locked = held, n_checkpoints, False
+            self._completed.clear()
+            try:
+                yield
+            finally:
+                self._held, self._n_checkpoints = None, 1
+
+    def _take_lock(self, build: Build, alone: ExitStack) -> None:
+        if build.processes.rank != 0:
+            return
+        if self._held is None:
+            alone.enter_context(locked(self.path))
+        elif not self._is_locked:
+            self._held.enter_context(locked(self.path))
+            self._is_locked = True
+
+    def _check_space(self, index: SketchIndex, build: Build) -> None:
+        """Check that what is missing at this checkpoint and those that follow fits on the disk."""
+        n_examples = build.train.stream.n_examples
+        if n_examples is None:
+            return
+        names, n_checkpoints = {build.name}, 1
+        if self._held is not None:
+            names, n_checkpoints = set(index.shards) - self._completed, self._n_checkpoints - len(self._completed)
+        n_present = sum(min(index.rows_at(name), n_examples) for name in names)
+        check_space(index, max(0, n_checkpoints * n_examples - n_present))
 
     def search(self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.
@@ -167,8 +206,7 @@ class TrainIndex:
             index = self._compared(build)  # anew: another builder may just have finished
             folder = index.folder(build.name)
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = [*folder.glob(f"*{UNFINISHED}"), *self.path.glob(f"*{UNFINISHED}")]
-            for file in [*unfinished, *index.damaged]:
+            for file in [*unfinished_files(folder), *unfinished_files(self.path), *index.damaged]:
                 file.unlink(missing_ok=True)
             index.manifest.save(self.path)
         build.processes.wait()
@@ -251,4 +289,18 @@ def could_be_of_index(entry: Path) -> bool:
     """Say whether an entry of a folder without a manifest may be that of an index whose manifest was lost."""
     if entry.suffix in (UNFINISHED, ".lock", ".json", ".faiss"):
         return True
-    return entry.is_dir() and all(file.suffix in (SUFFIX, UNFINISHED) for file in entry.iterdir())
+    if entry.is_symlink() or not entry.is_dir():
+        return False
+    return all(is_shard_name(file.name) or is_unfinished(file) for file in entry.iterdir())
+
+
+def unfinished_files(folder: Path) -> list[Path]:
+    """List what a killed process left of our files."""
+    return [file for file in folder.glob(f"*{UNFINISHED}") if is_unfinished(file)]
+
+
+def is_unfinished(file: Path) -> bool:
+    """Say whether a file is one of ours that was being written."""
+    written = r"(\d{12,}-\d{12,}\.safetensors|[0-9a-f]{16}\.faiss|manifest\.json|command\.json|builder\.json)"
+    is_named = re.fullmatch(rf"{written}\.\d+{re.escape(UNFINISHED)}", file.name, re.ASCII)
+    return is_named is not None and file.is_file() and not file.is_symlink()

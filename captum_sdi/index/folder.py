@@ -14,7 +14,8 @@ from torch import Tensor
 
 from captum_sdi.features import Noise, StepFeatures
 from captum_sdi.index.manifest import NAME, RATE, Manifest
-from captum_sdi.index.shards import DTYPES, SUFFIX, DamagedError, Shard
+from captum_sdi.index.shards import DTYPES, DamagedError, Shard, is_shard_name
+from captum_sdi.whole_file import check_replaceable
 
 _PIECE, _LEAST = 2**22, 64
 """Bytes of rows that are multiplied at once, and how many rows at least: with fewer a matrix product is slow."""
@@ -148,7 +149,7 @@ class SketchIndex:
             f"sketch        {kind}({sketch_settings})",
             f"parameters    {len(settings['parameters'])}, loop {loop}",
             f"row           {self.width:,} x {self.manifest.dtype}",
-            f"size          {self.bytes / 2**20:,.1f} MiB in {n_shards} shards",
+            f"size          {in_bytes(self.bytes)} in {n_shards} {'shard' if n_shards == 1 else 'shards'}",
             f"loss          {settings['loss']}",
             f"written by    captum_sdi {settings['captum_sdi']}",
             "checkpoints",
@@ -185,7 +186,7 @@ class SketchIndex:
     def _scanned(self, checkpoint: str) -> list[Shard]:
         """List one checkpoint's sound shards, and note the others as damaged."""
         owner = self.manifest.owner(checkpoint)
-        files = sorted(self.folder(checkpoint).glob(f"*{SUFFIX}"))
+        files = shard_files(self.folder(checkpoint))
         shards: list[Shard] = []
         next_example = 0
         for file in files:
@@ -202,12 +203,17 @@ class SketchIndex:
                     "names. Move it away, or pass another folder as index=."
                 )
             overlaps = shard.start < next_example
-            if shard.owner != owner or overlaps:
+            if shard.owner != owner or overlaps or not self._could_hold(shard):
                 self.damaged.append(file)
                 continue
             shards.append(shard)
             next_example = shard.stop
         return shards
+
+    def _could_hold(self, shard: Shard) -> bool:
+        """Say whether a shard's claims agree with the manifest, before memory is set aside for them."""
+        is_beyond = self.examples is not None and shard.stop > self.examples
+        return not is_beyond and shard.dtype == self.dtype and shard.tensors["rows"].shape[1:] == (self.width,)
 
     def _header(self, file: Path) -> Shard:
         """Read a shard's header; it is kept, and with it the map, while the file stays what it is."""
@@ -226,12 +232,18 @@ class SketchIndex:
 
         Returns:
             The damaged ones, which are no longer among `shards`.
+
+        Raises:
+            ValueError: If an intact one holds numbers that are not finite.
         """
         unverified: list[Shard] = []
         for shards in self.shards.values():
             unverified += [shard for shard in shards if id(shard) not in self._intact]
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
             verdicts = list(threads.map(Shard.intact, unverified))
+        for shard, is_intact in zip(unverified, verdicts, strict=True):
+            if is_intact and not shard.finite():
+                raise ValueError(f"{shard.path} holds numbers that are not finite, which no build writes: remove it.")
         for shard, is_intact in zip(unverified, verdicts, strict=True):
             if is_intact:
                 self._intact[id(shard)] = shard
@@ -250,11 +262,17 @@ class SketchIndex:
 
         Returns:
             ``(n,)`` whether each is there, and ``(n, 8)`` bytes, n reaching to the last that is.
+
+        Raises:
+            ValueError: If a shard claims an example far beyond all others.
         """
         shards: list[Shard] = []
         for name in checkpoints or self.shards:
             shards += self.shards[name]
         n_examples = max((shard.stop for shard in shards), default=0)
+        n_rows = sum(shard.stop - shard.start for shard in shards)
+        if n_examples > 10**7 + 64 * n_rows:  # the manifest may not know yet how many there are
+            raise ValueError(f"{self.path} is damaged: a shard claims to hold example {n_examples - 1}. Remove it.")
         is_present = torch.zeros(n_examples, dtype=torch.bool)
         fingerprints = torch.zeros(n_examples, 8, dtype=torch.uint8)
         for shard in shards:
@@ -298,3 +316,25 @@ class SketchIndex:
         rows = [features.rows[parameter.name] for parameter in self.manifest.rows]
         device = rows[0].device
         return torch.cat([row.to(device) for row in rows], dim=-1)
+
+
+def in_bytes(size: float) -> str:
+    """Write a size in MiB, or in KiB where it is less than one."""
+    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """List the files of a checkpoint's folder that may be shards; whatever else is there is left alone.
+
+    Returns:
+        Regular files, in the order of their examples.
+
+    Raises:
+        ValueError: If the folder or one of them is a link: it would lead to what is not the index's.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link; an index has its shards in folders of its own: remove the link.")
+    files = sorted(file for file in folder.glob("*") if is_shard_name(file.name))
+    for file in files:
+        check_replaceable(file)
+    return files

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from captum_sdi.index.folder import SketchIndex
-from captum_sdi.index.processes import Processes
+from captum_sdi.index.folder import SketchIndex, in_bytes
+from captum_sdi.index.shards import HALF_PRECISION
+
+HOLDER = "builder.json"
+"""Says who holds the lock, while it is held."""
 
 LOCK_SECONDS = 10.0
 """Workers of a killed process's DataLoader hold its lock until they notice, a few seconds later."""
@@ -19,20 +27,42 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def writing(index: SketchIndex, processes: Processes) -> Iterator[None]:
-    """Hold the index's lock, in the first of its processes, and explain what stands in the way of writing."""
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the index in a folder."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / "building.lock", timeout=LOCK_SECONDS)
+    holder = path / HOLDER
     try:
-        if processes.rank == 0:
-            index.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(index.path / "building.lock", timeout=LOCK_SECONDS)
-        with lock if processes.rank == 0 else nullcontext():
-            yield
+        lock.acquire()
     except Timeout as error:
         raise BlockingIOError(
             errno.EAGAIN,
-            f"another process is building the index at {index.path}. Wait for it, or start several at once with "
-            "`accelerate launch`, which share the work",
+            f"another process is building the index at {path}{holder_in_words(holder)}. Wait for it, or start several "
+            "at once with `accelerate launch`, which share the work",
         ) from error
+    try:
+        if not holder.is_symlink():
+            holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def holder_in_words(file: Path) -> str:
+    """Say who holds the lock, where that can be read."""
+    try:
+        holder = json.loads(file.read_text(encoding="utf-8"))
+        return f" (process {int(holder['pid'])} on {str(holder['host'])[:64]!r})"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+
+
+@contextmanager
+def explained(index: SketchIndex) -> Iterator[None]:
+    """Explain what stands in the way of writing."""
+    try:
+        yield
     except OSError as error:
         is_ours = str(error.filename).startswith(str(index.path))  # and not, say, the train set's
         if is_ours and error.errno in _READ_ONLY:
@@ -44,10 +74,33 @@ def writing(index: SketchIndex, processes: Processes) -> Iterator[None]:
         if is_ours and error.errno in _DISK_FULL:
             raise OSError(
                 error.errno,
-                f"the disk of the index at {index.path} is full. Every shard written so far is kept: free some "
-                "space and run again, or choose index_dtype=torch.float16 or pool=True in another folder",
+                f"the disk of the index at {index.path} is full. Every shard written so far is kept "
+                f"({missing_rows(index)}): free some space and run again, or choose index_dtype=torch.float16 or "
+                "pool=True in another folder",
             ) from error
         raise
+
+
+def check_space(index: SketchIndex, n_rows: int) -> None:
+    """Check that so many more rows fit on the disk."""
+    scale_bytes = 4 if index.dtype in HALF_PRECISION else 0
+    needed = n_rows * (index.width * index.dtype.itemsize + 8 + scale_bytes)
+    free = free_bytes(index.path)
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"the index at {index.path} needs {in_bytes(needed)} more, and {in_bytes(free)} are free on its "
+            "disk. Nothing was computed: free some space, or choose index_dtype=torch.float16 or pool=True in "
+            "another folder",
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how much is free on the disk that a folder is on, or will be."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def missing_rows(index: SketchIndex) -> str:

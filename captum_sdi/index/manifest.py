@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from captum_sdi.schema import COUNT, NUMBER, OBJECT, TEXT, Kind, check_fields, list_of, one_of, optional, parse_json
 from captum_sdi.whole_file import write_whole
 
 NAME, RATE = "manifest.json", "learning rate"
@@ -85,16 +86,43 @@ class Manifest:
         if not file.is_file():
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            stored_format = {key: content.pop(key, None) for key in _FORMAT}
-            manifest = Manifest(**content)
-        except (ValueError, TypeError, AttributeError) as error:
+            content = parse_json(file.read_text(encoding="utf-8"))
+            check_fields(content, {"format": TEXT, "format_version": COUNT})
+            stored_format = {key: content.pop(key) for key in _FORMAT}
+            if stored_format == _FORMAT:
+                check_content(content)
+                return Manifest(**content)
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}). Remove it: the next build writes it anew and keeps every shard that "
                 "belongs to the model, checkpoints and settings it is given."
             ) from error
-        if stored_format != _FORMAT:
-            raise ValueError(
-                f"{file} says {stored_format}, this version of captum_sdi reads {_FORMAT}. Pass another folder."
-            )
-        return manifest
+        raise ValueError(
+            f"{file} says {stored_format}, this version of captum_sdi reads {_FORMAT}. Pass another folder."
+        )
+
+
+def check_content(content: dict[str, Any]) -> None:
+    """Check every field of a manifest that is read."""
+    check_fields(content, _FIELDS)
+    check_fields(content["settings"], _SETTINGS, within="settings ")
+    check_fields(content["settings"]["sketch"], {"kind": TEXT}, within="settings sketch ")
+    check_fields(content["settings"]["loop"], {"modules": list_of(TEXT)}, within="settings loop ")
+    for name, checkpoint in content["checkpoints"].items():
+        check_fields(checkpoint, {RATE: NUMBER}, within=f"checkpoint {name!r} ")
+
+
+def _is_columns(value: Any) -> bool:
+    kinds = (TEXT, COUNT, NUMBER, COUNT)
+    return isinstance(value, list) and len(value) == 4 and all(map(lambda kind, each: kind.holds(each), kinds, value))
+
+
+_FIELDS = {
+    "settings": OBJECT,
+    "dtype": one_of(("float64", "float32", "float16", "bfloat16")),
+    "rows": list_of(Kind("a name, a width, a variance and a number of parts", _is_columns)),
+    "checkpoints": OBJECT,
+    "examples": optional(COUNT),
+    "fingerprint": optional(TEXT),
+}
+_SETTINGS = {"captum_sdi": TEXT, "sketch": OBJECT, "parameters": OBJECT, "loop": OBJECT, "loss": TEXT}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,7 +114,8 @@ class Shard:
             shard = parsed_header(path)
             size_by_header = max(stored.stop for stored in shard.tensors.values())
             counts = {stored.shape[0] for stored in shard.tensors.values()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            check_layout(shard)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
             raise DamagedError(f"{path}: {error!r}") from error
         if path.name != file_name(shard.start, shard.stop):  # a sound shard in another's place
             raise DamagedError(f"{path}: holds examples {shard.start} to {shard.stop}")
@@ -150,6 +153,11 @@ class Shard:
         content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
         return content[stored.start : stored.stop].view(stored.dtype).view(stored.shape)
 
+    def finite(self) -> bool:
+        """Return whether all numbers are finite; a shard of another author may hold others."""
+        numbers = [self.mapped(name) for name in ("rows", "scales") if name in self.tensors]
+        return all(tensor.numel() == 0 or torch.stack(tensor.aminmax()).isfinite().all() for tensor in numbers)
+
     def intact(self) -> bool:
         """Compare the file's content with its checksum; reads all of it."""
         try:
@@ -165,6 +173,11 @@ class Shard:
 def file_name(start: int, stop: int) -> str:
     """Return the name of the file that holds examples ``start`` to ``stop``."""
     return f"{start:012d}-{stop:012d}{SUFFIX}"
+
+
+def is_shard_name(name: str) -> bool:
+    """Return whether a file of that name may be a shard."""
+    return re.fullmatch(r"\d{12,}-\d{12,}\.safetensors", name, re.ASCII) is not None
 
 
 def shard_metadata(start: int, stop: int, owner: str) -> dict[str, str]:
@@ -183,7 +196,9 @@ def parsed_header(path: Path) -> Shard:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(length, size)))
+        if length > size - 8:
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(file.read(length))
     metadata = header.pop("__metadata__")
     first_byte = 8 + length
     tensors = {}
@@ -195,6 +210,20 @@ def parsed_header(path: Path) -> Shard:
     if "rows" not in tensors:
         raise KeyError("rows")
     return Shard(path, start, stop, metadata["owner"], metadata["digest"], tensors)
+
+
+def check_layout(shard: Shard) -> None:
+    """Check that a header's tensors are what a shard holds, and lie in the file as they should."""
+    if not 0 <= shard.start < shard.stop < 2**48:
+        raise ValueError(f"examples {shard.start} to {shard.stop}")
+    names = {"rows", "fingerprints"} | ({"scales"} if shard.dtype in HALF_PRECISION else set())
+    if set(shard.tensors) != names:
+        raise ValueError(f"tensors {sorted(shard.tensors)}")
+    if shard.dtype not in DTYPES.values() or shard.tensors["fingerprints"].shape[1:] != (8,):
+        raise ValueError("rows or fingerprints of another kind")
+    for name, stored in shard.tensors.items():
+        if stored.stop - stored.start != math.prod(stored.shape) * stored.dtype.itemsize or stored.start < 8:
+            raise ValueError(f"{name} of another size")
 
 
 def content_digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

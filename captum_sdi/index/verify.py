@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +85,10 @@ def differences(stored: Any, live: Any, name: str = "") -> list[str]:
 
 
 def shortened(value: Any) -> str:
-    """Write a value in at most 80 characters."""
+    """Write a value in at most 80 characters, and of a hash the first eight digits."""
     text = "none" if value is None else str(value)
+    if re.fullmatch(r"[0-9a-f]{32,}", text):
+        return f"{text[:8]}..."
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

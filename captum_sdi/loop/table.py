@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
 from collections import defaultdict
@@ -57,6 +58,10 @@ class FoundLoop(LoopSpec):
 
     def __repr__(self) -> str:
         return repr(LoopSpec(self.modules, self.anchors))
+
+    def _repr_html_(self) -> str:
+        """Return the table for notebooks."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
     def __str__(self) -> str:
         unit = "step" if self.n_steps == 1 else "steps"

@@ -15,20 +15,26 @@ variances add (with η²).
 from __future__ import annotations
 
 import dataclasses
+import html
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from captum_sdi.features import Columns
 from captum_sdi.scores.contract import Scores
+from captum_sdi.whole_file import check_regular, write_whole
 
 _VERSION = {"format": "captum_sdi.StepInfluence", "version": "1"}
+_ROWS_SHOWN = 5
+"""Of queries, and of examples of each, in a notebook."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one truth value, and too many numbers
@@ -114,20 +120,26 @@ class StepInfluence:
         fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
         return StepInfluence(**fields)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write every field to one safetensors file, on the CPU and without pickle.
+    def save(self, path: str | os.PathLike[str], **notes: str) -> None:
+        """Write every field to one safetensors file, whole or not at all, on the CPU and without pickle.
 
         Args:
-            path: The file to write; an existing one is replaced.
+            path: The file to write; an existing one is replaced, and a link stays one.
+            **notes: Kept beside the fields, for programs that know of them.
 
         Raises:
-            FileNotFoundError: Its folder does not exist.
+            FileNotFoundError: If its folder does not exist.
+            ValueError: If the path is a folder, a pipe or a device.
         """
         folder = Path(path).absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
         tensors = {name: value.detach().cpu().contiguous() for name, value in self._fields() if value is not None}
-        save_file({name: value.clone() for name, value in tensors.items()}, os.fspath(path), metadata=_VERSION)
+        content = save({name: value.clone() for name, value in tensors.items()}, metadata={**notes, **_VERSION})
+        target = Path(os.path.realpath(path))
+        if target.exists():
+            check_regular(target)
+        write_whole(target, lambda unfinished: unfinished.write_bytes(content))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepInfluence:
@@ -143,6 +155,7 @@ class StepInfluence:
             ValueError: The file holds something else, or is of a newer version.
         """
         name = os.fspath(path)
+        check_regular(Path(name))
         try:
             with safe_open(name, "pt") as file:
                 metadata = file.metadata() or {}
@@ -151,7 +164,9 @@ class StepInfluence:
             raise ValueError(
                 f"{name} is not a saved StepInfluence: {error}. Pass a file written by StepInfluence.save."
             ) from error
-        if metadata.get("format") == _VERSION["format"] and int(metadata["version"]) > int(_VERSION["version"]):
+        version = metadata.get("version", "")
+        is_newer = re.fullmatch("[0-9]{1,9}", version) is not None and int(version) > int(_VERSION["version"])
+        if metadata.get("format") == _VERSION["format"] and is_newer:
             raise ValueError(
                 f"{name} was saved by a newer captum_sdi, in version {metadata['version']} of the format; this one "
                 f"reads {_VERSION['version']}. Update captum_sdi."
@@ -164,11 +179,54 @@ class StepInfluence:
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
         fields: dict[str, Any] = {"indices": None, **tensors}
-        return cls(**fields)
+        result = cls(**fields)
+        _check_agreement(name, result)
+        return result
 
     def __repr__(self) -> str:
         shapes = (f"{name}={value if value is None else tuple(value.shape)}" for name, value in self._fields())
         return f"StepInfluence({', '.join(shapes)})"
 
+    def _repr_html_(self) -> str:
+        """Return the totals as a table, for notebooks; steps count from 0, as ``rank_by`` does."""
+        totals, steps = self.influence_scores.detach().cpu(), self.trajectories.detach().cpu()
+        lines = [repr(self), "", "query  example       total  largest step (from 0)"]
+        if totals.dim() != 2 or 0 in steps.shape:
+            return f"<pre>{html.escape(lines[0])}</pre>"
+        for q, row in enumerate(totals[:_ROWS_SHOWN]):
+            for place in row.argsort(descending=True)[:_ROWS_SHOWN].tolist():
+                index = place if self.indices is None else int(self.indices[q, place])
+                step = int(steps[q, place].abs().argmax())
+                lines.append(f"{q:>5}  {index:>7}  {float(row[place]):>+10.3e}  {step:>21}")
+        return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+
     def _fields(self) -> Iterator[tuple[str, Any]]:
         return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+
+
+def _check_agreement(name: str, result: StepInfluence) -> None:
+    """Check that the fields of a file belong together, and that indices are positions."""
+    pairs, steps = result.influence_scores.shape, result.trajectories.shape
+    shapes = {
+        "trajectories": (*pairs, *steps[-1:]),
+        "prelude": pairs,
+        "coda": pairs,
+        "n_steps": pairs[:1],
+        "score_errors": pairs,
+        "trajectory_errors": steps,
+        "indices": pairs,
+    }
+    for field, shape in shapes.items():
+        tensor = getattr(result, field)
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} is damaged: {field} must be of shape {tuple(shape)}, not {tuple(tensor.shape)}.")
+    if len(pairs) not in (1, 2) or len(steps) != len(pairs) + 1:
+        raise ValueError(f"{name} is damaged: influence_scores must be of shape (q, n), not {tuple(pairs)}.")
+    for field, tensor in result._fields():
+        is_index = field in ("indices", "n_steps")
+        if tensor is not None and (tensor.dtype != torch.long if is_index else not tensor.is_floating_point()):
+            raise ValueError(f"{name} is damaged: {field} must not be of {tensor.dtype}.")
+    for field, limit in (("indices", 2**48), ("n_steps", steps[-1] + 1)):
+        tensor = getattr(result, field)
+        if tensor is not None and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+            raise ValueError(f"{name} is damaged: {field} must be from 0 to {limit - 1}.")

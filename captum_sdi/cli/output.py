@@ -1,0 +1,115 @@
+"""The folder that results go to: only what this program wrote there is replaced or removed, and all of it at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from captum_sdi.whole_file import UNFINISHED, check_replaceable
+
+LINES, ARRAYS, TENSORS = "scores.jsonl", "scores.npz", "scores.safetensors"
+FILES = "files"
+"""Under this note, ``scores.safetensors`` lists what was written together with it."""
+
+PICTURES = re.compile(r"(trajectories-\d+|heatmap-\d+|totals|step-share)\.(png|pdf|svg)")
+
+
+def is_result(name: str) -> bool:
+    """Return whether a file of that name may be one of ours."""
+    return name in (LINES, ARRAYS, TENSORS) or PICTURES.fullmatch(name) is not None
+
+
+def listed_files(folder: Path) -> set[str]:
+    """Return the names of the files that an earlier run says it wrote into the folder."""
+    file = folder / TENSORS
+    if file.is_symlink() or not file.is_file():
+        return set()
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = json.loads((tensors.metadata() or {}).get(FILES, "[]"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return set()
+    if not isinstance(names, list):
+        return set()
+    return {name for name in names if isinstance(name, str) and is_result(name)}
+
+
+def check_output_folder(folder: Path, *, overwrite: bool, pictures: bool) -> None:
+    """Check, before hours of work, that results have a folder to go to, and that nothing is in the way."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; name a folder.")
+    if not folder.exists():
+        return
+    names = sorted(name for name in os.listdir(folder) if is_result(name))
+    if not pictures:
+        names = [name for name in names if not PICTURES.fullmatch(name)]
+    if LINES in names and not overwrite:
+        raise ValueError(f"{folder} holds the results of an earlier run: name another --out, or say --overwrite.")
+    check_in_the_way(folder, names, overwrite=overwrite)
+
+
+def check_in_the_way(folder: Path, names: Collection[str], *, overwrite: bool) -> None:
+    """Check that no file has one of the names, or that those which have may be replaced."""
+    for name in sorted(names):
+        if not overwrite and os.path.lexists(folder / name):
+            raise ValueError(f"{folder / name} is in the way: name another --out, or say --overwrite to replace it.")
+        check_replaceable(folder / name)
+
+
+@contextmanager
+def written_whole(folder: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Path]:
+    """Write files into a folder beside their place, and put all of them there at the end, or none.
+
+    A link to the folder stays one. Files that an earlier run lists as its own are removed, unless `keep` is said.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        ValueError: If something is in the way at the end; the message says where the new files are.
+    """
+    folder = Path(os.path.realpath(folder))
+    parent = folder if folder.is_dir() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    stage = parent / f".{folder.name}.{secrets.token_hex(4)}{UNFINISHED}"
+    stage.mkdir()
+    try:
+        yield stage
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    try:
+        move_files(stage, folder, overwrite=overwrite, keep=keep)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{without_period(error)} The new files are in {stage}.") from error
+
+
+def move_files(stage: Path, folder: Path, *, overwrite: bool, keep: bool) -> None:
+    """Put what was written in its place."""
+    if not folder.exists():
+        stage.rename(folder)
+        return
+    names = set(os.listdir(stage))
+    listed = listed_files(folder)
+    stale = set() if keep else listed - names
+    replaced = names & listed if keep else set()
+    check_in_the_way(folder, names - replaced, overwrite=overwrite)
+    check_in_the_way(folder, stale | replaced, overwrite=True)
+    for name in sorted(names, key=lambda name: name == TENSORS):  # the list comes last
+        os.replace(stage / name, folder / name)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+    stage.rmdir()
+
+
+def without_period(error: Exception) -> str:
+    """Return an error's message, ended by one period."""
+    return f"{str(error).rstrip('.')}."
