@@ -133,7 +133,17 @@ def simulated(folder: Path, n: int, width: int, dtype: str, clusters: int = 0) -
     """An index of random rows; around so many centres, as gradients are that resemble each other."""
     sketch = {"kind": "TensorSketch", "dim": width, "seed": 0, "pool": True}
     rows = [("", width, *astuple(Noise(1 / width)))]
-    manifest = Manifest({"sketch": sketch}, dtype, rows, {"simulated": {}}, examples=n)
+    settings: dict[str, Any] = {
+        "captum_sdi": "simulated",
+        "sketch": sketch,
+        "parameters": {},
+        "loop": {"modules": [], "anchors": []},
+        "loss": "none",
+        "forward_kwargs": "none",
+    }
+    manifest = Manifest(
+        settings, dtype, rows, {"simulated": {"weights": "", "hash tables": "", "learning rate": 1.0}}, examples=n
+    )
     index = SketchIndex(folder, manifest)
     index.folder("simulated").mkdir(parents=True)
     manifest.save(folder)

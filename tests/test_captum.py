@@ -618,6 +618,7 @@ def test_c6_losses_of_different_reductions(linear: Setting, trained: str, tested
 
 def test_c7_one_backward_pass_per_batch(linear: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = linear.ours(), linear.theirs()
+    ours.influence(linear.test)  # the first question compares two examples of each side with themselves alone
     passes: list[int] = []
     grad = torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: passes.append(1) or grad(*args, **kwargs))

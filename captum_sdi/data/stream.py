@@ -121,7 +121,7 @@ class Stream:
         if not is_indexed(self._loader):
             return None
         loader: Any = self._loader
-        return loader.collate_fn([loader.dataset[position]])
+        return plain_batch(loader.collate_fn([loader.dataset[position]]))
 
     def _picked_from_pass(self, only: Tensor) -> Iterator[tuple[Tensor, Any]]:
         for start, raw in self:
