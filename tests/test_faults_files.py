@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import random
@@ -480,7 +481,7 @@ def test_c_tables_in_notebooks(here: Path) -> None:
     assert "largest step (from 0)" in result._repr_html_()
     model = CASES[0].model(torch.float32)
     found = find_loop(model, TRAIN[:1])
-    assert str(found) in found._repr_html_()
+    assert html.escape(str(found)) in found._repr_html_()
     assert "difference" in Coverage(("w",), (1.0,), (1.0,), (0.0,))._repr_html_()
 
 
