@@ -479,7 +479,7 @@ def test_c_tables_in_notebooks(here: Path) -> None:
     result = StepInfluence.load(here / "out" / "scores.safetensors")
     assert "largest step (from 0)" in result._repr_html_()
     model = CASES[0].model(torch.float32)
-    found = find_loop(model, TRAIN[0] if isinstance(TRAIN[0], dict) else None)
+    found = find_loop(model, {"input_ids": torch.tensor([[1, 2, 3]])})
     assert str(found) in found._repr_html_()
     assert "difference" in Coverage(("w",), (1.0,), (1.0,), (0.0,))._repr_html_()
 
