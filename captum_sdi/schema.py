@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -29,8 +30,8 @@ def is_finite(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """Return whether a value is a string."""
-    return isinstance(value, str)
+    """Return whether a value is a string, without halves of surrogate pairs."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 TEXT = Kind("a string", is_text)

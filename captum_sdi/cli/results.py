@@ -15,7 +15,7 @@ from torch import Tensor
 
 from captum_sdi.cli.output import ARRAYS, FILES, LINES, TENSORS
 from captum_sdi.cli.rows import JsonLines, clip
-from captum_sdi.schema import COUNT, OBJECT, TEXT, Kind, check_fields, list_of, parse_json
+from captum_sdi.schema import COUNT, OBJECT, Kind, check_fields, list_of, parse_json
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.whole_file import write_whole
 
@@ -35,6 +35,7 @@ class Texts(Sequence[str]):
         return self._known.get(index, "")
 
 
+ANY_TEXT = Kind("a string", lambda value: isinstance(value, str))
 REAL = Kind("a number", lambda value: type(value) in (int, float) and not abs(value) > 1e300)
 
 
@@ -187,13 +188,13 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 def check_line(fields: Any) -> None:
     """Check one query of ``scores.jsonl``."""
     check_fields(fields, {"example": OBJECT, "n_steps": COUNT})
-    check_fields(fields["example"], {"text": TEXT}, within="example ")
+    check_fields(fields["example"], {"text": ANY_TEXT}, within="example ")
     role = "proponents" if "proponents" in fields else "opponents"
     check_fields(fields, {role: list_of(OBJECT)})
     for pair in fields[role]:
         kinds = {"index": COUNT, "score": REAL, "error": REAL, "trajectory": list_of(REAL), "example": OBJECT}
         check_fields(pair, kinds, within=f"{role} ")
-        check_fields(pair["example"], {"text": TEXT}, within=f"{role} example ")
+        check_fields(pair["example"], {"text": ANY_TEXT}, within=f"{role} example ")
 
 
 def json_line(line: dict[str, Any]) -> bytes:

@@ -160,7 +160,7 @@ class TrainIndex:
         if self._held is not None:
             names, n_checkpoints = set(index.shards) - self._completed, self._n_checkpoints - len(self._completed)
         n_present = sum(min(index.rows_at(name), n_examples) for name in names)
-        check_space(index, max(0, n_checkpoints * n_examples - n_present))
+        check_space(index, max(0, n_checkpoints * n_examples - n_present), build.processes)
 
     def search(self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.

@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from captum_sdi.index.folder import SketchIndex, in_bytes
+from captum_sdi.index.processes import Processes
 from captum_sdi.index.shards import HALF_PRECISION
 
 HOLDER = "builder.json"
@@ -32,6 +33,7 @@ def locked(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path / "building.lock", timeout=LOCK_SECONDS)
     holder = path / HOLDER
+    is_ours = not holder.is_symlink()
     try:
         lock.acquire()
     except Timeout as error:
@@ -41,11 +43,12 @@ def locked(path: Path) -> Iterator[None]:
             "at once with `accelerate launch`, which share the work",
         ) from error
     try:
-        if not holder.is_symlink():
+        if is_ours:
             holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
         yield
     finally:
-        holder.unlink(missing_ok=True)
+        if is_ours:
+            holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -81,12 +84,12 @@ def explained(index: SketchIndex) -> Iterator[None]:
         raise
 
 
-def check_space(index: SketchIndex, n_rows: int) -> None:
+def check_space(index: SketchIndex, n_rows: int, processes: Processes) -> None:
     """Check that so many more rows fit on the disk."""
     scale_bytes = 4 if index.dtype in HALF_PRECISION else 0
     needed = n_rows * (index.width * index.dtype.itemsize + 8 + scale_bytes)
     free = free_bytes(index.path)
-    if needed > free:
+    if any(processes.gather(needed > free)):
         raise OSError(
             errno.ENOSPC,
             f"the index at {index.path} needs {in_bytes(needed)} more, and {in_bytes(free)} are free on its "

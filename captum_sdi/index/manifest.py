@@ -105,10 +105,13 @@ class Manifest:
 def check_content(content: dict[str, Any]) -> None:
     """Check every field of a manifest that is read."""
     check_fields(content, _FIELDS)
+    if not sum(width for _, width, _, _ in content["rows"]):
+        raise ValueError("rows must have columns")
     check_fields(content["settings"], _SETTINGS, within="settings ")
     check_fields(content["settings"]["sketch"], {"kind": TEXT}, within="settings sketch ")
     check_fields(content["settings"]["loop"], {"modules": list_of(TEXT)}, within="settings loop ")
     for name, checkpoint in content["checkpoints"].items():
+        check_fields({"name": name}, {"name": TEXT}, within="checkpoint ")
         check_fields(checkpoint, {RATE: NUMBER}, within=f"checkpoint {name!r} ")
 
 
