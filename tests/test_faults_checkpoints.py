@@ -403,8 +403,11 @@ def test_a10_links_and_copies_of_the_same_weights_count_once(write: Any, twice: 
     ) as caught:
         assert find_checkpoints(tmp_path) == [str(path) for path in paths]
     assert [warning.filename for warning in caught] == [__file__]
+    twin = tmp_path / ("checkpoint-3" if paths[1].is_dir() else "last.pt")
     with pytest.warns(UserWarning, match=r"holds the same weights"):
-        assert find_checkpoints([paths[0], paths[1], paths[0]]) == [str(path) for path in paths]
+        assert find_checkpoints([paths[0], paths[1], twin]) == [str(path) for path in paths]
+    meant = [str(paths[0])] * 2  # a path listed twice counts twice, as in Captum
+    assert find_checkpoints(meant) == meant
 
 
 def lightning(folder: Path, prefixes: list[str], **more: torch.Tensor) -> Path:

@@ -16,10 +16,10 @@ _WEIGHTS = re.compile(r"(pytorch_|adapter_)?model.*\.(safetensors|bin)")
 
 
 def without_copies(sources: Sequence[Any]) -> list[Any]:
-    """Leave out every path that leads to the weights of an earlier one, with a warning."""
+    """Leave out, with a warning, every path to the weights of another one; one path listed twice is meant so."""
     kept: list[Any] = []
     for source in sources:
-        twins = [earlier for earlier in kept if are_the_same(earlier, source)]
+        twins = [earlier for earlier in kept if earlier != source and are_the_same(earlier, source)]
         if not twins:
             kept.append(source)
             continue
