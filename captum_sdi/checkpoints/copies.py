@@ -19,7 +19,7 @@ def without_copies(sources: Sequence[Any]) -> list[Any]:
     """Leave out, with a warning, every path to the weights of another one; one path listed twice is meant so."""
     kept: list[Any] = []
     for source in sources:
-        twins = [earlier for earlier in kept if earlier != source and are_the_same(earlier, source)]
+        twins = [earlier for earlier in kept if are_the_same(earlier, source) and earlier != source]
         if not twins:
             kept.append(source)
             continue
