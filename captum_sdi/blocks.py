@@ -47,7 +47,12 @@ class ScoredBlock:
     """``(q,)`` how many loop steps each test example ran at this checkpoint."""
 
 
-def scored_block(block: Block, checkpoint: Checkpoint, scores: Scores, n_steps: Tensor) -> ScoredBlock:
+def scored_block(
+    block: Block,
+    checkpoint: Checkpoint,
+    scores: Scores,
+    n_steps: Tensor,
+) -> ScoredBlock:
     """Say of a block's scores what they are of, and multiply them by the checkpoint's learning rate."""
     weighted = scores.times(checkpoint.rate)
     return ScoredBlock(block.number, block.positions, checkpoint, weighted, n_steps)

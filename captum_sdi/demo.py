@@ -82,7 +82,12 @@ class Trained:
     checkpoints: list[str]
 
 
-def train_model(train: TaskDataset, folder: Path, seed: int, steps: int) -> Trained:
+def train_model(
+    train: TaskDataset,
+    folder: Path,
+    seed: int,
+    steps: int,
+) -> Trained:
     """Train a small looped GPT with the Trainer of transformers."""
     from transformers import Trainer, TrainingArguments, set_seed
 
@@ -155,7 +160,12 @@ def check_sum_of_steps(result: StepInfluence) -> None:
     assert error < 1e-4, f"the steps do not sum to the total: {error}"
 
 
-def check_against_autograd(model: LoopedGPTForCausalLM, train: TaskDataset, tests: Dataset, checkpoint: str) -> None:
+def check_against_autograd(
+    model: LoopedGPTForCausalLM,
+    train: TaskDataset,
+    tests: Dataset,
+    checkpoint: str,
+) -> None:
     """Check that the steps sum to TracIn: exactly, on a few strings, against plain autograd."""
     few = Subset(train, range(8))
     model = copy.deepcopy(model)

@@ -210,7 +210,12 @@ class SDIInfluence(TracInCPBase):
         return self.influence(inputs, show_progress=show_progress, aggregate=aggregate)
 
     def _get_k_most_influential(
-        self, inputs: Any, k: int = 5, proponents: bool = True, show_progress: bool = False, aggregate: bool = False
+        self,
+        inputs: Any,
+        k: int = 5,
+        proponents: bool = True,
+        show_progress: bool = False,
+        aggregate: bool = False,
     ) -> KMostInfluentialResults:
         """Implement Captum's abstract method: `influence` with ``k``."""
         return self.influence(inputs, k, proponents, show_progress, aggregate)

@@ -16,7 +16,12 @@ from captum_sdi.model_facts import model_config, vocabulary_size
 from captum_sdi.words import first_few, is_integer
 
 
-def as_loader(data: Any, batch_size: Any, collate: Callable[[Any], Any], argument: str) -> DataLoader[Any]:
+def as_loader(
+    data: Any,
+    batch_size: Any,
+    collate: Callable[[Any], Any],
+    argument: str,
+) -> DataLoader[Any]:
     """Return a DataLoader as it is, a Dataset in batches and in order.
 
     Args:
@@ -79,7 +84,12 @@ def rows_of_columns(columns: Mapping[Any, Any], argument: str) -> list[dict[str,
     return [dict(zip(columns, row, strict=True)) for row in entries]
 
 
-def as_batches(inputs: Any, batch_size: int, collate: Callable[[Any], Any], argument: str = "inputs") -> Iterable[Any]:
+def as_batches(
+    inputs: Any,
+    batch_size: int,
+    collate: Callable[[Any], Any],
+    argument: str = "inputs",
+) -> Iterable[Any]:
     """Return the batches of test examples.
 
     Args:

@@ -89,7 +89,12 @@ class Point:
         return features.map(lambda row: row.to(dtype))
 
     def blocks(
-        self, examples: Examples, *, by_step: bool, only: Tensor | None = None, transform: Transform | None = None
+        self,
+        examples: Examples,
+        *,
+        by_step: bool,
+        only: Tensor | None = None,
+        transform: Transform | None = None,
     ) -> Iterator[Block]:
         """Compute the features of a stream, batch by batch.
 

@@ -214,7 +214,13 @@ def self_influence_by_checkpoints(study: Study, examples: Examples) -> Sums:
     return pairs.result()
 
 
-def self_blocks(study: Study, point: Point, examples: Examples, *, by_step: bool) -> Iterator[ScoredBlock]:
+def self_blocks(
+    study: Study,
+    point: Point,
+    examples: Examples,
+    *,
+    by_step: bool,
+) -> Iterator[ScoredBlock]:
     """Score every example against itself at one checkpoint: ⟨g, P φ⟩ of the same example."""
     for block, test_features in both_sides(study, point, examples, by_step=by_step):
         scores = self_scores(test_features, block.features)
@@ -222,7 +228,11 @@ def self_blocks(study: Study, point: Point, examples: Examples, *, by_step: bool
 
 
 def both_sides(
-    study: Study, point: Point, examples: Examples, *, by_step: bool
+    study: Study,
+    point: Point,
+    examples: Examples,
+    *,
+    by_step: bool,
 ) -> Iterator[tuple[Block, StepFeatures]]:
     """Yield the features of each block of examples as train examples, g, and as test examples, P φ."""
     preconditioner = study.preconditioner
@@ -230,8 +240,9 @@ def both_sides(
     if preconditioner.acts_on == "gradient":
         for number, (positions, raw) in enumerate(examples.batches()):
             side, places = examples.side, positions.tolist()
-            train = point.batch(raw, side, places, by_step=by_step)
-            test = point.batch(raw, side, places, by_step=by_step, transform=fitted)
+            alone = examples.collated_alone
+            train = point.batch(raw, side, places, by_step=by_step, collated_alone=alone)
+            test = point.batch(raw, side, places, by_step=by_step, collated_alone=alone, transform=fitted)
             yield Block(number, positions, train), test
         return
     if study.index is None:
@@ -243,7 +254,13 @@ def both_sides(
         yield block, apply_to_rows(fitted, block.features)
 
 
-def gradient_vectors(study: Study, examples: Examples, *, aggregate: bool, as_tests: bool) -> Tensor:
+def gradient_vectors(
+    study: Study,
+    examples: Examples,
+    *,
+    aggregate: bool,
+    as_tests: bool,
+) -> Tensor:
     """Lay features out as vectors ``(n, D)`` whose dot products are influences, √η on each side.
 
     Args:

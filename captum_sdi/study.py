@@ -97,7 +97,13 @@ class Question:
             yield counted(blocks, bar)
 
     def _live_blocks(
-        self, points: Iterable[Point], train: Source, only: Tensor | None, contract: Contraction, *, by_step: bool
+        self,
+        points: Iterable[Point],
+        train: Source,
+        only: Tensor | None,
+        contract: Contraction,
+        *,
+        by_step: bool,
     ) -> Iterator[ScoredBlock]:
         for point in points:
             tests = self.test_features(point, by_step=by_step)

@@ -119,7 +119,12 @@ def captured_gradients(tape: Tape, summed_loss: Callable[[], Tensor], batch_size
         projections[name] = projection
         sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
 
-    def consume(name: str, _examples: slice, _bin: int, gradient: Gradient) -> None:
+    def consume(
+        name: str,
+        _examples: slice,
+        _bin: int,
+        gradient: Gradient,
+    ) -> None:
         rows = projections[name](gradient)
         sums[name] += rows.sum(0)
 

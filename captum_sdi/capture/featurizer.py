@@ -172,7 +172,12 @@ class Capture:
         bins = Bins.count(self.n_steps) if by_step else 1
         rows = self._zeros(n_rows, bins)
 
-        def consume(name: str, chosen_rows: slice, place: int, gradient: Gradient) -> None:
+        def consume(
+            name: str,
+            chosen_rows: slice,
+            place: int,
+            gradient: Gradient,
+        ) -> None:
             if transform is not None:
                 gradient = transform(name, gradient)
             sketched = self.projections[name](gradient)
@@ -263,7 +268,13 @@ class Capture:
             losses = self.forward(raw, side)[1]
             check_gradient(losses, side.argument)
 
-    def check_finite(self, finite: Tensor, quantity: str, side: Side, positions: Sequence[int]) -> None:
+    def check_finite(
+        self,
+        finite: Tensor,
+        quantity: str,
+        side: Side,
+        positions: Sequence[int],
+    ) -> None:
         """Check that the examples' losses or gradients are finite.
 
         Args:

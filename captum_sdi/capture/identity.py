@@ -19,7 +19,14 @@ class ReportingIdentity(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, dummy: Tensor, activation: Tensor, in_place: bool, report: Report) -> Tensor:
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        dummy: Tensor,
+        activation: Tensor,
+        in_place: bool,
+        report: Report,
+    ) -> Tensor:
         """Return the output; as the same tensor, in a new place of the graph, when ``in_place``."""
         ctx.save_for_backward(activation)
         ctx.report = report

@@ -110,7 +110,13 @@ def uncovered_layers(refused: Sequence[tuple[str, str]], remedy: str) -> str:
 # --- how a layer is called ---
 
 
-def no_example_axis(layer: str, verb: str, shape: torch.Size, batch_size: int, remedy: str) -> str:
+def no_example_axis(
+    layer: str,
+    verb: str,
+    shape: torch.Size,
+    batch_size: int,
+    remedy: str,
+) -> str:
     """Refuse a layer that was given, or returned, a tensor without one row per example."""
     return (
         f"{layer} {verb} a tensor of shape {tuple(shape)} in a batch of {batch_size}: without the example axis first, "
@@ -127,7 +133,12 @@ def fails_in_batch(error: Exception, batch_size: int) -> str:
     )
 
 
-def no_token_axis(layer: str, activation: torch.Size, output: torch.Size, remedy: str) -> str:
+def no_token_axis(
+    layer: str,
+    activation: torch.Size,
+    output: torch.Size,
+    remedy: str,
+) -> str:
     """Refuse per-token features of a layer whose second axis is not the token positions."""
     return (
         "unit='token' needs the token positions as the second axis of each layer's input and output: "
@@ -136,7 +147,13 @@ def no_token_axis(layer: str, activation: torch.Size, output: torch.Size, remedy
     )
 
 
-def unequal_token_axes(layer: str, count: int, other_layer: str, other_count: int, remedy: str) -> str:
+def unequal_token_axes(
+    layer: str,
+    count: int,
+    other_layer: str,
+    other_count: int,
+    remedy: str,
+) -> str:
     """Refuse per-token features of two layers that read different numbers of tokens."""
     return (
         f"unit='token' needs the same number of token positions in every layer: {layer} was given {count}, "

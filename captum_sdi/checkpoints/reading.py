@@ -165,6 +165,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def damaged(file: Path, key: str, expected: str, value: Any) -> ValueError:
+def damaged(
+    file: Path,
+    key: str,
+    expected: str,
+    value: Any,
+) -> ValueError:
     """Return the error of a file whose ``key`` holds ``value`` where ``expected`` belongs."""
     return ValueError(f"{file} is damaged: {key} must be {expected}, but is {reprlib.repr(value)}.")

@@ -19,7 +19,12 @@ _DECAYS: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
-def possible_rates(after: int, known: Mapping[int, float], peak: float, n_steps: int) -> list[float]:
+def possible_rates(
+    after: int,
+    known: Mapping[int, float],
+    peak: float,
+    n_steps: int,
+) -> list[float]:
     """List the different rates after a number of steps, by the schedules on which all known rates lie.
 
     A schedule here is linear, cosine or constant, after any warm-up.
@@ -49,7 +54,12 @@ def possible_rates(after: int, known: Mapping[int, float], peak: float, n_steps:
     return [least] if greatest - least <= _SAME_RATE * peak else [least, greatest]
 
 
-def share_of_peak(steps: int, warmups: Tensor, n_steps: int, decay: Callable[[Tensor], Tensor]) -> Tensor:
+def share_of_peak(
+    steps: int,
+    warmups: Tensor,
+    n_steps: int,
+    decay: Callable[[Tensor], Tensor],
+) -> Tensor:
     """Return the share of the peak rate that a schedule has after some steps, for each length of the warm-up."""
     rising = steps / warmups.clamp(min=1)
     done = (steps - warmups) / (n_steps - warmups).clamp(min=1)

@@ -82,7 +82,12 @@ def read_state(file: Path) -> TrainerState:
     return TrainerState(step, steps_in(content, "max_steps", file), logged, next_rate, peak)
 
 
-def steps_in(content: Mapping[str, Any], key: str, file: Path, where: str = "") -> int | None:
+def steps_in(
+    content: Mapping[str, Any],
+    key: str,
+    file: Path,
+    where: str = "",
+) -> int | None:
     """Read a number of steps; None where the file has none."""
     steps = content.get(key)
     if steps is None or (is_integer(steps) and 0 <= steps <= _MOST_STEPS):

@@ -78,7 +78,11 @@ def load_tokenizer(recipe: Recipe) -> Any:
 
 
 def build_influence(
-    recipe: Recipe, model: Any, train: Any, index: Path | None, n_loops: int | None = None
+    recipe: Recipe,
+    model: Any,
+    train: Any,
+    index: Path | None,
+    n_loops: int | None = None,
 ) -> SDIInfluence:
     """Return the `SDIInfluence` of a recipe; `n_loops` sets the depth of the test side alone."""
     layers: Any = list(recipe.layers)

@@ -92,7 +92,13 @@ def written_whole(folder: Path, *, overwrite: bool, keep: bool = False) -> Itera
         raise ValueError(f"{without_period(error)} The new files are in {stage}.") from error
 
 
-def move_files(stage: Path, folder: Path, *, overwrite: bool, keep: bool) -> None:
+def move_files(
+    stage: Path,
+    folder: Path,
+    *,
+    overwrite: bool,
+    keep: bool,
+) -> None:
     """Put what was written in its place."""
     if not folder.exists():
         stage.rename(folder)

@@ -15,7 +15,13 @@ HEATMAP_EXAMPLES = 20  # of either sign; so few can be named beside the heat map
 TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading and twice two examples
 
 
-def draw(results: Results, queries: Sequence[int], k: int, folder: Path, format: str) -> list[str]:
+def draw(
+    results: Results,
+    queries: Sequence[int],
+    k: int,
+    folder: Path,
+    format: str,
+) -> list[str]:
     """Draw and save the pictures of the queries at these positions; return the files' names."""
     files = []
     for name, axes in drawn_axes(results, queries, k):

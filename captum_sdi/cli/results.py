@@ -49,7 +49,13 @@ class Results:
     """Those of ``scores.jsonl``, one per query."""
 
     @staticmethod
-    def from_scores(scores: StepInfluence, queries: JsonLines, train: JsonLines, *, proponents: bool) -> Results:
+    def from_scores(
+        scores: StepInfluence,
+        queries: JsonLines,
+        train: JsonLines,
+        *,
+        proponents: bool,
+    ) -> Results:
         """Look up the examples of scores, which have ``indices`` of proponents or of opponents."""
         role = "proponents" if proponents else "opponents"
         lines = []

@@ -39,7 +39,12 @@ class JsonLines(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(
-        self, path: str | Path, encoder: Encoder, digest: str | None = None, *, show_progress: bool = False
+        self,
+        path: str | Path,
+        encoder: Encoder,
+        digest: str | None = None,
+        *,
+        show_progress: bool = False,
     ) -> None:
         self.path = Path(path)
         self.n_tokens = 0

@@ -70,7 +70,12 @@ def used_positions(raw: Any) -> Tensor | None:
     return used
 
 
-def _digest_rows(digests: Sequence[Any], name: str, tensor: Tensor, used: Tensor | None) -> None:
+def _digest_rows(
+    digests: Sequence[Any],
+    name: str,
+    tensor: Tensor,
+    used: Tensor | None,
+) -> None:
     """Add one tensor's rows, without their padding, to their examples' digests."""
     is_mask = name.startswith("attention_mask.")
     if is_mask:

@@ -111,7 +111,13 @@ def default_loss(model: nn.Module) -> TokenCrossEntropy:
     return TokenCrossEntropy(shift=is_causal is not False)
 
 
-def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argument: str = "loss_fn") -> Tensor:
+def example_losses(
+    loss_fn: LossFn,
+    output: Any,
+    labels: Any,
+    size: int,
+    argument: str = "loss_fn",
+) -> Tensor:
     """Return the losses ``(size,)`` of a batch's examples, whatever the loss function reduces.
 
     Raises:
@@ -137,7 +143,12 @@ def example_losses(loss_fn: LossFn, output: Any, labels: Any, size: int, argumen
     return losses.reshape(size, -1).sum(1)
 
 
-def _loss_of_one(loss_fn: LossFn, output: Tensor, labels: Any, position: int) -> Tensor:
+def _loss_of_one(
+    loss_fn: LossFn,
+    output: Tensor,
+    labels: Any,
+    position: int,
+) -> Tensor:
     """Return one example's loss as a scalar, from a loss function that reduces over a batch."""
     one_row = slice(position, position + 1)
     own_labels = map_tensors(lambda tensor: tensor[one_row], labels)

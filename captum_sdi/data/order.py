@@ -185,7 +185,12 @@ def check_rows(batches: Iterable[Any], loader: Any, argument: str) -> Iterator[A
         yield raw
 
 
-def other_rows(argument: str, number: int, n_drawn: int, size: int) -> str:
+def other_rows(
+    argument: str,
+    number: int,
+    n_drawn: int,
+    size: int,
+) -> str:
     """Write the sentence about a batch of other rows than its dataset's."""
     return (
         f"{argument} yields {size} rows in batch {number}, for which {n_drawn} were drawn: its collate function leaves "
@@ -194,7 +199,12 @@ def other_rows(argument: str, number: int, n_drawn: int, size: int) -> str:
     )
 
 
-def check_places(loader: DataLoader[Any], indices: Sequence[Any], raw: Any, argument: str) -> None:
+def check_places(
+    loader: DataLoader[Any],
+    indices: Sequence[Any],
+    raw: Any,
+    argument: str,
+) -> None:
     """Read a batch's rows again: they must be the same, and lie where they were drawn.
 
     Args:

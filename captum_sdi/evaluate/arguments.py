@@ -11,7 +11,12 @@ Numbers: TypeAlias = ArrayLike | Tensor
 SCORES = "(q, n) or (q, n, t)"
 
 
-def as_numbers(name: str, values: Numbers, shape: str, ndims: tuple[int, ...]) -> Tensor:
+def as_numbers(
+    name: str,
+    values: Numbers,
+    shape: str,
+    ndims: tuple[int, ...],
+) -> Tensor:
     """Return an argument as finite float64 numbers on the CPU; ``shape`` is ``ndims`` in words."""
     if not isinstance(values, Tensor):
         values = torch.as_tensor(np.asarray(values))

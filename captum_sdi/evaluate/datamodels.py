@@ -8,7 +8,12 @@ from captum_sdi.evaluate.correlations import row_correlations, unit_deviations
 from captum_sdi.evaluate.intervals import LEVEL, Estimate, mean_estimate
 
 
-def draw_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> Tensor:
+def draw_subsets(
+    n: int,
+    m: int,
+    fraction: float = 0.5,
+    seed: int = 0,
+) -> Tensor:
     """Draw random subsets of the training set, all equally large.
 
     Args:

@@ -54,7 +54,13 @@ def mislabel_auc(self_influence: Numbers, flipped: Numbers, level: float = LEVEL
     return Estimate(area, low, high, n=n)
 
 
-def _interval_end(area: Tensor, n_wrong: int, n_right: int, z: float, limit: float) -> Tensor:
+def _interval_end(
+    area: Tensor,
+    n_wrong: int,
+    n_right: int,
+    z: float,
+    limit: float,
+) -> Tensor:
     """Return the area nearest to ``limit`` whose own z standard errors reach the measured one."""
     inside = area.clone()
     outside = torch.full_like(area, limit)

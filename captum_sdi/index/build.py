@@ -77,7 +77,12 @@ class TrainIndex:
     """
 
     def __init__(
-        self, path: Any, dtype: torch.dtype | None, sketch: Sketch, side: Side, faiss: Faiss | None = None
+        self,
+        path: Any,
+        dtype: torch.dtype | None,
+        sketch: Sketch,
+        side: Side,
+        faiss: Faiss | None = None,
     ) -> None:
         if not isinstance(path, str | os.PathLike):
             raise TypeError(f"index= must be the path of a folder, got {type(path).__name__}.")
@@ -94,7 +99,14 @@ class TrainIndex:
         if self.path.exists():
             check_folder(self.path)
 
-    def complete(self, point: Point, train: Examples, *, thorough: bool, progress: Progress) -> SketchIndex:
+    def complete(
+        self,
+        point: Point,
+        train: Examples,
+        *,
+        thorough: bool,
+        progress: Progress,
+    ) -> SketchIndex:
         """Compare the index with the model at one checkpoint, and compute what is missing.
 
         Args:
@@ -235,7 +247,9 @@ def compute_missing(index: SketchIndex, build: Build, bar: Any) -> None:
             absent = ~lookup(is_present, positions)
             if absent.any() and turns.take():
                 # All of it, even where only some is absent: in another company rows would round differently.
-                features = build.point.batch(raw, build.train.side, positions.tolist(), by_step=False)
+                train, numbers = build.train, positions.tolist()
+                alone = train.collated_alone
+                features = build.point.batch(raw, train.side, numbers, by_step=False, collated_alone=alone)
                 rows = index.flat(features)[:, 0].cpu()
                 writer.add(positions[absent], rows[absent], fingerprints[absent])
             bar.update()
@@ -243,7 +257,12 @@ def compute_missing(index: SketchIndex, build: Build, bar: Any) -> None:
     finish(index, build.processes, n_examples, fingerprint=content.hexdigest()[:32])
 
 
-def finish(index: SketchIndex, processes: Processes, n_examples: int, fingerprint: str) -> None:
+def finish(
+    index: SketchIndex,
+    processes: Processes,
+    n_examples: int,
+    fingerprint: str,
+) -> None:
     """Write down how many examples there are, and what they are."""
     check_length(index, n_examples)
     index.manifest.examples, index.manifest.fingerprint = n_examples, fingerprint

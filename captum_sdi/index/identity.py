@@ -53,7 +53,12 @@ def identity_at(point: Point, sketch: Sketch, side: Side) -> Identity:
     return Identity(settings(sketch, point.capture.targets(), point.loop, side), checkpoint)
 
 
-def settings(sketch: Sketch, parameters: Mapping[str, Tensor], loop: LoopSpec, side: Side) -> dict[str, Any]:
+def settings(
+    sketch: Sketch,
+    parameters: Mapping[str, Tensor],
+    loop: LoopSpec,
+    side: Side,
+) -> dict[str, Any]:
     """Describe what the rows of every checkpoint depend on.
 
     Args:

@@ -179,7 +179,13 @@ class Search:
             scores.append(rows @ query)
         return torch.stack(scores)
 
-    def _recall(self, ranking: Ranking, queries: list[Tensor], positions: Tensor, n_queries: int) -> float:
+    def _recall(
+        self,
+        ranking: Ranking,
+        queries: list[Tensor],
+        positions: Tensor,
+        n_queries: int,
+    ) -> float:
         """Measure which share of the exact top k of the first queries is among the positions found."""
         first_queries = [query[:n_queries] for query in queries]
         exact, _ = self._scanned(ranking, first_queries)

@@ -68,7 +68,14 @@ class Shard:
     """By name."""
 
     @staticmethod
-    def write(folder: Path, start: int, rows: Tensor, fingerprints: Tensor, dtype: torch.dtype, owner: str) -> Shard:
+    def write(
+        folder: Path,
+        start: int,
+        rows: Tensor,
+        fingerprints: Tensor,
+        dtype: torch.dtype,
+        owner: str,
+    ) -> Shard:
         """Write a shard.
 
         Args:

@@ -32,7 +32,13 @@ CHECKED_IN_A_ROW = 50
 # --- settings ---
 
 
-def check_settings(path: Path, manifest: Manifest, identity: Identity, name: str, dtype: torch.dtype | None) -> None:
+def check_settings(
+    path: Path,
+    manifest: Manifest,
+    identity: Identity,
+    name: str,
+    dtype: torch.dtype | None,
+) -> None:
     """Refuse an index that was written for something else.
 
     Args:
@@ -110,7 +116,8 @@ def check_row(index: SketchIndex, point: Point, train: Examples) -> None:
     position = telling_position(index, name)
     stored = Reader(index, name, torch.float64).read(position, position + 1)[0]
     for positions, raw, _ in compared_batches(index, train, only=torch.tensor([position])):
-        features = point.batch(raw, train.side, positions.tolist(), by_step=False)
+        numbers, alone = positions.tolist(), train.collated_alone
+        features = point.batch(raw, train.side, numbers, by_step=False, collated_alone=alone)
         computed = index.flat(features)[0, 0].cpu().double()
         length = stored.norm().clamp(min=1e-300)
         distance = float((stored - computed).norm() / length)

@@ -20,7 +20,13 @@ from captum_sdi.words import is_integer
 
 
 def loop_layers(
-    model: nn.Module, start: int, stop: int, n_loops: int, *, damping: float = 1.0, layers: str | None = None
+    model: nn.Module,
+    start: int,
+    stop: int,
+    n_loops: int,
+    *,
+    damping: float = 1.0,
+    layers: str | None = None,
 ) -> LoopedModel:
     """Make a Hugging Face model apply its layers `start` to `stop - 1` `n_loops` times.
 
@@ -143,7 +149,13 @@ def find_owner(model: nn.Module, list_name: str) -> tuple[nn.Module, str]:
     return owner, path
 
 
-def check_between(name: str, value: Any, lowest: int, highest: int, reason: str) -> None:
+def check_between(
+    name: str,
+    value: Any,
+    lowest: int,
+    highest: int,
+    reason: str,
+) -> None:
     """Raise ValueError naming the argument unless it is an integer from `lowest` to `highest`."""
     if not is_integer(value) or not lowest <= value <= highest:
         raise ValueError(f"{name}={value!r} must be an integer from {lowest} to {highest}: {reason}.")

@@ -24,7 +24,12 @@ CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_par
 """How decoder layers call a key-value cache, or the state that takes its place."""
 
 
-def call_looped(module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_looped(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     """Call a looped module's own `forward`, with stand-ins for the looped layers."""
     settings: LoopSettings | None = vars(module).get("_loop")
     if settings is None:  # a wrapper kept the forward of a model that is no longer looped

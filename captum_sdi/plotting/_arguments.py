@@ -63,7 +63,13 @@ def check_positions(name: str, values: Sequence[int] | None, size: int) -> Posit
     return np.array([check_position(name, integer, size) for integer in integers])
 
 
-def check_texts(name: str, texts: Sequence[str] | None, size: int, *, exact: bool = True) -> None:
+def check_texts(
+    name: str,
+    texts: Sequence[str] | None,
+    size: int,
+    *,
+    exact: bool = True,
+) -> None:
     """Check that there is one string for each of ``size`` examples, or at least as many."""
     if texts is None:
         return

@@ -57,7 +57,12 @@ def _in_points(ax: Axes, pixels: float) -> float:
     return pixels / ax.figure.dpi * 72
 
 
-def set_title(ax: Axes, title: str | None, default: str, taken: float = 0.0) -> None:
+def set_title(
+    ax: Axes,
+    title: str | None,
+    default: str,
+    taken: float = 0.0,
+) -> None:
     """Set the title above the left edge of a picture whose labels take ``taken`` points."""
     if title is None:
         title = default
@@ -73,7 +78,12 @@ def number_steps(ax: Axes, n_steps: int) -> None:
     ax.set_xlabel("loop step", fontsize=FONT)
 
 
-def number_ticks(axis: XAxis | YAxis, count: int, max_ticks: int, first_at: int = 1) -> None:
+def number_ticks(
+    axis: XAxis | YAxis,
+    count: int,
+    max_ticks: int,
+    first_at: int = 1,
+) -> None:
     """Label 1, which stands at ``first_at``, and the multiples of a round stride to ``count``."""
     stride = _round_stride(count, max_ticks)
     multiples = range(max(stride, 2), count + 1, stride)

@@ -32,7 +32,12 @@ def draw_colours(ax: Axes, values: Array, limit: float | None) -> None:
     number_steps(ax, n_steps)
 
 
-def _draw_colour_bar(ax: Axes, image: AxesImage, bound: float, extend: str) -> None:
+def _draw_colour_bar(
+    ax: Axes,
+    image: AxesImage,
+    bound: float,
+    extend: str,
+) -> None:
     """Draw a colour bar 6 points wide, with its label on one line where that fits."""
     height = height_in_points(ax)
     aspect = max(5.0, height / 6)

@@ -61,7 +61,14 @@ def draw_examples(
     return block
 
 
-def draw_line(ax: Axes, values: Array, lower: Array, upper: Array, styles: Sequence[LineStyle], rank: int) -> Line2D:
+def draw_line(
+    ax: Axes,
+    values: Array,
+    lower: Array,
+    upper: Array,
+    styles: Sequence[LineStyle],
+    rank: int,
+) -> Line2D:
     """Draw one line over steps with its band; a colour used again gets another, hollow marker."""
     n_steps, n_styles = len(values), len(styles)
     style = styles[rank % n_styles]
@@ -89,7 +96,14 @@ def draw_line(ax: Axes, values: Array, lower: Array, upper: Array, styles: Seque
     return line
 
 
-def draw_band(ax: Axes, steps: Array, lower: Array, upper: Array, colour: str, alpha: float) -> None:
+def draw_band(
+    ax: Axes,
+    steps: Array,
+    lower: Array,
+    upper: Array,
+    colour: str,
+    alpha: float,
+) -> None:
     """Draw a band over steps; nothing where scores are exact."""
     if (upper > lower).any():
         ax.fill_between(steps, lower, upper, color=colour, alpha=alpha, linewidth=0)

@@ -100,7 +100,12 @@ def _draw_exact(ax: Axes, pair: Scores) -> Artist:
     return ax.hlines(values, steps - _HALF_WIDTH, steps + _HALF_WIDTH, color=NEUTRAL, linewidth=1.2)
 
 
-def _draw_sketched(ax: Axes, pair: Scores, offset: float, style: LineStyle) -> Container:
+def _draw_sketched(
+    ax: Axes,
+    pair: Scores,
+    offset: float,
+    style: LineStyle,
+) -> Container:
     """Draw a point beside each step, with two standard errors."""
     n_steps = int(pair.n_steps)
     steps = np.arange(1.0, n_steps + 1)

@@ -88,7 +88,13 @@ def _scale_points(scores: Scores) -> Array:
     return points / np.where(sizes > 0, sizes, 1.0)
 
 
-def _draw_mean(ax: Axes, points: Array, member: Flags, styles: Sequence[LineStyle], rank: int) -> Line2D:
+def _draw_mean(
+    ax: Axes,
+    points: Array,
+    member: Flags,
+    styles: Sequence[LineStyle],
+    rank: int,
+) -> Line2D:
     """Draw the mean over the pairs of a group, with two standard errors."""
     mean, standard_error = _mean_over_test_examples(points, member)
     margin = 2 * standard_error

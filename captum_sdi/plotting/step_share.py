@@ -108,7 +108,13 @@ def _select_tests(shares: Array, tests: Sequence[int] | None) -> Array:
     return selected[selected.any(1)]
 
 
-def _draw_share(ax: Axes, shares: Array, rank: int, outer_bins: Sequence[_OuterBin], offset: float) -> Line2D:
+def _draw_share(
+    ax: Axes,
+    shares: Array,
+    rank: int,
+    outer_bins: Sequence[_OuterBin],
+    offset: float,
+) -> Line2D:
     """Draw mean and spread of one group's shares; outer bins stand alone, moved by ``offset``."""
     if not len(shares):
         shares = np.zeros((1, shares.shape[1]))
@@ -126,7 +132,12 @@ def _draw_share(ax: Axes, shares: Array, rank: int, outer_bins: Sequence[_OuterB
     return line
 
 
-def _finish_axes(ax: Axes, n_steps: int, outer_bins: Sequence[_OuterBin], padding: float) -> None:
+def _finish_axes(
+    ax: Axes,
+    n_steps: int,
+    outer_bins: Sequence[_OuterBin],
+    padding: float,
+) -> None:
     """Set up the axes of shares over loop steps, when all lines are drawn."""
     hide_spines(ax, "top", "right")
     number_steps(ax, n_steps)

@@ -95,7 +95,12 @@ def plot_totals(
     return bar_axes
 
 
-def _pick_examples(scores: Scores, test: int, train: Sequence[int] | None, k: int) -> Scores:
+def _pick_examples(
+    scores: Scores,
+    test: int,
+    train: Sequence[int] | None,
+    k: int,
+) -> Scores:
     """Return the scores of the strongest, or of the chosen, training examples by falling total."""
     group = scores.of_test_example(test, train)
     rows = ranked(group.totals, k if train is None else None)
@@ -121,7 +126,13 @@ def _row_labels(
     return labels
 
 
-def _draw_bars(ax: Axes, rows: Positions, scores: Scores, *, has_outer_bins: bool) -> None:
+def _draw_bars(
+    ax: Axes,
+    rows: Positions,
+    scores: Scores,
+    *,
+    has_outer_bins: bool,
+) -> None:
     """Draw totals as bars, with two standard errors where there are any."""
     totals = scores.totals
     errors = 2 * scores.total_errors

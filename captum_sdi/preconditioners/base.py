@@ -41,7 +41,12 @@ class Preconditioner(Protocol):
 
 
 def preconditioned_blocks(
-    preconditioner: Preconditioner, point: Point, train: Source, tests: Examples, *, by_step: bool
+    preconditioner: Preconditioner,
+    point: Point,
+    train: Source,
+    tests: Examples,
+    *,
+    by_step: bool,
 ) -> Iterator[Block]:
     """Compute the test side's features with the preconditioner applied, P φ.
 

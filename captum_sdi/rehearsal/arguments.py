@@ -48,7 +48,12 @@ def check_model(model: Any) -> None:
         )
 
 
-def check_methods(sketch: Any, preconditioner: Any, search: Any, index: Any) -> None:
+def check_methods(
+    sketch: Any,
+    preconditioner: Any,
+    search: Any,
+    index: Any,
+) -> None:
     """Refuse objects that are not of their argument's kind.
 
     Raises:
@@ -114,7 +119,12 @@ def check_inputs(inputs: Any) -> None:
         )
 
 
-def check_top_k(k: Any, rerank: Any, proponents: Any, rank_by: Any = None) -> None:
+def check_top_k(
+    k: Any,
+    rerank: Any,
+    proponents: Any,
+    rank_by: Any = None,
+) -> None:
     """Refuse numbers that name no top k.
 
     Raises:

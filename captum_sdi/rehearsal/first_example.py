@@ -133,7 +133,13 @@ class Rehearsal:
         self._limit = position_limit(model)
         self._neighbours = Neighbours(model)
 
-    def before_batch(self, capture: Capture, raw: Any, side: Side, positions: Sequence[int]) -> None:
+    def before_batch(
+        self,
+        capture: Capture,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+    ) -> None:
         """Refuse or warn of what cannot work with a batch.
 
         Raises:

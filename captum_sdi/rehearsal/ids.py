@@ -10,7 +10,13 @@ from torch import Tensor
 from captum_sdi.data.losses import IGNORED
 
 
-def check_ids(name: str, ids: Any, size: int, side: str, positions: Sequence[int]) -> None:
+def check_ids(
+    name: str,
+    ids: Any,
+    size: int,
+    side: str,
+    positions: Sequence[int],
+) -> None:
     """Refuse ids of tokens or labels that do not exist.
 
     Args:

@@ -28,7 +28,12 @@ def position_limit(model: nn.Module) -> tuple[str, int] | None:
     return None
 
 
-def check_length(raw: Any, limit: tuple[str, int] | None, side: str, positions: Sequence[int]) -> None:
+def check_length(
+    raw: Any,
+    limit: tuple[str, int] | None,
+    side: str,
+    positions: Sequence[int],
+) -> None:
     """Refuse a batch with more positions than the model's table holds.
 
     Raises:

@@ -101,7 +101,13 @@ def step_matrices(test: StepFeatures, train: StepFeatures) -> Scores:
     return _without_variances(values)
 
 
-def _contract(test_axes: str, train_axes: str, out: str, test: StepFeatures, train: StepFeatures) -> Scores:
+def _contract(
+    test_axes: str,
+    train_axes: str,
+    out: str,
+    test: StepFeatures,
+    train: StepFeatures,
+) -> Scores:
     """Evaluate the module's formula; ``l`` runs over the parts of parameters whose rows can be stacked."""
     values, variances = [], []
     for group in _alike(test):

@@ -152,7 +152,14 @@ class MatrixProjection:
     _row_hash: FactorHash
     _col_hash: FactorHash
 
-    def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator, *, split: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        parameter: Tensor,
+        generator: torch.Generator,
+        *,
+        split: bool,
+    ) -> None:
         self.width = dim
         self.device = parameter.device
         n_rows = len(parameter)
@@ -268,7 +275,12 @@ def tokens_at_once(width: int, device: torch.device) -> int:
     return max(1, budget // width)
 
 
-def split_both(rows: Tensor, cols: Tensor, size: int, axis: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def split_both(
+    rows: Tensor,
+    cols: Tensor,
+    size: int,
+    axis: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Split the two factors in blocks of the same ``size`` examples or tokens."""
     return zip(rows.split(size, axis), cols.split(size, axis), strict=True)
 

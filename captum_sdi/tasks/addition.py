@@ -5,7 +5,12 @@ from captum_sdi.tasks.dataset import Example, TaskDataset
 from captum_sdi.tasks.drawing import draw_examples
 
 
-def addition(size: int, min_bits: int = 1, max_bits: int = 4, seed: int = 0) -> TaskDataset:
+def addition(
+    size: int,
+    min_bits: int = 1,
+    max_bits: int = 4,
+    seed: int = 0,
+) -> TaskDataset:
     """Draw different sums of two numbers of equally many bits: "110+011=1001" is 6 + 3 = 9.
 
     The operands start with their highest bit. The answer, one bit longer, starts with its lowest:

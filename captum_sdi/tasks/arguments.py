@@ -5,7 +5,12 @@ from typing import Any
 from captum_sdi.words import is_integer
 
 
-def check_integer(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> None:
+def check_integer(
+    name: str,
+    value: Any,
+    minimum: int | None = None,
+    maximum: int | None = None,
+) -> None:
     """Raise ValueError naming the argument unless it is an integer within the bounds."""
     is_valid = is_integer(value)
     bounds = []
@@ -20,7 +25,13 @@ def check_integer(name: str, value: Any, minimum: int | None = None, maximum: in
         raise ValueError(f"{name}={value!r} must be an integer{within_bounds}.")
 
 
-def check_range(name: str, fewest: int, most: int, minimum: int = 1, maximum: int | None = None) -> None:
+def check_range(
+    name: str,
+    fewest: int,
+    most: int,
+    minimum: int = 1,
+    maximum: int | None = None,
+) -> None:
     """Raise ValueError unless `min_NAME` to `max_NAME` is a range of integers within the bounds."""
     check_integer(f"min_{name}", fewest, minimum, maximum)
     check_integer(f"max_{name}", most, minimum, maximum)

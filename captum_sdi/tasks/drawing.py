@@ -57,7 +57,12 @@ def draw_examples(
     return examples
 
 
-def examples_of_length(length: int, numbers: Iterator[int], make: Make, kinds: str) -> Iterator[Example]:
+def examples_of_length(
+    length: int,
+    numbers: Iterator[int],
+    make: Make,
+    kinds: str,
+) -> Iterator[Example]:
     """Yield the examples of one length until none, or hardly any, are left."""
     n_examples = 0
     misses = 0

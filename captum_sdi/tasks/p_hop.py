@@ -62,7 +62,14 @@ def p_hop(
     return TaskDataset(examples, characters, length + len(f"{max_hops}:=?"))
 
 
-def hop_example(hops: int, number: int, *, length: int, letters: int, running: bool) -> Example | None:
+def hop_example(
+    hops: int,
+    number: int,
+    *,
+    length: int,
+    letters: int,
+    running: bool,
+) -> Example | None:
     """Return the question about the string with that number; None if its hops lead nowhere."""
     prefix = f"{hops}:"
     string = number_to_string(number, length, letters)

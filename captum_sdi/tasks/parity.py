@@ -7,7 +7,13 @@ from captum_sdi.tasks.dataset import Example, TaskDataset
 from captum_sdi.tasks.drawing import draw_examples
 
 
-def parity(size: int, min_bits: int = 1, max_bits: int = 8, running: bool = False, seed: int = 0) -> TaskDataset:
+def parity(
+    size: int,
+    min_bits: int = 1,
+    max_bits: int = 8,
+    running: bool = False,
+    seed: int = 0,
+) -> TaskDataset:
     """Draw different bit strings, each followed by its parity: "10110=1".
 
     Lengths are drawn equally often until the strings of one run out: there are only 2^b of b bits,

@@ -10,7 +10,13 @@ from captum_sdi.tasks.drawing import draw_examples
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
-def sorting(size: int, min_length: int = 2, max_length: int = 8, numbers: int = 10, seed: int = 0) -> TaskDataset:
+def sorting(
+    size: int,
+    min_length: int = 2,
+    max_length: int = 8,
+    numbers: int = 10,
+    seed: int = 0,
+) -> TaskDataset:
     """Draw different lists of numbers, each followed by the same numbers sorted: "31041=01134".
 
     Lengths are drawn equally often until the lists of one run out: there are numbers^l of length l.

@@ -25,7 +25,11 @@ N_SEEDS = 2**62
 
 
 def sudoku(
-    size: int, box: int = 2, min_givens: int | None = None, max_givens: int | None = None, seed: int = 0
+    size: int,
+    box: int = 2,
+    min_givens: int | None = None,
+    max_givens: int | None = None,
+    seed: int = 0,
 ) -> TaskDataset:
     """Draw different Sudoku puzzles with exactly one solution each.
 
@@ -104,7 +108,13 @@ def permute_digits(
     return relabelled
 
 
-def puzzle_example(givens: int, seed: int, *, box: int, known_patterns: set[tuple[int, ...]]) -> Example | None:
+def puzzle_example(
+    givens: int,
+    seed: int,
+    *,
+    box: int,
+    known_patterns: set[tuple[int, ...]],
+) -> Example | None:
     """Return the puzzle of a seed; None if it has too many givens, or only relabels a known one."""
     rng = random.Random(seed)
     empty_grid = [0] * box**4
@@ -123,7 +133,12 @@ def puzzle_example(givens: int, seed: int, *, box: int, known_patterns: set[tupl
     return Example(text, targets, difficulty=rounds_to_solve(puzzle, solution, box))
 
 
-def blank_cells(solution: list[int], box: int, givens: int, rng: random.Random) -> list[int]:
+def blank_cells(
+    solution: list[int],
+    box: int,
+    givens: int,
+    rng: random.Random,
+) -> list[int]:
     """Blank cells in random order, where one solution stays, until `givens` digits are left."""
     puzzle = list(solution)
     n_givens = n_cells = len(puzzle)
