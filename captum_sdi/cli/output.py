@@ -42,7 +42,12 @@ def listed_files(folder: Path) -> set[str]:
     return {name for name in names if isinstance(name, str) and is_result(name)}
 
 
-def check_output_folder(folder: Path, *, overwrite: bool, pictures: bool) -> None:
+def check_output_folder(
+    folder: Path,
+    *,
+    overwrite: bool,
+    pictures: bool,
+) -> None:
     """Check, before hours of work, that results have a folder to go to, and that nothing is in the way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; name a folder.")
@@ -56,7 +61,12 @@ def check_output_folder(folder: Path, *, overwrite: bool, pictures: bool) -> Non
     check_in_the_way(folder, names, overwrite=overwrite)
 
 
-def check_in_the_way(folder: Path, names: Collection[str], *, overwrite: bool) -> None:
+def check_in_the_way(
+    folder: Path,
+    names: Collection[str],
+    *,
+    overwrite: bool,
+) -> None:
     """Check that no file has one of the names, or that those which have may be replaced."""
     for name in sorted(names):
         if not overwrite and os.path.lexists(folder / name):
@@ -65,7 +75,12 @@ def check_in_the_way(folder: Path, names: Collection[str], *, overwrite: bool) -
 
 
 @contextmanager
-def written_whole(folder: Path, *, overwrite: bool, keep: bool = False) -> Iterator[Path]:
+def written_whole(
+    folder: Path,
+    *,
+    overwrite: bool,
+    keep: bool = False,
+) -> Iterator[Path]:
     """Write files into a folder beside their place, and put all of them there at the end, or none.
 
     A link to the folder stays one. Files that an earlier run lists as its own are removed, unless `keep` is said.

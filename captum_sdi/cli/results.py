@@ -152,7 +152,11 @@ class Results:
         return "\n".join(table)
 
 
-def describe_pairs(scores: StepInfluence, q: int, train: JsonLines) -> list[dict[str, Any]]:
+def describe_pairs(
+    scores: StepInfluence,
+    q: int,
+    train: JsonLines,
+) -> list[dict[str, Any]]:
     """Return the numbers and the description of a query's training examples, strongest first."""
     assert scores.indices is not None  # the scores are the k strongest
     n_steps = int(scores.n_steps[q])

@@ -159,7 +159,11 @@ def select(raw: Any, indices: Sequence[int]) -> Any:
     return tuple(_select_rows(value, index, size) for value in raw)
 
 
-def _select_rows(value: Any, index: Tensor, size: int) -> Any:
+def _select_rows(
+    value: Any,
+    index: Tensor,
+    size: int,
+) -> Any:
     one_per_example = isinstance(value, list | tuple) and len(value) == size
     if one_per_example and not tensors_in(value):
         return [value[position] for position in index.tolist()]  # such as the examples' texts

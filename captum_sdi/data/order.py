@@ -156,7 +156,11 @@ def _length(dataset: Any) -> int | None:
 # --- while it is read ---
 
 
-def check_rows(batches: Iterable[Any], loader: Any, argument: str) -> Iterator[Any]:
+def check_rows(
+    batches: Iterable[Any],
+    loader: Any,
+    argument: str,
+) -> Iterator[Any]:
     """Yield batches that have as many rows as were drawn for them.
 
     Args:
@@ -248,7 +252,11 @@ def rows_at(dataset: Any, indices: Sequence[Any]) -> list[Any]:
     return [dataset[index] for index in indices]
 
 
-def _lies_at(row: Any, raw: Any, place: int) -> bool:
+def _lies_at(
+    row: Any,
+    raw: Any,
+    place: int,
+) -> bool:
     """Say whether a row collated alone is in a batch at a place, up to padding on either side."""
     pairs = zip(tensors_in(row), tensors_in(raw), strict=False)
     return all(own.ndim == 0 or _is_padded(own[0], whole[place]) for own, whole in pairs)

@@ -174,7 +174,12 @@ class TrainIndex:
         n_present = sum(min(index.rows_at(name), n_examples) for name in names)
         check_space(index, max(0, n_checkpoints * n_examples - n_present), build.processes)
 
-    def search(self, index: SketchIndex, checkpoints: Sequence[Checkpoint], tests: Sequence[StepFeatures]) -> Search:
+    def search(
+        self,
+        index: SketchIndex,
+        checkpoints: Sequence[Checkpoint],
+        tests: Sequence[StepFeatures],
+    ) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.
 
         Args:
@@ -229,7 +234,11 @@ class TrainIndex:
 # --- one pass over the train set ---
 
 
-def compute_missing(index: SketchIndex, build: Build, bar: Any) -> None:
+def compute_missing(
+    index: SketchIndex,
+    build: Build,
+    bar: Any,
+) -> None:
     """Read the train set: compare the rows that are there, compute and write the others.
 
     Args:

@@ -141,7 +141,12 @@ class Search:
                 columns += _products(query, rows)
         return scores
 
-    def _merged(self, ranking: Ranking, positions: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _merged(
+        self,
+        ranking: Ranking,
+        positions: Tensor,
+        scores: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """Pick the best of all processes' best; of equal ones the lowest position."""
         gathered = self._processes.gather((positions.cpu(), scores.cpu()))
         positions = torch.cat([positions for positions, _ in gathered], dim=1).to(self._device)
@@ -153,7 +158,12 @@ class Search:
 
     # --- the top k by FAISS ---
 
-    def _searched(self, faiss: Faiss, ranking: Ranking, queries: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _searched(
+        self,
+        faiss: Faiss,
+        ranking: Ranking,
+        queries: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
         """Ask FAISS; what it scores approximately is scored anew."""
         flat_queries = torch.cat(queries, dim=1)
         sign = 1 if ranking.proponents else -1  # FAISS looks for the largest scores
@@ -251,7 +261,12 @@ class Search:
             scores = contract(searched.tests, self._index.features(rows))
             yield scores.times(searched.checkpoint.rate)
 
-    def _labelled(self, number: int, positions: Tensor, scores: Iterable[Scores]) -> Iterator[ScoredBlock]:
+    def _labelled(
+        self,
+        number: int,
+        positions: Tensor,
+        scores: Iterable[Scores],
+    ) -> Iterator[ScoredBlock]:
         """Say of a block's scores at each checkpoint what they are of."""
         for searched, checkpoint_scores in zip(self._checkpoints, scores, strict=True):
             yield ScoredBlock(number, positions, searched.checkpoint, checkpoint_scores, searched.tests.n_steps)

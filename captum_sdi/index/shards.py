@@ -187,7 +187,11 @@ def is_shard_name(name: str) -> bool:
     return re.fullmatch(r"\d{12,}-\d{12,}\.safetensors", name, re.ASCII) is not None
 
 
-def shard_metadata(start: int, stop: int, owner: str) -> dict[str, str]:
+def shard_metadata(
+    start: int,
+    stop: int,
+    owner: str,
+) -> dict[str, str]:
     """Return what a header says beside where the tensors lie."""
     return {"start": str(start), "stop": str(stop), "owner": owner}
 
@@ -242,7 +246,11 @@ def content_digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def digest_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+def digest_tensor(
+    digest: Any,
+    name: str,
+    tensor: Tensor,
+) -> None:
     """Add a tensor's name, dtype, shape and bytes to a digest of `hashlib`."""
     digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
     data = tensor.contiguous().reshape(-1).view(torch.uint8)

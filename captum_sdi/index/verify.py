@@ -65,7 +65,11 @@ def check_settings(
         )
 
 
-def differences(stored: Any, live: Any, name: str = "") -> list[str]:
+def differences(
+    stored: Any,
+    live: Any,
+    name: str = "",
+) -> list[str]:
     """Say in words where an index and a model differ.
 
     Args:
@@ -101,7 +105,11 @@ def shortened(value: Any) -> str:
 # --- one row ---
 
 
-def check_row(index: SketchIndex, point: Point, train: Examples) -> None:
+def check_row(
+    index: SketchIndex,
+    point: Point,
+    train: Examples,
+) -> None:
     """Recompute one stored row: what no setting tells, such as another loss of the same name, shows here.
 
     Args:
@@ -144,7 +152,12 @@ def telling_position(index: SketchIndex, checkpoint: str) -> int:
 # --- the data ---
 
 
-def check_data(index: SketchIndex, train: Examples, *, thorough: bool) -> None:
+def check_data(
+    index: SketchIndex,
+    train: Examples,
+    *,
+    thorough: bool,
+) -> None:
     """Compare the train set with a complete index, a sample of it where it is large.
 
     Args:
@@ -194,7 +207,9 @@ def check_same_reading(processes: Processes, reading: tuple[int | None, bytes]) 
 
 
 def compared_batches(
-    index: SketchIndex, train: Examples, only: Tensor | None = None
+    index: SketchIndex,
+    train: Examples,
+    only: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Any, Tensor]]:
     """Read batches, and compare their examples with the index as far as it has them.
 

@@ -41,7 +41,12 @@ class ShardWriter:
         self._start = self._stop = 0  # positions of the first row collected, and after the last
         self._since = time.monotonic()
 
-    def add(self, positions: Tensor, rows: Tensor, fingerprints: Tensor) -> None:
+    def add(
+        self,
+        positions: Tensor,
+        rows: Tensor,
+        fingerprints: Tensor,
+    ) -> None:
         """Take the rows of one batch.
 
         Args:
@@ -59,7 +64,12 @@ class ShardWriter:
         elif time.monotonic() - self._since >= SHARD_SECONDS:
             self.flush()
 
-    def _append(self, positions: list[int], rows: Tensor, fingerprints: Tensor) -> None:
+    def _append(
+        self,
+        positions: list[int],
+        rows: Tensor,
+        fingerprints: Tensor,
+    ) -> None:
         """Take consecutive rows; they share a shard with those before only if nothing lies between."""
         if self._rows and positions[0] != self._stop:
             self.flush()

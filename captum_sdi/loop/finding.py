@@ -23,7 +23,12 @@ from captum_sdi.loop.watch import Call, watch_calls
 from captum_sdi.words import first_few
 
 
-def find_loop(model: nn.Module, batch: Any, *, forward_kwargs: ForwardKwargs | None = None) -> FoundLoop:
+def find_loop(
+    model: nn.Module,
+    batch: Any,
+    *,
+    forward_kwargs: ForwardKwargs | None = None,
+) -> FoundLoop:
     """Find the modules that repeat, by `PRESETS` or by watching a pass of the first example.
 
     Args:

@@ -24,7 +24,11 @@ def as_loop(loop: str | Sequence[str] | LoopSpec | None) -> LoopSpec | None:
     return LoopSpec(modules=names)
 
 
-def target_parameters(model: nn.Module, layers: str | Sequence[str] | None, loop: LoopSpec) -> list[str]:
+def target_parameters(
+    model: nn.Module,
+    layers: str | Sequence[str] | None,
+    loop: LoopSpec,
+) -> list[str]:
     """Return the names of the parameters whose influence counts, in the model's order.
 
     ``layers="loop"`` stands for the loop's trainable parameters, None for every trainable parameter, and a list of
@@ -59,13 +63,21 @@ def _trainable(parameters: Iterator[nn.Parameter]) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def parameters_inside(model: nn.Module, names: Sequence[str], argument: str) -> Iterator[nn.Parameter]:
+def parameters_inside(
+    model: nn.Module,
+    names: Sequence[str],
+    argument: str,
+) -> Iterator[nn.Parameter]:
     """Yield the parameters of the modules of these names."""
     for name in names:
         yield from find_module(model, name, argument).parameters()
 
 
-def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
+def find_module(
+    model: nn.Module,
+    name: str,
+    argument: str,
+) -> nn.Module:
     """Return the submodule of that name, wrappers' prefixes put aside; ``""`` is the model.
 
     Raises:

@@ -91,7 +91,11 @@ class RunningBest:
         return self._kept
 
 
-def pick_winners(indices: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+def pick_winners(
+    indices: Tensor,
+    positions: Tensor,
+    values: Tensor,
+) -> Tensor:
     """Pick the winners' scores from a block's.
 
     Args:
