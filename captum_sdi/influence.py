@@ -59,7 +59,7 @@ class SDIInfluence(TracInCPBase):
             full, frozen ones too.
         loss_fn: ``(output, labels)`` to losses; see `captum_sdi.data.batch`. None: next-token cross-entropy, averaged
             over each example's targets and compared once with the model's own loss where it has one.
-        batch_size: Examples per batch of a Dataset. It changes the time and the memory, never a score. ``"auto"``: the
+        batch_size: Examples per batch of a Dataset. It changes no score, or an error says so. ``"auto"``: the
             largest that fits, up to 256 on a GPU; on a CPU 16, which does not say when it runs out of memory.
         test_loss_fn: The test side's loss; None: ``loss_fn``.
         loop: What repeats: a module's name, names, a `LoopSpec`; None finds it.
