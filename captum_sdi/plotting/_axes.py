@@ -35,7 +35,7 @@ def small_print(ax: Axes) -> Axes:
 
 def hide_spines(ax: Axes, *sides: str) -> None:
     """Hide the border on some sides."""
-    ax.spines[list(sides)].set(visible=False)
+    ax.spines[list(sides)].set_visible(b=False)
 
 
 def has_layout(ax: Axes) -> bool:

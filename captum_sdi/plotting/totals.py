@@ -86,7 +86,7 @@ def plot_totals(
     for row in headings:  # zero has almost, but not quite, the background's colour
         heat_axes.axhspan(row - 0.5, row + 0.5, color=heat_axes.get_facecolor(), linewidth=0)
     heat_axes.tick_params(left=False, labelleft=False)
-    heat_axes.spines[:].set(visible=False)
+    heat_axes.spines[:].set_visible(b=False)
     bar_axes.set_ylim(n_rows - 0.5, -0.5)  # the first row on top
     labels = _row_labels(chosen, groups, texts, test_texts, room)
     label_rows(bar_axes, labels, bold=headings.tolist())
