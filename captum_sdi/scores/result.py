@@ -1,16 +1,4 @@
-"""Contractions of step features into influence, its standard errors, and `StepInfluence`, the result.
-
-With g the step-summed features of a training example and φ_t those of a test example at loop step t, a trajectory
-point is SDI_t = ⟨g, φ_t⟩. Sketched features carry their own error bar (Pham & Pagh 2013, section 4; measured in
-``tests/test_errors.py``): with one row of features per parameter l,
-
-    Var[⟨g, φ⟩] = Σ_l noise_l · (‖g_l‖² ‖φ_l‖² + ⟨g_l, φ_l⟩²)
-
-where ``noise_l`` is 1/d for a sketched parameter and 0 for one that is kept exactly. A row in m parts counts as m
-parameters of d/m numbers each: gradients that lie in one part have m times the variance of those spread over all. Steps
-share their hashes, so the variance of a sum over steps is this formula at the summed φ; checkpoints do not, so their
-variances add (with η²).
-"""
+"""`StepInfluence`: the result, saved and loaded without a model. The formula of its errors is in `contract`."""
 
 from __future__ import annotations
 
