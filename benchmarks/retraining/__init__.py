@@ -1,4 +1,5 @@
 """What predicts retraining? The parts of `truth.py`.
 
-Imports go down this list: pictures, tables, judging, methods, peers, measuring, gauge, training, beds, chain.
+Imports go down this list: study, judging, peers, methods, measuring, gauge, training, beds, chain; pictures and tables
+read results alone.
 """

@@ -135,6 +135,24 @@ def rough_parity(seed: int) -> Bed:
     return parity_bed("parity, 3e-3", seed, peak=3e-3, updates=60)
 
 
+def gauge_beds(n_seeds: int) -> list[Bed]:
+    """Return trainings of parity from smooth to chaotic, asked about 6 tests."""
+    settings = {
+        "3e-3, constant, full batches": {"peak": 3e-3, "updates": 60},
+        "1e-3, constant, full batches": {"peak": 1e-3, "updates": 60},
+        "1e-3, warm-up, cosine, full batches": {"peak": 1e-3, "updates": 120, "cosine": True, "warm_up": 10},
+        "1e-3, batches of 8, cosine": {"peak": 1e-3, "updates": 120, "batch": 8, "cosine": True},
+        "3e-3, batches of 8, cosine": {"peak": 3e-3, "updates": 120, "batch": 8, "cosine": True},
+        "1e-3, batches of 8, cosine, memorised": {"peak": 1e-3, "updates": 300, "batch": 8, "cosine": True},
+    }
+    beds = []
+    for name, setting in settings.items():
+        for seed in range(n_seeds):
+            bed = parity_bed(f"parity, {name}", seed, **setting)
+            beds.append(replace(bed, test={column: rows[:6] for column, rows in bed.test.items()}))
+    return beds
+
+
 # --- text ---
 
 LINES, LINE_LENGTH, TEXT_TESTS = 256, 32, 8

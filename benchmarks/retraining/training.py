@@ -10,6 +10,7 @@ To leave an example out is to train with weight 0 in the same order. Weights lie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from retraining.beds import Bed, Rows
@@ -20,15 +21,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The weights `(k, parameters)` at the end; of the first model, all weights and the moments at the end."""
+class Moment(NamedTuple):
+    """A model before an update."""
 
     weights: Tensor
-    path: list[Tensor]
-    """Weights `(parameters,)` before each update; empty unless asked for."""
+    """`(parameters,)`."""
     second_moment: Tensor
-    """`(k, parameters)`, without bias correction."""
+    """`(parameters,)`: v^, with bias correction; zero before the first update."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Models at the end of training."""
+
+    weights: Tensor
+    """`(k, parameters)`."""
+    second_moment: Tensor
+    """`(k, parameters)`: v^."""
+    path: list[Moment]
+    """The first model before each update; empty unless asked for."""
 
 
 class Flat:
@@ -52,20 +63,22 @@ def train(bed: Bed, weights: Tensor, keep_path: bool = False) -> Trained:
     theta = flat.start.expand(len(weights), -1).clone()
     first = torch.zeros_like(theta)
     second = torch.zeros_like(theta)
+    corrected = second.clone()
     (beta1, beta2), path = bed.adam.betas, []
     weights = weights.to(bed.dtype)
     # The math backend alone maps over models, and has the second derivatives that other methods need.
     with sdpa_kernel(SDPBackend.MATH):
         for update, (rate, batch) in enumerate(zip(bed.rates, bed.batches, strict=True), start=1):
             if keep_path:
-                path.append(theta[0].clone())
+                path.append(Moment(theta[0], corrected[0]))
             gradient = gradients(bed, flat, theta, weights[:, batch], batch)
             first.mul_(beta1).add_(gradient, alpha=1 - beta1)
             second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             mean = first / (1 - beta1**update)
-            spread = (second / (1 - beta2**update)).sqrt_().add_(bed.adam.eps)
+            corrected = second / (1 - beta2**update)
+            spread = corrected.sqrt().add_(bed.adam.eps)
             theta = theta.mul(1 - rate * bed.adam.weight_decay).addcdiv_(mean, spread, value=-rate)
-    return Trained(theta, path, second)
+    return Trained(theta, corrected, path)
 
 
 def gradients(bed: Bed, flat: Flat, theta: Tensor, weights: Tensor, batch: Tensor) -> Tensor:
@@ -96,8 +109,13 @@ def rows_at(rows: Rows, positions: Tensor) -> Rows:
 def model_with(bed: Bed, weights: Tensor) -> nn.Module:
     """Return a model with these weights `(parameters,)`."""
     model = bed.start()
-    state = Flat(model).state(weights)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(state[name])
+    load(model, weights)
     return model
+
+
+@torch.no_grad()
+def load(model: nn.Module, weights: Tensor) -> None:
+    """Put weights `(parameters,)` into a model."""
+    state = Flat(model).state(weights)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[name])

@@ -108,7 +108,7 @@ class BlockSwapper:
         with ExitStack() as stack:
             for module in self.clock.modules:
                 stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+                stack.callback(module.register_forward_hook(self._leave).remove)
             for module in self.clock.anchors:
                 # First, as a looped module may be its own anchor.
                 stack.callback(module.register_forward_pre_hook(self._count_anchor, prepend=True).remove)
