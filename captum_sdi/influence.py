@@ -26,7 +26,8 @@ from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
 from captum_sdi.passes import Engine, largest_batch
-from captum_sdi.preconditioners import Identity, Preconditioner
+from captum_sdi.preconditioners import Identity, Preconditioner, summed_checkpoints
+from captum_sdi.preconditioners.shelf import Shelf
 from captum_sdi.progress import Progress
 from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.ranking import Ranking
@@ -134,6 +135,7 @@ class SDIInfluence(TracInCPBase):
             model, self._load, layers, as_loop(loop), sketch, activation_checkpointing=activation_checkpointing
         )
         self._index = None if index is None else TrainIndex(index, index_dtype, sketch, self._train_side, search)
+        self._shelf = Shelf(self._index.path if self._index else None)
         if batch_size == "auto" and not isinstance(train_dataset, DataLoader):
             self.batch_size = largest_batch(self._engine, self._train_examples())
             self.train_dataloader = as_loader(train_dataset, self.batch_size, self._collate, "train_dataset")
@@ -333,7 +335,7 @@ class SDIInfluence(TracInCPBase):
 
     def study(self, *, show_progress: bool = False, with_index: bool = True) -> Study:
         """Return the train set, the checkpoints and the methods, as `captum_sdi.queries` takes them."""
-        checkpoints = listed_checkpoints(self.checkpoints)
+        checkpoints = summed_checkpoints(self.preconditioner, listed_checkpoints(self.checkpoints))
         if self.checkpoints_load_func is load_checkpoint:
             check_checkpoints(self.model, checkpoints)
         return Study(
@@ -342,6 +344,7 @@ class SDIInfluence(TracInCPBase):
             train=self._train_examples(),
             index=self._index if with_index else None,
             preconditioner=self.preconditioner,
+            shelf=self._shelf,
             progress=Progress(self.get_name(), show_progress),
         )
 

@@ -18,7 +18,7 @@ from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
 from captum_sdi.index.source import Indexed
 from captum_sdi.passes import Live, Point
-from captum_sdi.preconditioners import Identity, apply_to_rows
+from captum_sdi.preconditioners import Identity
 from captum_sdi.progress import HIDDEN
 from captum_sdi.scores.collect import (
     AllPairs,
@@ -148,10 +148,11 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[S
     Returns:
         The winners' exact scores ``(q, k, b)``, and their positions ``(q, k)``.
     """
-    candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
-    candidates = candidates.sort(dim=1).values
     engine = question.study.engine.with_sketch(Exact())
     exact = replace(question, study=replace(question.study, engine=engine, index=None))
+    exact.study.check_rows()
+    candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
+    candidates = candidates.sort(dim=1).values
     sums = join_tests([winners.result() for winners in exact_winners(exact, candidates)])
     values = sums.scores.values
     ranking.check_column(values.shape[-1])
@@ -235,14 +236,13 @@ def both_sides(
     by_step: bool,
 ) -> Iterator[tuple[Block, StepFeatures]]:
     """Yield the features of each block of examples as train examples, g, and as test examples, P φ."""
-    preconditioner = study.preconditioner
-    fitted = preconditioner.fit(point, Live(study.train))
-    if preconditioner.acts_on == "gradient":
+    preconditioned = study.preconditioned(point)
+    if preconditioned.acts_on != "row":
         for number, (positions, raw) in enumerate(examples.batches()):
             side, places = examples.side, positions.tolist()
             alone = examples.collated_alone
             train = point.batch(raw, side, places, by_step=by_step, collated_alone=alone)
-            test = point.batch(raw, side, places, by_step=by_step, collated_alone=alone, transform=fitted)
+            test = preconditioned.batch(raw, side, places, by_step=by_step, collated_alone=alone)
             yield Block(number, positions, train), test
         return
     if study.index is None:
@@ -251,7 +251,7 @@ def both_sides(
         sketches = replace(study, progress=HIDDEN).complete_at(point, study.index)
         blocks = Indexed(sketches).blocks(point)
     for block in blocks:
-        yield block, apply_to_rows(fitted, block.features)
+        yield block, preconditioned.of_rows(block.features)
 
 
 def gradient_vectors(
@@ -281,7 +281,7 @@ def gradient_vectors(
     vectors: list[Tensor] = []
     with study.engine.points(study.checkpoints, examples) as points:
         for point in points:
-            rate = point.checkpoint.rate
+            rate = point.checkpoint.weight
             if rate < 0:
                 raise ValueError(f"A learning rate of {rate} has no square root; influence() takes it.")
             features = question.test_features(point, by_step=False)

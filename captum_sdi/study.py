@@ -16,9 +16,11 @@ from captum_sdi.features import StepFeatures, join
 from captum_sdi.index import SketchIndex, TrainIndex
 from captum_sdi.index.search import Search
 from captum_sdi.passes import Engine, Live, Point
-from captum_sdi.preconditioners import Identity, Preconditioner, preconditioned_blocks
+from captum_sdi.preconditioners import Identity, Preconditioned, Preconditioner, check_rows
+from captum_sdi.preconditioners.shelf import Shelf
 from captum_sdi.progress import HIDDEN, Progress
 from captum_sdi.scores.contract import Scores, pair_scores
+from captum_sdi.train_side import TrainSide
 
 Contraction = Callable[[StepFeatures, StepFeatures], Scores]
 """``(test features with their total, train features)`` to scores: one of `captum_sdi.scores.contract`."""
@@ -34,6 +36,8 @@ class Study:
     index: TrainIndex | None = None
     """Where the train side's features are read from; None: they are computed."""
     preconditioner: Preconditioner = field(default_factory=Identity)
+    shelf: Shelf = field(default_factory=Shelf)
+    """Where what preconditioners computed is kept."""
     progress: Progress = HIDDEN
 
     @contextmanager
@@ -53,6 +57,20 @@ class Study:
     def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
         """Write what an index lacks at one checkpoint."""
         return index.complete(point, self.train, thorough=thorough, progress=self.progress)
+
+    def preconditioned(self, point: Point) -> Preconditioned:
+        """Fit the preconditioner at a checkpoint."""
+        train = TrainSide(self.train, self.index, self.shelf, self.progress)
+        return Preconditioned.at(point, self.preconditioner, train)
+
+    def check_rows(self) -> None:
+        """Refuse rows that the preconditioner cannot take, before any work.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        with self.points() as points:
+            check_rows(self.preconditioner, next(points).capture.blank())
 
 
 @dataclass(frozen=True)
@@ -118,8 +136,7 @@ class Question:
 
     def test_batches(self, point: Point, *, by_step: bool) -> Iterator[StepFeatures]:
         """Yield P φ of the test examples at a checkpoint, batch by batch."""
-        train = Live(self.study.train)
-        for block in preconditioned_blocks(self.study.preconditioner, point, train, self.tests, by_step=by_step):
+        for block in self.study.preconditioned(point).blocks(self.tests, by_step=by_step):
             yield block.features
 
     def searched(self, index: TrainIndex, *, by_step: bool) -> Search:
@@ -127,9 +144,10 @@ class Question:
         checkpoints, tests = [], []
         with index.one_build(len(self.study.checkpoints)), self.study.points() as points:
             for point in points:
+                # First the test examples: what is wrong with them, or with what they need, costs no pass.
+                tests.append(self.test_features(point, by_step=by_step))
                 sketches = self.study.complete_at(point, index)
                 checkpoints.append(point.checkpoint)
-                tests.append(self.test_features(point, by_step=by_step))
         return index.search(sketches, checkpoints, tests)
 
 
