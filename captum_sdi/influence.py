@@ -34,7 +34,7 @@ from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
-from captum_sdi.study import Question, Study
+from captum_sdi.study import Normalize, Question, Study
 from captum_sdi.words import warn_user
 
 
@@ -75,7 +75,11 @@ class SDIInfluence(TracInCPBase):
         index_dtype: How a new index stores them: float32, or float16 or bfloat16 at half the size; None: as they
             are computed, float32 with `TensorSketch`.
         search: `Faiss` to find the top ``k`` of a large index; None compares every row.
-        preconditioner: A linear map on the test side's gradients (`captum_sdi.preconditioners`); None: the identity.
+        preconditioner: A linear map on the test side's gradients, such as ``Fisher()`` or ``Hessian()`` of
+            `captum_sdi.preconditioners`, which say what a score then is; None: the identity.
+        normalize: ``"train"``: divide every training example's gradient at each checkpoint by its norm, so that large
+            gradients do not win everything; ``"both"``: the test side's too, behind the preconditioner: cosines. Norms
+            are those of whole gradients, so that loop steps still sum.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -115,6 +119,7 @@ class SDIInfluence(TracInCPBase):
         index_dtype: torch.dtype | None = None,
         search: Faiss | None = None,
         preconditioner: Preconditioner | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
         self.preconditioner = Identity() if preconditioner is None else preconditioner
         arguments.check_model(model)
@@ -124,7 +129,8 @@ class SDIInfluence(TracInCPBase):
         loader = as_loader(train_dataset, first_size, self._collate, "train_dataset")
         super().__init__(model, loader, checkpoints, checkpoints_load_func, loss_fn, first_size, test_loss_fn)
         arguments.check_layers(layers)
-        self.layers, self.sketch = layers, sketch
+        arguments.check_normalize(normalize)
+        self.layers, self.sketch, self.normalize = layers, sketch, normalize
         train_loss = arguments.checked_loss(loss_fn, "loss_fn") or default_loss(model)
         test_loss = arguments.checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
@@ -344,6 +350,7 @@ class SDIInfluence(TracInCPBase):
             train=self._train_examples(),
             index=self._index if with_index else None,
             preconditioner=self.preconditioner,
+            normalize=self.normalize,
             shelf=self._shelf,
             progress=Progress(self.get_name(), show_progress),
         )

@@ -18,7 +18,6 @@ from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
 from captum_sdi.index.source import Indexed
 from captum_sdi.passes import Live, Point
-from captum_sdi.preconditioners import Identity
 from captum_sdi.progress import HIDDEN
 from captum_sdi.scores.collect import (
     AllPairs,
@@ -175,9 +174,9 @@ def exact_winners(question: Question, candidates: Tensor) -> list[Winners]:
                 own_candidates = candidates[start : start + batch.size]
                 start += batch.size
                 winners = collectors.setdefault(number, Winners(own_candidates))
-                tests = batch.with_total()
+                tests = question.study.as_tests(batch)
                 for block in train.blocks(point, own_candidates.unique().cpu()):
-                    scores = pair_values(tests, block.features)
+                    scores = pair_values(tests, question.study.as_train(block.features))
                     winners.add(scored_block(block, point.checkpoint, scores, tests.n_steps))
     return list(collectors.values())
 
@@ -224,7 +223,9 @@ def self_blocks(
 ) -> Iterator[ScoredBlock]:
     """Score every example against itself at one checkpoint: ⟨g, P φ⟩ of the same example."""
     for block, test_features in both_sides(study, point, examples, by_step=by_step):
-        scores = self_scores(test_features, block.features)
+        if study.normalize == "both":
+            test_features = test_features.unit()
+        scores = self_scores(test_features, study.as_train(block.features))
         yield scored_block(block, point.checkpoint, scores, block.features.n_steps)
 
 
@@ -275,8 +276,9 @@ def gradient_vectors(
     Raises:
         ValueError: If a learning rate is negative.
     """
-    preconditioner = study.preconditioner if as_tests else Identity()
-    question = Question(replace(study, preconditioner=preconditioner), examples, aggregate)
+    if not as_tests:
+        study = study.of_train_gradients()
+    question = Question(study, examples, aggregate)
     width = getattr(study.engine.sketch, "dim", 0)  # what is kept exactly is padded to it
     vectors: list[Tensor] = []
     with study.engine.points(study.checkpoints, examples) as points:

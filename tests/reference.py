@@ -220,11 +220,8 @@ def damped_hessian_inverse(
     with sdpa_kernel(SDPBackend.MATH):
         first = torch.autograd.grad(loss(model), parameters, create_graph=True)
     gradient = torch.cat([part.flatten() for part in first])
-    columns = []
-    for entry in gradient:
-        second = torch.autograd.grad(entry, parameters, retain_graph=True, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, second, strict=True)]
-        columns.append(torch.cat([part.flatten() for part in filled]))
-    values, vectors = torch.linalg.eigh(torch.stack(columns).detach())
+    second = torch.autograd.grad(gradient, parameters, torch.eye(len(gradient)).to(gradient), is_grads_batched=True)
+    hessian = torch.cat([part.flatten(1) for part in second], dim=1)
+    values, vectors = torch.linalg.eigh(hessian)
     shift = damping * values.max()
     return vectors @ torch.diag(1 / (values.clamp(min=0) + shift)) @ vectors.T

@@ -179,6 +179,8 @@ class TrainIndex:
         index: SketchIndex,
         checkpoints: Sequence[Checkpoint],
         tests: Sequence[StepFeatures],
+        *,
+        unit: bool = False,
     ) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.
 
@@ -186,12 +188,13 @@ class TrainIndex:
             index: From `complete`.
             checkpoints: The checkpoints, with their learning rates.
             tests: The test examples' features at each, from `StepFeatures.with_total`.
+            unit: Divide every train example's row at each checkpoint by its norm.
 
         Returns:
             What scores them.
         """
         row = next(iter(tests[0].rows.values()))
-        return Search(index, Processes(row.device), checkpoints, tests, row.dtype, self.faiss)
+        return Search(index, Processes(row.device), checkpoints, tests, row.dtype, self.faiss, unit=unit)
 
     def _compared(self, build: Build) -> SketchIndex:
         """Read the index as it is on disk now, which agrees with the model; a new one where there is none."""

@@ -57,6 +57,7 @@ class Search:
         tests: The test examples' features at each checkpoint, from `StepFeatures.with_total`.
         dtype: Of the scores.
         faiss: Finds the top k; None compares every row.
+        unit: Divide every train example's row at each checkpoint by its norm.
     """
 
     def __init__(
@@ -67,9 +68,11 @@ class Search:
         tests: Sequence[StepFeatures],
         dtype: torch.dtype,
         faiss: Faiss | None = None,
+        *,
+        unit: bool = False,
     ) -> None:
         self._index, self._processes, self._faiss = index, processes, faiss
-        self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype)
+        self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype, unit=unit)
         searched = zip(checkpoints, tests, self._table.readers, strict=True)
         self._checkpoints = [SearchedCheckpoint(*each) for each in searched]
         first_row = next(iter(tests[0].rows.values()))
