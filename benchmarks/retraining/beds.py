@@ -18,6 +18,7 @@ import torch
 from retraining.chain import Chain, follow, random_cycle
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.tasks import parity
@@ -77,14 +78,18 @@ class Bed:
         return self.build().to(self.dtype).eval()
 
 
-def as_rows(columns: Rows) -> list[Rows]:
-    """Return a list with one mapping for each example, as `SDIInfluence` takes data sets."""
-    return [{"input_ids": ids, "labels": labels} for ids, labels in zip(*columns.values(), strict=True)]
+def as_dataset(rows: Rows) -> TensorDataset:
+    """Return rows as Captum takes data sets: what the model is called with, and the labels last."""
+    return TensorDataset(*as_batch(rows))
+
+
+def as_batch(rows: Rows) -> tuple[Tensor, Tensor]:
+    return rows["input_ids"], rows["labels"]
 
 
 def language_model_loss(output: Any, labels: Tensor) -> Tensor:
-    """Next-token loss of every example, averaged over its targets `(n,)`."""
-    logits = output.logits[:, :-1].transpose(1, 2)
+    """Next-token loss of every example, averaged over its targets `(n,)`; of an output, or of logits alone."""
+    logits = getattr(output, "logits", output)[:, :-1].transpose(1, 2)
     losses = F.cross_entropy(logits, labels[:, 1:], reduction="none", ignore_index=-100)
     return losses.sum(1) / (labels[:, 1:] != -100).sum(1)
 
@@ -261,8 +266,9 @@ def epochs(n: int, batch: int, updates: int, seed: int) -> tuple[Tensor, ...]:
 
 
 def shortened(bed: Bed, n_train: int = 16, n_test: int = 3) -> Bed:
-    """Return a bed of a few examples and updates: does it run?"""
+    """Return a bed of a few examples and updates: does it run? In float64, as so little training has small effects."""
     train = {name: column[:n_train] for name, column in bed.train.items()}
     test = {name: column[:n_test] for name, column in bed.test.items()}
     batches = epochs(n_train, min(len(bed.batches[0]), n_train // 2), SMALL_UPDATES, bed.seed)
-    return replace(bed, train=train, test=test, rates=bed.rates[:SMALL_UPDATES], batches=batches)
+    rates = bed.rates[:SMALL_UPDATES]
+    return replace(bed, train=train, test=test, rates=rates, batches=batches, dtype=torch.float64)

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from retraining.beds import Bed
+from retraining.beds import Bed, as_batch
 from retraining.training import load, model_with, train
 from torch import Tensor, nn
 
@@ -99,7 +99,7 @@ def measured_effects(bed: Bed, kept: Tensor, label: str, cache: Path) -> Effects
             block_swap(
                 base,
                 model,
-                bed.test,
+                as_batch(bed.test),
                 loop=bed.loop,
                 loss_fn=bed.loss,
                 forward_kwargs=bed.test_forward_kwargs,

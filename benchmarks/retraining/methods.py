@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from retraining.beds import Bed, as_rows
+from retraining.beds import Bed, as_batch, as_dataset
 from retraining.training import Flat, Trained, load, model_with, train
 from torch import Tensor, nn
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.preconditioners import Adam, Fisher, Hessian
-from captum_sdi.unrolled import AdamW, TrainingRun, UnrolledInfluence
 
 BATCH = 64
 CHECKPOINTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -63,7 +62,7 @@ class Subject:
         bed = self.bed
         return SDIInfluence(
             self.model,
-            as_rows(bed.train),
+            as_dataset(bed.train),
             loss_fn=bed.loss,
             batch_size=BATCH,
             layers=None,
@@ -80,7 +79,7 @@ Method = Callable[[Subject], Scores]
 def asked(subject: Subject, **settings: Any) -> Scores:
     """Ask `SDIInfluence` once for totals and trajectories."""
     start = time.process_time()
-    result = subject.question(**settings).step_influence(subject.bed.test)
+    result = subject.question(**settings).step_influence(as_batch(subject.bed.test))
     return Scores(result.influence_scores, result.trajectories, time.process_time() - start, {})
 
 
@@ -130,7 +129,9 @@ def hessian(rank: int) -> Method:
 
 
 def unrolled(subject: Subject) -> Scores:
-    """Differentiate through training; beforehand the library's own gauge."""
+    """Differentiate through training."""
+    from captum_sdi.unrolled import AdamW, TrainingRun, UnrolledInfluence
+
     bed = subject.bed
     run = TrainingRun(
         optimizer=AdamW(bed.adam.betas, bed.adam.eps, bed.adam.weight_decay, no_decay=()),
@@ -140,7 +141,7 @@ def unrolled(subject: Subject) -> Scores:
     start = time.process_time()
     influence = UnrolledInfluence(
         subject.model,
-        as_rows(bed.train),
+        as_dataset(bed.train),
         run,
         start=bed.start().state_dict(),
         layers=None,
@@ -149,7 +150,7 @@ def unrolled(subject: Subject) -> Scores:
         forward_kwargs=bed.forward_kwargs,
         test_forward_kwargs=bed.test_forward_kwargs,
     )
-    result = influence.step_influence(bed.test, check=False)
+    result = influence.step_influence(as_batch(bed.test), check=False)
     return Scores(result.influence_scores, result.trajectories, time.process_time() - start, {})
 
 

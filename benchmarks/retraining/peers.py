@@ -9,11 +9,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
+from retraining.beds import as_batch, as_dataset
 from retraining.methods import Method, Scores, Subject
 from retraining.training import load
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 
 class Logits(nn.Module):
@@ -29,13 +28,6 @@ class Logits(nn.Module):
         return getattr(output, "logits", output)
 
 
-class WithLogits:
-    """An output as the beds' losses read it."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-
 def captum_tracincp(subject: Subject) -> Scores:
     """Captum's `TracInCP` in its mode of one example at a time, at the same checkpoints."""
     from captum.influence import TracInCP
@@ -43,29 +35,21 @@ def captum_tracincp(subject: Subject) -> Scores:
     bed = subject.bed
     model = Logits(subject.model, dict(bed.forward_kwargs))
 
-    def losses(logits: Tensor, labels: Tensor) -> Tensor:
-        return bed.loss(WithLogits(logits), labels)
-
-    losses.reduction = "none"  # type: ignore[attr-defined]
-
     def load_checkpoint(model: nn.Module, checkpoint: tuple[int, Tensor, float]) -> float:
         _, weights, rate = checkpoint
         load(model.model, weights)
         return rate
 
-    def weights_at_checkpoints() -> Any:
-        return list(subject.checkpoints())
-
     start = time.process_time()
     estimator = TracInCP(
         model,
-        TensorDataset(bed.train["input_ids"], bed.train["labels"]),
-        weights_at_checkpoints(),
+        as_dataset(bed.train),
+        iter(subject.checkpoints()),
         load_checkpoint,
-        loss_fn=losses,
+        loss_fn=bed.loss,
         batch_size=64,
     )
-    totals = estimator.influence((bed.test["input_ids"], bed.test["labels"]))
+    totals = estimator.influence(as_batch(bed.test))
     return Scores(totals.detach(), None, time.process_time() - start, {})
 
 

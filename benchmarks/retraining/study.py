@@ -33,7 +33,7 @@ def study(
     peers: bool,
 ) -> dict[str, Any]:
     """Judge every method on a bed with several seeds."""
-    methods = {**METHODS, **(PEERS if peers else {})}
+    methods = {**METHODS, **(PEERS if peers and not is_one_fact_each(beds[0]) else {})}
     if wanted:
         methods = {name: methods[name] for name in wanted}
     scores = {name: scores_of_seeds(beds, name, method, cache) for name, method in methods.items()}
