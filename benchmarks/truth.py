@@ -5,7 +5,7 @@ examples, in the same order from the same start. Results go to truth.json, truth
 file. Retrained weights and scores are kept in a cache: what was interrupted goes on, and more subsets or another seed
 only add to it.
 
-    python benchmarks/truth.py --small --out /tmp/truth      # does it run?
+    make truth ARGS=--small                                  # does it run? Results go to the temporary folder
     python benchmarks/truth.py text --seeds 0 --subsets 16   # a part
     python benchmarks/truth.py --peers                       # beside other libraries, those that are installed
     python benchmarks/truth.py --tables                      # measure nothing: tables and pictures of truth.json
@@ -66,11 +66,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--left-out", type=int, default=24, help="examples that are left out one at a time")
     parser.add_argument("--subsets", type=int, default=64, help="models for each share that is removed")
+    parser.add_argument("--tests", type=int, help="how many of a bed's tests are asked about; default: all")
     parser.add_argument("--methods", nargs="*", help="default: all")
     parser.add_argument("--peers", action="store_true", help="other libraries, too")
     parser.add_argument("--gauge", action="store_true", help="metasmoothness against agreement, over many runs")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "captum_sdi_truth")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder for the results")
+    parser.add_argument("--out", type=Path, help="folder for the results; default: this one, or a temporary one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="tiny beds: does it run?")
     parser.add_argument("--tables", action="store_true", help="measure nothing")
@@ -78,8 +79,9 @@ def parse() -> argparse.Namespace:
     unknown = set(options.beds) - set(BEDS)
     if unknown:
         parser.error(f"no beds {sorted(unknown)}; choose from {', '.join(BEDS)}")
-    if options.small and options.out == HERE:
-        parser.error("--small needs --out=FOLDER: its numbers mean nothing and must not replace real ones")
+    if options.out is None:
+        # The numbers of tiny beds mean nothing and must not replace real ones.
+        options.out = options.cache / "small" if options.small else HERE
     options.counts = Counts(left_out=3, subsets=3) if options.small else Counts(options.left_out, options.subsets)
     if options.small:
         options.seeds = options.seeds[:1]
@@ -88,7 +90,7 @@ def parse() -> argparse.Namespace:
 
 def named(name: str, options: argparse.Namespace) -> list[beds.Bed]:
     """Return a bed with each seed."""
-    of_seeds = [BEDS[name](seed) for seed in options.seeds]
+    of_seeds = [beds.with_tests(BEDS[name](seed), options.tests) for seed in options.seeds]
     return [beds.shortened(bed) for bed in of_seeds] if options.small else of_seeds
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.preconditioners import Adam, Fisher, Hessian
+from captum_sdi.unrolled import AdamW, TrainingRun, UnrolledInfluence
 
 BATCH = 64
 CHECKPOINTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
@@ -39,14 +41,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class Subject:
-    """A bed, trained once with its path kept."""
+    """A bed, trained once with its path kept when the first method asks for it."""
 
     bed: Bed
-    run: Trained
 
-    @staticmethod
-    def trained(bed: Bed) -> Subject:
-        return Subject(bed, train(bed, torch.ones(1, bed.n), keep_path=True))
+    @cached_property
+    def run(self) -> Trained:
+        return train(self.bed, torch.ones(1, self.bed.n), keep_path=True)
 
     @property
     def model(self) -> nn.Module:
@@ -78,8 +79,9 @@ Method = Callable[[Subject], Scores]
 
 def asked(subject: Subject, **settings: Any) -> Scores:
     """Ask `SDIInfluence` once for totals and trajectories."""
+    question = subject.question(**settings)
     start = time.process_time()
-    result = subject.question(**settings).step_influence(as_batch(subject.bed.test))
+    result = question.step_influence(as_batch(subject.bed.test))
     return Scores(result.influence_scores, result.trajectories, time.process_time() - start, {})
 
 
@@ -130,17 +132,16 @@ def hessian(rank: int) -> Method:
 
 def unrolled(subject: Subject) -> Scores:
     """Differentiate through training."""
-    from captum_sdi.unrolled import AdamW, TrainingRun, UnrolledInfluence
-
     bed = subject.bed
     run = TrainingRun(
         optimizer=AdamW(bed.adam.betas, bed.adam.eps, bed.adam.weight_decay, no_decay=()),
         rates=bed.rates,
         batches=bed.batches,
     )
+    model = subject.model
     start = time.process_time()
     influence = UnrolledInfluence(
-        subject.model,
+        model,
         as_dataset(bed.train),
         run,
         start=bed.start().state_dict(),
@@ -149,8 +150,10 @@ def unrolled(subject: Subject) -> Scores:
         loop=bed.loop,
         forward_kwargs=bed.forward_kwargs,
         test_forward_kwargs=bed.test_forward_kwargs,
+        keep="all",
+        check=False,
     )
-    result = influence.step_influence(as_batch(bed.test), check=False)
+    result = influence.step_influence(as_batch(bed.test))
     return Scores(result.influence_scores, result.trajectories, time.process_time() - start, {})
 
 

@@ -36,7 +36,8 @@ def study(
     methods = {**METHODS, **(PEERS if peers and not is_one_fact_each(beds[0]) else {})}
     if wanted:
         methods = {name: methods[name] for name in wanted}
-    scores = {name: scores_of_seeds(beds, name, method, cache) for name, method in methods.items()}
+    subjects = [Subject(bed) for bed in beds]
+    scores = {name: scores_of_seeds(subjects, name, method, cache) for name, method in methods.items()}
     scores = {name: of_seeds for name, of_seeds in scores.items() if of_seeds}
     kinds = [LEFT_OUT] if is_one_fact_each(beds[0]) else [LEFT_OUT, *REMOVED]
     judged = {}
@@ -68,14 +69,15 @@ def effects_of(bed: Bed, kind: str, counts: Counts, cache: Path) -> Effects:
     return measured_effects(bed, subsets_of(bed, kind, count), kind, cache)
 
 
-def scores_of_seeds(beds: Sequence[Bed], name: str, method: Method, cache: Path) -> list[Scores]:
+def scores_of_seeds(subjects: Sequence[Subject], name: str, method: Method, cache: Path) -> list[Scores]:
     """Score every seed's model; what the cache has is not computed again. Nothing where a library is missing."""
     of_seeds = []
-    for bed in beds:
-        path = cache / f"{fingerprint(bed)} scores of {name.replace('/', 'or')}.pt"
+    for subject in subjects:
+        bed = subject.bed
+        path = cache / f"{fingerprint(bed)} {bed.q} tests, {name.replace('/', 'or')}.pt"
         if not path.exists():
             try:
-                scores = method(Subject.trained(bed))
+                scores = method(subject)
             except ModuleNotFoundError as missing:
                 print(f"{name}: left out, {missing}", flush=True)
                 return []
@@ -153,7 +155,7 @@ def gauge_study(cache: Path, small: bool) -> list[dict[str, Any]]:
     for bed in gauge_beds(1 if small else 2):
         bed = shortened(bed) if small else bed
         effects = measured_effects(bed, subsets_of(bed, LEFT_OUT, 3 if small else 12), LEFT_OUT, cache)
-        scores = scores_of_seeds([bed], BEST, METHODS[BEST], cache)
+        scores = scores_of_seeds([Subject(bed)], BEST, METHODS[BEST], cache)
         pair = judging.pairs(scores[0], effects)["total"]
         agreement = judging.judged([pair])
         runs.append({"run": bed.name, "seed": bed.seed, **gauge(bed), "agreement": agreement.as_json()})
