@@ -39,7 +39,10 @@ class Hessian:
 
     No record of training is needed. Only the last checkpoint is loaded, and learning rates do not enter. It costs rank
     products with H, each a pass over the train set of some four gradients' time, once: the vectors, rank x parameters,
-    are kept in memory, and beside an index on disk. Test gradients are formed exactly, then sketched.
+    are kept in memory, and beside an index on disk.
+
+    Test gradients are formed exactly, then sketched. Standard errors are those of P φ and cover 94% to 99% of the exact
+    scores where 95% were meant (``benchmarks/preconditioner_errors.py``). They are wider than without P: at 64 numbers a parameter totals correlate .95 with exact ones, at 1024 1.00.
 
     Args:
         rank: How many Lanczos vectors; at most the number of parameters that count.
