@@ -4,7 +4,8 @@
 
 For each preconditioner and sketch size: the deviation of sketched from exact scores in units of their standard errors
 (its root mean square; 1 where errors are right) and the share of pairs within 1.96 of them, of totals and of loop
-steps; the correlation of sketched with exact totals. Four draws of the hashes of a looped GPT trained on parity for a moment.
+steps; the correlation of sketched with exact totals. Four draws of the hashes, a looped GPT trained on parity for a
+moment.
 """
 
 from __future__ import annotations
