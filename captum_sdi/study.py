@@ -66,7 +66,7 @@ class Study:
     def preconditioned(self, point: Point) -> Preconditioned:
         """Fit the preconditioner at a checkpoint."""
         train = TrainSide(self.train, self.index, self.shelf, self.progress)
-        return Preconditioned.at(point, self.preconditioner, train)
+        return Preconditioned.fitted_at(point, self.preconditioner, train)
 
     def as_train(self, features: StepFeatures) -> StepFeatures:
         """Return the train side's features as they are contracted."""

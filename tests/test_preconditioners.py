@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
+from captum_sdi.features import StepFeatures
+from captum_sdi.passes import Point
 from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
+from captum_sdi.train_side import TrainSide
 
 TRAIN, TEST = rows(7, seed=1), rows(3, seed=2)
 RATES = (0.5, 0.25)
@@ -177,6 +180,32 @@ def test_every_question_is_answered_by_the_dense_matrix(method: tuple[Preconditi
     assert torch.equal(indexed.influence(TEST, k=3).indices, order)
     assert_close(indexed.self_influence(), own)
     assert_close(indexed.step_matrix(TEST), wanted.matrix)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """P = 1 on all parameters' entries together."""
+
+    acts_on = "whole"
+
+    def fit(self, point: Point, train: TrainSide) -> Callable[[StepFeatures], StepFeatures]:
+        return lambda features: features
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_exact_features_are_sketched_as_gradients_are(pool: bool) -> None:
+    sketch = TensorSketch(16, pool=pool)
+    plain, whole = (influence(each, sketch=sketch).step_influence(TEST) for each in (None, Whole()))
+    torch.testing.assert_close(whole.trajectories, plain.trajectories, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.score_errors, plain.score_errors, rtol=1e-4, atol=1e-5)
+
+
+def test_an_index_is_built_where_a_preconditioner_looks(tmp_path: Path) -> None:
+    """The Hessian looks at the last checkpoint alone; rows of the others are added when they are asked for."""
+    assert influence(Hessian(rank=3), index=tmp_path).build_index().checkpoints == ["1"]
+    plain = influence(None, index=tmp_path)
+    assert_close(plain.influence(TEST), influence(None).influence(TEST))
+    assert plain.build_index().checkpoints == ["1", "0"]
 
 
 # --- unit norms ---------------------------------------------------------------------------------------------------

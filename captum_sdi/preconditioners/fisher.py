@@ -35,6 +35,10 @@ class Fisher:
     It costs one pass over the rows: those of an index, beside which the moments are kept, or else one more pass over
     the train set. Memory is a matrix of d x d for each parameter, never n rows: `TensorSketch` of 512 is enough.
 
+    With a sketch, F is that of the sketched gradients, and scores are nearly those of exact ones (correlation .99 at 64
+    numbers a parameter, 1.00 at 1024: ``benchmarks/preconditioner_errors.py``). Standard errors are those of P φ for a
+    given P; F draws P φ towards where gradients are small, so that they are 4 to 14 times too wide: an upper bound.
+
     Args:
         damping: λ, in units of the mean of those eigenvalues of F that can differ from zero, the trace of the block
             by the smaller of n and its width: its mean diagonal, or where examples are fewer that of their Gram matrix.

@@ -39,7 +39,11 @@ class Hessian:
 
     No record of training is needed. Only the last checkpoint is loaded, and learning rates do not enter. It costs rank
     products with H, each a pass over the train set of some four gradients' time, once: the vectors, rank x parameters,
-    are kept in memory, and beside an index on disk. Test gradients are formed exactly, then sketched.
+    are kept in memory, and beside an index on disk.
+
+    Test gradients are formed exactly, then sketched. Standard errors are those of P φ and cover 94% to 99% of the exact
+    scores where 95% were meant (``benchmarks/preconditioner_errors.py``). They are wider than without P: totals of 64
+    numbers a parameter correlate .95 with exact ones, of 1024 1.00.
 
     Args:
         rank: How many Lanczos vectors; at most the number of parameters that count.
@@ -121,10 +125,9 @@ class Hessian:
 
     def _ritz_pairs(self, point: Point, train: TrainSide, content: Content) -> Tensors:
         """Run Lanczos on the Hessian of the mean training loss."""
-        n_examples = content.n_examples
-        only = None
-        if self.examples is not None and self.examples < n_examples:
-            only = evenly_spaced(self.examples, n_examples)
+        chosen, n_batches = None, train.examples.n_batches
+        if self.examples is not None and self.examples < content.n_examples:
+            chosen, n_batches = evenly_spaced(self.examples, content.n_examples), None
         # The hooks freeze every parameter: those that count are what the loss is a function of.
         with requiring_grad(point.capture.tape.targets):
             loss = BatchLoss(point.model, train.examples.side)
@@ -134,11 +137,10 @@ class Hessian:
             basis = scratch(shape, vector.dtype, train.shelf.folder)
         else:
             basis = vector.new_empty(shape)
-        n_batches = train.examples.n_batches if only is None else None
         n_updates = None if n_batches is None else self.rank * n_batches
         purpose = f"find curvatures of the training loss at {point.checkpoint.name}"
         with train.progress.bar(purpose, n_updates) as bar:
-            product = HessianProduct(point, train, loss, vector, only, bar)
+            product = HessianProduct(point, train, loss, vector, chosen, bar)
             values = ritz_pairs(product, basis, torch.Generator().manual_seed(0))
         return {"values": values, "vectors": basis}
 
@@ -151,7 +153,7 @@ class HessianProduct:
         train: The train side.
         loss: The losses of a batch.
         vector: ``(size,)`` the parameters.
-        only: Positions of the train examples; None: all.
+        chosen: Positions of the train examples; None: all.
         bar: Updated with every batch.
     """
 
@@ -161,10 +163,10 @@ class HessianProduct:
         train: TrainSide,
         loss: BatchLoss,
         vector: Tensor,
-        only: Tensor | None,
+        chosen: Tensor | None,
         bar: Any,
     ) -> None:
-        self._point, self._train, self._loss, self._only, self._bar = point, train, loss, only, bar
+        self._point, self._train, self._loss, self._chosen, self._bar = point, train, loss, chosen, bar
         self._vector = vector.requires_grad_()
 
     def __call__(self, direction: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class HessianProduct:
 
     def _batches(self) -> Iterator[tuple[Tensor, Any]]:
         examples = self._train.examples
-        for positions, raw in examples.batches(self._only):
+        for positions, raw in examples.batches(self._chosen):
             self._point.rehearsal.before_batch(self._point.capture, raw, examples.side, positions.tolist())
             yield positions, raw
 

@@ -40,7 +40,7 @@ def ritz_pairs(
     """
     rank, _ = basis.shape
     diagonal = torch.zeros(rank, dtype=torch.float64)
-    beside = torch.zeros(max(0, rank - 1), dtype=torch.float64)
+    off_diagonal = torch.zeros(max(0, rank - 1), dtype=torch.float64)
     basis[0] = new_direction(basis[:0], basis, generator)
     for step in range(rank):
         residual = product(basis[step]).to(basis)
@@ -52,11 +52,11 @@ def ritz_pairs(
         length = residual.norm()
         rounding = 100 * torch.finfo(basis.dtype).eps * max(float(length_before), float(diagonal.abs().max()))
         if length > rounding:
-            beside[step] = length
+            off_diagonal[step] = length
             basis[step + 1] = residual / length
         else:
             basis[step + 1] = new_direction(basis[: step + 1], basis, generator)
-    tridiagonal = torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
+    tridiagonal = torch.diag(diagonal) + torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1)
     values, rotation = torch.linalg.eigh(tridiagonal)
     rotate(basis, rotation)
     return values

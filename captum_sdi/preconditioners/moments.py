@@ -100,18 +100,18 @@ def optimizer_state(saved: Any, file: Path) -> Mapping[str, Any]:
     Raises:
         ValueError: If there is none.
     """
-    found = saved
+    state = saved
     if isinstance(saved, Mapping) and "param_groups" not in saved:
         for key in OPTIMIZER_KEYS:
-            found = saved.get(key, found)
-        if isinstance(found, list) and len(found) == 1:  # Lightning's
-            found = found[0]
-    if not isinstance(found, Mapping) or not {"state", "param_groups"} <= set(found):
+            state = saved.get(key, state)
+        if isinstance(state, list) and len(state) == 1:  # Lightning's
+            state = state[0]
+    if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise ValueError(f"{file} holds no optimizer's state. {REMEDY}")
-    for group in found["param_groups"]:
+    for group in state["param_groups"]:
         if not {"betas", "eps", "params"} <= set(group):
             raise ValueError(f"{file} holds the state of an optimizer that is no Adam: no betas, or no eps. {REMEDY}")
-    return found
+    return state
 
 
 def corrected_square(
@@ -155,8 +155,8 @@ def named_groups(
 
 def possible_groups(model: nn.Module, trainable: Collection[str]) -> Iterator[list[list[str]]]:
     """Yield the ways in which parameters are usually put into groups."""
-    everything = [name for name, _ in model.named_parameters()]
-    trained = [name for name in everything if name in trainable]
+    all_names = [name for name, _ in model.named_parameters()]
+    trained = [name for name in all_names if name in trainable]
     norms = parameters_of_norms(model)
     for patterns in (WITHOUT_DECAY, WITHOUT_DECAY[:1]):
         spared = [name for name in trained if name in norms or matches(name, patterns)]
@@ -164,7 +164,7 @@ def possible_groups(model: nn.Module, trainable: Collection[str]) -> Iterator[li
     vectors = [name for name in trained if model.get_parameter(name).ndim < 2]
     yield [[name for name in trained if name not in vectors], vectors]
     yield [trained]
-    yield [everything]
+    yield [all_names]
 
 
 def parameters_of_norms(model: nn.Module) -> set[str]:

@@ -26,7 +26,7 @@ class Preconditioned:
     fitted: Fitted
 
     @staticmethod
-    def at(point: Point, preconditioner: Preconditioner, train: TrainSide) -> Preconditioned:
+    def fitted_at(point: Point, preconditioner: Preconditioner, train: TrainSide) -> Preconditioned:
         """Fit a preconditioner at a checkpoint."""
         return Preconditioned(point, preconditioner.acts_on, preconditioner.fit(point, train))
 

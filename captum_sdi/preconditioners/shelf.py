@@ -65,14 +65,25 @@ class Shelf:
             last_key, last_tensors = self._last
             if last_key == key:
                 return last_tensors
-        file = None if self.folder is None else self.folder / f"{kind}-{key[:16]}.safetensors"
-        tensors = None if file is None else read_kept(file, key)
-        if tensors is None:
+        if self.folder is None:
             tensors = compute()
-            if file is not None:
-                keep(file, key, tensors)
+        else:
+            tensors = kept_tensors(self.folder / f"{kind}-{key[:16]}.safetensors", key, compute)
         self._last = key, tensors
         return tensors
+
+
+def kept_tensors(
+    file: Path,
+    key: str,
+    compute: Callable[[], Tensors],
+) -> Tensors:
+    """Return the tensors in a file, or compute and write them."""
+    tensors = read_kept(file, key)
+    if tensors is None:
+        tensors = compute()
+        write_kept(file, key, tensors)
+    return tensors
 
 
 def read_kept(file: Path, key: str) -> Tensors | None:
@@ -90,7 +101,7 @@ def read_kept(file: Path, key: str) -> Tensors | None:
     return tensors if is_sound else None
 
 
-def keep(file: Path, key: str, tensors: Tensors) -> None:
+def write_kept(file: Path, key: str, tensors: Tensors) -> None:
     """Write tensors to a file, or warn that this is impossible: they are there in memory all the same."""
     metadata = {"key": key, "digest": content_digest(tensors)}
 
@@ -112,7 +123,7 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> 
         dtype: Of its numbers.
         folder: Where the file is; None: the system's temporary folder.
     """
-    place = Path(tempfile.gettempdir()) if folder is None else folder
+    place = folder or Path(tempfile.gettempdir())
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"scratch-{os.urandom(8).hex()}.safetensors.{os.getpid()}{UNFINISHED}"
     n_rows, n_columns = shape
