@@ -15,13 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from retraining.chain import Chain, follow, random_cycle
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.tasks import parity
+from retraining.chain import Chain, follow, random_cycle
 
 Rows = dict[str, Tensor]
 """`input_ids` and `labels`, one example a row."""
@@ -161,10 +161,12 @@ def gauge_beds(n_seeds: int) -> list[Bed]:
 # --- text ---
 
 LINES, LINE_LENGTH, TEXT_TESTS = 256, 32, 8
-MODULES = """json re ast argparse asyncio collections csv datetime decimal difflib email heapq http inspect itertools
-logging math os pathlib pickle random shutil socket sqlite3 statistics string subprocess tarfile textwrap threading typing
-unittest uuid zipfile calendar code configparser contextlib copy enum fractions functools gzip html mailbox optparse pprint
-queue selectors smtplib tempfile trace traceback types warnings wave""".split()
+MODULES = """
+json re ast argparse asyncio collections csv datetime decimal difflib email heapq http inspect itertools
+logging math os pathlib pickle random shutil socket sqlite3 statistics string subprocess tarfile textwrap
+threading typing unittest uuid zipfile calendar code configparser contextlib copy enum fractions functools
+gzip html mailbox optparse pprint queue selectors smtplib tempfile trace traceback types warnings wave
+"""
 
 
 def text_bed(seed: int) -> Bed:
@@ -193,7 +195,7 @@ def text_bed(seed: int) -> Bed:
 def docstring_lines() -> list[str]:
     """Return different texts of `LINE_LENGTH` + 1 characters each, in an order that is always the same."""
     texts = set()
-    for name in MODULES:
+    for name in MODULES.split():
         for _, member in inspect.getmembers(importlib.import_module(name)):
             if inspect.isfunction(member) or inspect.isclass(member):
                 text = re.sub(r"\s+", " ", inspect.getdoc(member) or "").lower()
@@ -273,7 +275,8 @@ def with_tests(bed: Bed, count: int | None) -> Bed:
 def shortened(bed: Bed, n_train: int = 16, n_test: int = 3) -> Bed:
     """Return a bed of a few examples and updates: does it run?
 
-    In float64, as so little training has small effects; with a large eps, as Adam's first updates know little but signs.
+    In float64, as so little training has small effects; with a large eps, as Adam's first updates know little but
+    signs.
     """
     train = {name: column[:n_train] for name, column in bed.train.items()}
     test = {name: column[:n_test] for name, column in bed.test.items()}

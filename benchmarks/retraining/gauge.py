@@ -1,7 +1,7 @@
 """When can a derivative be believed? The same run twice, and metasmoothness.
 
-Training with example weights 1, 1 + h v and 1 + 2 h v leads to theta_0, theta_1, theta_2. Where the end depends smoothly
-on the weights, every parameter moves the same way twice (Engstrom et al., arXiv 2503.13751):
+Training with example weights 1, 1 + h v and 1 + 2 h v leads to theta_0, theta_1, theta_2. Where the end depends
+smoothly on the weights, every parameter moves the same way twice (Engstrom et al., arXiv 2503.13751):
 
     metasmoothness = sum |theta_2 - theta_0| sign(theta_1 - theta_0) sign(theta_2 - theta_1) / sum |theta_2 - theta_0|
 """
@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from retraining.beds import Bed
 from retraining.training import train
-from torch import Tensor
 
 STEP = 0.05
 NEAR_ZERO = 1e-6

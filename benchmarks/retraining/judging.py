@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from retraining.measuring import Effects
-from retraining.methods import Scores
 from torch import Tensor
 
 from captum_sdi.evaluate import deviation_from_step_mean, predicted_outputs
 from captum_sdi.evaluate.two_way import Resamples, draw_resamples, mean_correlations, pooled, resampled_correlations
+from retraining.measuring import Effects
+from retraining.methods import Scores
 
 RESAMPLES = 500
 LEVEL = 0.95

@@ -11,11 +11,11 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from retraining.beds import Bed, as_batch
-from retraining.training import load, model_with, train
 from torch import Tensor, nn
 
 from captum_sdi.evaluate import block_swap, draw_subsets
+from retraining.beds import Bed, as_batch
+from retraining.training import load, model_with, train
 
 LEFT_OUT = "leave one out"
 REMOVED = {"5% removed": 0.05, "20% removed": 0.2, "50% removed": 0.5}

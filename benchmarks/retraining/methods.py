@@ -13,13 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from retraining.beds import Bed, as_batch, as_dataset
-from retraining.training import Flat, Trained, load, model_with, train
 from torch import Tensor, nn
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.preconditioners import Adam, Fisher, Hessian
 from captum_sdi.unrolled import AdamW, TrainingRun, UnrolledInfluence
+from retraining.beds import Bed, as_batch, as_dataset
+from retraining.training import Flat, Trained, load, model_with, train
 
 BATCH = 64
 CHECKPOINTS = (1 / 8, 3 / 8, 5 / 8, 7 / 8)

@@ -1,7 +1,7 @@
 """The peers that are right on a loop, on the same bed. Each is optional: what is not installed is left out.
 
-None of them tells loop steps apart. Settings are their defaults, but for damping, which is what ours is: a tenth of the
-mean eigenvalue where the default is none at all. Install them beside this library, `pip install dattri traker kronfluence`.
+None of them tells loop steps apart. Settings are their defaults, but for damping, which is what ours is: a tenth of
+the mean eigenvalue where the default is none at all. `pip install dattri traker kronfluence` installs them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import time
 from typing import Any
 
 import torch
-from retraining.beds import Bed, as_batch, as_dataset
-from retraining.methods import Method, Scores, Subject
-from retraining.training import load
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
+
+from retraining.beds import Bed, as_batch, as_dataset
+from retraining.methods import Method, Scores, Subject
+from retraining.training import load
 
 BATCH = 64
 SKETCH = 2048
@@ -53,9 +54,7 @@ def captum_tracincp(subject: Subject) -> Scores:
 
     model, checkpoints = logits_of(subject), iter(subject.checkpoints())
     start = time.process_time()
-    estimator = TracInCP(
-        model, as_dataset(bed.train), checkpoints, load_checkpoint, loss_fn=bed.loss, batch_size=BATCH
-    )
+    estimator = TracInCP(model, as_dataset(bed.train), checkpoints, load_checkpoint, loss_fn=bed.loss, batch_size=BATCH)
     totals = estimator.influence(as_batch(bed.test))
     return Scores(totals.detach(), None, time.process_time() - start, {})
 

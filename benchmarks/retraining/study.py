@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from retraining import judging
 from retraining.beds import Bed, gauge_beds, shortened
 from retraining.gauge import gauge

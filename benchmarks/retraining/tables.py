@@ -34,8 +34,9 @@ def document(results: Results) -> str:
 INTRODUCTION = """# What predicts retraining?
 
 Written by `truth.py`; [README.md](README.md#what-predicts-retraining) says how it was measured. Numbers are rank
-correlations of predicted with measured rises of the test loss, averaged over tests and seeds, with 95% intervals over tests
-and left-out examples drawn together. By step: the retrained block stands in for the model's own in that loop step alone.
+correlations of predicted with measured rises of the test loss, averaged over tests and seeds, with 95% intervals over
+tests and left-out examples drawn together. By step: the retrained block stands in for the model's own in that loop step
+alone.
 
 ![Agreement with retraining against cost](truth.png)"""
 
@@ -63,10 +64,12 @@ def bed_facts(bed: Results) -> str:
     repeated = all(gauge["second run is bit-identical"] for gauge in gauges)
     smoothness = ", ".join(f"{gauge['metasmoothness']:.3f}" for gauge in gauges)
     near_zero = ", ".join(f"{gauge['parameters with second moments near zero']:.1%}" for gauge in gauges)
+    seeds = ", ".join(map(str, bed["seeds"]))
+    identical = "bit-identical" if repeated else "**not** bit-identical"
     return (
-        f"{bed['parameters']:,} parameters, {bed['tests']} tests, seeds {', '.join(map(str, bed['seeds']))}; retrained "
-        f"models for each seed: {models}. A second run was {'' if repeated else '**not** '}bit-identical. Metasmoothness "
-        f"{smoothness}; parameters whose second moment is near zero {near_zero}."
+        f"{bed['parameters']:,} parameters, {bed['tests']} tests, seeds {seeds}; models for each seed: {models}. "
+        f"A second run was {identical}. Metasmoothness {smoothness}; parameters whose second moment is near zero "
+        f"{near_zero}."
     )
 
 
@@ -123,7 +126,9 @@ def gauge_section(runs: Sequence[Results]) -> str:
     """Return metasmoothness beside the agreement of the unrolled derivative."""
     rows = []
     for run in sorted(runs, key=lambda run: run["metasmoothness"]):
-        rows.append([f"{run['run']}, seed {run['seed']}", f"{run['metasmoothness']:.3f}", with_interval(run["agreement"])])
+        rows.append(
+            [f"{run['run']}, seed {run['seed']}", f"{run['metasmoothness']:.3f}", with_interval(run["agreement"])]
+        )
     agreement = f"Rank correlation over {len(runs)} runs: {number(gauge_correlation(runs))}."
     header = ["run", "metasmoothness", "unrolled, leave one out"]
     return f"## The gauge\n\n![Metasmoothness against agreement](gauge.png)\n\n{agreement}\n\n{table(header, rows)}"
@@ -213,7 +218,9 @@ def environments(results: Results) -> str:
     for name, found in results.items():
         environment = found["environment"]
         versions = ", ".join(f"{package} {version}" for package, version in environment["packages"].items())
-        lines.append(f"- {name}: {environment['date']}, {environment['cpu']}, {environment['threads']} thread, {versions}")
+        lines.append(
+            f"- {name}: {environment['date']}, {environment['cpu']}, {environment['threads']} thread, {versions}"
+        )
     return "## Measured with\n\n" + "\n".join(lines)
 
 

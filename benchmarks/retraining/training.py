@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from retraining.beds import Bed, Rows
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from retraining.beds import Bed, Rows
 
 State = dict[str, Tensor]
 

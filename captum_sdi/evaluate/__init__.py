@@ -29,14 +29,19 @@ They say how far the value would move with other *test examples*, not with other
 Those of `two_way_correlation` and `paired_difference` hold for other left-out examples, or subsets, as well.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from captum_sdi.evaluate.agreement import correlation, recall_at_k, top_k_overlap
-from captum_sdi.evaluate.block_swap import block_swap
 from captum_sdi.evaluate.datamodels import draw_subsets, linear_datamodeling_score, predicted_outputs
 from captum_sdi.evaluate.intervals import Estimate
 from captum_sdi.evaluate.mislabels import mislabel_auc
 from captum_sdi.evaluate.retraining import Retrain, leave_one_out, removal_effects, retrained_losses
 from captum_sdi.evaluate.steps import deviation_from_step_mean
 from captum_sdi.evaluate.two_way import paired_difference, two_way_correlation
+
+if TYPE_CHECKING:
+    from captum_sdi.evaluate.swapping import block_swap
 
 __all__ = [
     "Estimate",
@@ -56,3 +61,10 @@ __all__ = [
     "top_k_overlap",
     "two_way_correlation",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It alone hooks a model: pictures and saved results, which import the judges, do without.
+    if name == "block_swap":
+        return import_module("captum_sdi.evaluate.swapping").block_swap
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -107,7 +107,9 @@ def paired_difference(
     first, measured = as_pair(scores, truth, "truth")
     second, _ = as_pair(other_scores, truth, "truth")
     if first.shape != second.shape:
-        raise ValueError(f"other_scores has shape {tuple(second.shape)}; it must be that of scores, {tuple(first.shape)}.")
+        raise ValueError(
+            f"other_scores has shape {tuple(second.shape)}; it must be that of scores, {tuple(first.shape)}."
+        )
     ranks = kind == "spearman"
     drawn = draw_resamples(first, resamples, seed)
     if pool_steps:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, preserved
-from captum_sdi.capture.loop_clock import LoopClock
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import LossFn, default_loss, example_losses
 from captum_sdi.features import LoopSpec
 from captum_sdi.inputs import as_batches, padding_token
+from captum_sdi.loop.clock import LoopClock
 from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import as_loop, parameters_inside
 
@@ -130,6 +130,9 @@ class BlockSwapper:
 
 def loop_swaps(model: nn.Module, other: nn.Module | Mapping[str, Tensor], loop: LoopSpec) -> list[Swap]:
     """Pair the loop's parameters with another model's.
+
+    Returns:
+        Each parameter of the loop's modules, in the model's order, with the other model's values.
 
     Raises:
         ValueError: If one is missing there or has another shape.
