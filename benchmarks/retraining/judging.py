@@ -16,7 +16,7 @@ from captum_sdi.evaluate.two_way import Resamples, draw_resamples, mean_correlat
 from retraining.measuring import Effects
 from retraining.methods import Scores
 
-RESAMPLES = 500
+RESAMPLES = 300
 LEVEL = 0.95
 
 

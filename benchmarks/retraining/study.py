@@ -66,8 +66,12 @@ def is_one_fact_each(bed: Bed) -> bool:
 
 
 def effects_of(bed: Bed, kind: str, counts: Counts, cache: Path) -> Effects:
+    """Measure the effects of one kind of removal, once."""
     count = bed.n if is_one_fact_each(bed) else counts.of(kind)
-    return measured_effects(bed, subsets_of(bed, kind, count), kind, cache)
+    path = cache / f"{fingerprint(bed)} {bed.q} tests, {kind}, {count} models.pt"
+    if not path.exists():
+        torch.save(measured_effects(bed, subsets_of(bed, kind, count), kind, cache), path)
+    return torch.load(path, weights_only=False)
 
 
 def scores_of_seeds(subjects: Sequence[Subject], name: str, method: Method, cache: Path) -> list[Scores]:

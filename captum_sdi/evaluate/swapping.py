@@ -137,19 +137,24 @@ def loop_swaps(model: nn.Module, other: nn.Module | Mapping[str, Tensor], loop: 
     Raises:
         ValueError: If one is missing there or has another shape.
     """
-    theirs = dict(other.named_parameters(remove_duplicate=False)) if isinstance(other, nn.Module) else other
+    theirs: Mapping[str, Tensor]
+    if isinstance(other, nn.Module):
+        theirs = dict(other.named_parameters(remove_duplicate=False))
+    else:
+        theirs = other
     inside = {id(parameter) for parameter in parameters_inside(model, loop.modules, "loop=")}
     swaps = []
     for name, parameter in model.named_parameters():
         if id(parameter) not in inside:
             continue
-        if name not in theirs or theirs[name].shape != parameter.shape:
-            found = tuple(theirs[name].shape) if name in theirs else "nothing"
+        values = theirs.get(name)
+        if values is None or values.shape != parameter.shape:
+            received = "nothing" if values is None else tuple(values.shape)
             raise ValueError(
-                f"other has {found} for the loop's parameter {name!r} of shape {tuple(parameter.shape)}; pass a model "
-                "of the same architecture, or its state dict."
+                f"other has {received} for the loop's parameter {name!r} of shape {tuple(parameter.shape)}; pass a "
+                "model of the same architecture, or its state dict."
             )
-        swaps.append((parameter, theirs[name].detach().to(parameter)))
+        swaps.append((parameter, values.detach().to(parameter)))
     return swaps
 
 
