@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from environment import environment
 from retraining import beds, study, tables
-from retraining.measuring import Counts
+from retraining.measuring import LEFT_OUT, Counts
 from retraining.pictures import draw_costs, draw_gauge
 
 BEDS: dict[str, Callable[[int], beds.Bed]] = {
@@ -35,6 +35,7 @@ BEDS: dict[str, Callable[[int], beds.Bed]] = {
     "parity, 3e-3": beds.rough_parity,
 }
 HERE = Path(__file__).parent
+PERCENT = (5, 20, 50)
 
 
 def main() -> None:
@@ -66,6 +67,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--left-out", type=int, default=24, help="examples that are left out one at a time")
     parser.add_argument("--subsets", type=int, default=64, help="models for each share that is removed")
+    parser.add_argument("--removed", nargs="*", type=int, choices=PERCENT, default=PERCENT, help="percent")
     parser.add_argument("--tests", type=int, help="how many of a bed's tests are asked about; default: all")
     parser.add_argument("--methods", nargs="*", help="default: all")
     parser.add_argument("--peers", action="store_true", help="other libraries, too")
@@ -82,8 +84,10 @@ def parse() -> argparse.Namespace:
     if options.out is None:
         # The numbers of tiny beds mean nothing and must not replace real ones.
         options.out = options.cache / "small" if options.small else HERE
-    options.counts = Counts(left_out=3, subsets=3) if options.small else Counts(options.left_out, options.subsets)
+    kinds = (LEFT_OUT, *(f"{percent}% removed" for percent in options.removed))
+    options.counts = Counts(options.left_out, options.subsets, kinds)
     if options.small:
+        options.counts = Counts(left_out=3, subsets=3, kinds=kinds)
         options.seeds = options.seeds[:1]
     return options
 

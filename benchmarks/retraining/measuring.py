@@ -27,6 +27,7 @@ class Counts:
 
     left_out: int = 24
     subsets: int = 64
+    kinds: tuple[str, ...] = (LEFT_OUT, *REMOVED)
 
     def of(self, kind: str) -> int:
         return self.left_out if kind == LEFT_OUT else self.subsets

@@ -12,7 +12,7 @@ from retraining import judging
 from retraining.beds import Bed, gauge_beds, shortened
 from retraining.gauge import gauge
 from retraining.judging import Judged
-from retraining.measuring import LEFT_OUT, REMOVED, Counts, Effects, fingerprint, measured_effects, subsets_of
+from retraining.measuring import LEFT_OUT, Counts, Effects, fingerprint, measured_effects, subsets_of
 from retraining.methods import METHODS, Method, Scores, Subject
 from retraining.peers import PEERS
 
@@ -40,7 +40,7 @@ def study(
     subjects = [Subject(bed) for bed in beds]
     scores = {name: scores_of_seeds(subjects, name, method, cache) for name, method in methods.items()}
     scores = {name: of_seeds for name, of_seeds in scores.items() if of_seeds}
-    kinds = [LEFT_OUT] if is_one_fact_each(beds[0]) else [LEFT_OUT, *REMOVED]
+    kinds = [LEFT_OUT] if is_one_fact_each(beds[0]) else list(counts.kinds)
     judged = {}
     for kind in kinds:
         effects = [effects_of(bed, kind, counts, cache) for bed in beds]

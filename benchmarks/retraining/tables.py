@@ -38,7 +38,9 @@ correlations of predicted with measured rises of the test loss, averaged over te
 tests and left-out examples drawn together. By step: the retrained block stands in for the model's own in that loop step
 alone.
 
-![Agreement with retraining against cost](truth.png)"""
+![Agreement with retraining against cost](truth.png)
+
+Filled: totals; hollow, a little to the right: the mean over loop steps."""
 
 
 def bed_section(name: str, bed: Results) -> str:

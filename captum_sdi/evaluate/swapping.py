@@ -124,7 +124,7 @@ class BlockSwapper:
                 parameter.data = others
 
     def _leave(self, *_: object) -> None:
-        for parameter, own, _ in self._swaps:
+        for parameter, own, _others in self._swaps:
             parameter.data = own
 
 
