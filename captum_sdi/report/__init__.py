@@ -1,8 +1,8 @@
 """The explorer: one HTML file in which people click through answers, their sources, and the steps at which they acted.
 
-The file reads nothing from the network, opens from disk and in a notebook, and takes every text for a stranger's.
+The file reads nothing from the network, opens from disk and in a notebook, and trusts no text.
 
-`page` is the door; `pairs`, `texts`, `extras` and `maps` turn results into plain lists; `chunks` packs these; `assembly`
+`page` is the door; `pairs`, `texts`, `extras` and `maps` make plain lists of results; `chunks` packs them; `assembly`
 puts them into ``assets/template.html``, with the page's own scripts and the library they are written with (``vendor/``).
 """
 

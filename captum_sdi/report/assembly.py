@@ -1,4 +1,4 @@
-"""The HTML file, put together: style, library, scripts and data in one template, under a policy that lets nothing in."""
+"""The HTML file, put together: style, library, scripts and data in one template, and a policy that lets nothing in."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def rounded(values: NDArray[np.float64]) -> Any:
     sizes = np.abs(values)
     exponents = np.floor(np.log10(np.where(sizes > 0, sizes, 1.0)))
     decimals = DIGITS - 1 - exponents
-    # A power of ten is exact, and so its quotient the nearest number to the one with six digits, as long as it is whole.
+    # Powers of ten are exact up to 10^22, and so is the number of whole units: one rounding, that of the quotient.
     finer = 10.0 ** np.maximum(decimals, 0)
     coarser = 10.0 ** np.maximum(-decimals, 0)
     return (np.round(values * finer / coarser) * coarser / finer).tolist()

@@ -52,6 +52,25 @@ def self_influence_rows(result: StepInfluence, texts: TextTable) -> list[list[An
 
     Returns:
         Lists of the index, the number of the text, total, error, trajectory and its errors.
+    """
+    totals = finite("influence_scores", result.influence_scores)
+    order = np.argsort(-totals, kind="stable")
+    columns = (
+        order.tolist(),
+        [texts.number(index) for index in order.tolist()],
+        rounded(totals[order]),
+        rounded(finite("score_errors", result.score_errors)[order]),
+        rounded(finite("trajectories", result.trajectories)[order]),
+        rounded(finite("trajectory_errors", result.trajectory_errors)[order]),
+    )
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def check_self_influence(result: Any) -> int:
+    """Check that a result is one of self-influence.
+
+    Returns:
+        Of how many training examples it is.
 
     Raises:
         TypeError: If it is no `StepInfluence`.
@@ -66,17 +85,7 @@ def self_influence_rows(result: StepInfluence, texts: TextTable) -> list[list[An
             f"self_influence must hold trajectories (n, t), got shape {tuple(result.trajectories.shape)}: pass what "
             "step_self_influence returns."
         )
-    totals = finite("influence_scores", result.influence_scores)
-    order = np.argsort(-totals, kind="stable")
-    columns = (
-        order.tolist(),
-        [texts.number(index) for index in order.tolist()],
-        rounded(totals[order]),
-        rounded(finite("score_errors", result.score_errors)[order]),
-        rounded(finite("trajectories", result.trajectories)[order]),
-        rounded(finite("trajectory_errors", result.trajectory_errors)[order]),
-    )
-    return [list(row) for row in zip(*columns, strict=True)]
+    return len(result.influence_scores)
 
 
 def matrix_rows(matrix: Any, indices: Sequence[int] | None, n_tests: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from captum_sdi.report.assembly import assembled
 from captum_sdi.report.chunks import chunk_element, numbered_chunks
-from captum_sdi.report.extras import matrix_rows, self_influence_rows, step_shares, test_summary
+from captum_sdi.report.extras import check_self_influence, matrix_rows, self_influence_rows, step_shares, test_summary
 from captum_sdi.report.maps import map_rows
 from captum_sdi.report.pairs import Pairs
 from captum_sdi.report.texts import PER_CHUNK, Example, TextTable, check_examples, example_entry
@@ -90,16 +90,23 @@ def write_page(
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.absolute().parent} to write {target.name} in: make it.")
     pairs = Pairs.from_results(result)
-    n_train = pairs.n_train
-    if self_influence is not None:
-        n_train = max(n_train, len(self_influence.influence_scores))
-    check_examples("texts", texts, n_train, exact=pairs.has_all)
+    n_self = 0 if self_influence is None else check_self_influence(self_influence)
+    check_examples("texts", texts, max(pairs.n_train, n_self), exact=pairs.has_all)
     check_examples("test_texts", test_texts, len(pairs.totals), exact=True)
     facts = page_facts(pairs, title)
-    chunks = [*test_chunks(pairs, test_texts)]
     table = TextTable(texts)
-    chunks += pair_chunks(pairs, table)
-    chunks += extra_chunks(facts, pairs, table, map, step_matrix, step_matrix_indices, self_influence)
+    chunks = [
+        *test_chunks(pairs, test_texts),
+        *pair_chunks(pairs, table),
+        *map_chunks(facts, len(pairs.totals), map),
+    ]
+    if step_matrix is not None:
+        matrices = matrix_rows(step_matrix, step_matrix_indices, len(pairs.totals))
+        facts["matrices"] = len(matrices)
+        chunks += numbered_chunks("matrices", matrices, per_chunk=1)
+    if self_influence is not None:
+        facts["self"] = {"rows": n_self, "perChunk": SELF_PER_CHUNK}
+        chunks += numbered_chunks("self", self_influence_rows(self_influence, table), SELF_PER_CHUNK)
     chunks += numbered_chunks("texts", table.entries, PER_CHUNK)
     document = assembled(title, facts, chunks)
     write_whole(target, lambda unfinished: unfinished.write_text(document, encoding="utf-8"))
@@ -142,27 +149,11 @@ def pair_chunks(pairs: Pairs, table: TextTable) -> Iterator[str]:
     yield from numbered_chunks("pairs", rows, pairs.tests_per_chunk)
 
 
-def extra_chunks(
-    facts: dict[str, Any],
-    pairs: Pairs,
-    table: TextTable,
-    influence_map: Any,
-    step_matrix: Any,
-    step_matrix_indices: Sequence[int] | None,
-    self_influence: StepInfluence | None,
-) -> Iterator[str]:
-    """Yield the chunks of everything that a page can hold beside its pairs, and note in `facts` what there is."""
-    n_tests = len(pairs.totals)
+def map_chunks(facts: dict[str, Any], n_tests: int, influence_map: Any) -> Iterator[str]:
+    """Yield the chunks of no, one or several maps, and note in `facts` which axes they have."""
     maps = influence_map if isinstance(influence_map, list | tuple) else [influence_map]
-    for number, one_map in enumerate(one_map for one_map in maps if one_map is not None):
+    given = [one_map for one_map in maps if one_map is not None]
+    for number, one_map in enumerate(given):
         rows = map_rows(one_map, n_tests)
         facts["maps"].append({"axes": rows[0]["axes"], "tests": len(rows)})
         yield from numbered_chunks(f"map-{number}", rows, per_chunk=1)
-    if step_matrix is not None:
-        matrices = matrix_rows(step_matrix, step_matrix_indices, n_tests)
-        facts["matrices"] = len(matrices)
-        yield from numbered_chunks("matrices", matrices, per_chunk=1)
-    if self_influence is not None:
-        self_rows = self_influence_rows(self_influence, table)
-        facts["self"] = {"rows": len(self_rows), "perChunk": SELF_PER_CHUNK}
-        yield from numbered_chunks("self", self_rows, SELF_PER_CHUNK)

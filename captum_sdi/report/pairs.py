@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -46,6 +45,9 @@ class Pairs:
     def from_result(cls, result: StepInfluence) -> Pairs:
         """Check a result and return its pairs.
 
+        Returns:
+            The pairs, on the CPU.
+
         Raises:
             TypeError: If it is none, as what `SDIInfluence.influence` returns.
             ValueError: If it is one of self-influence, is empty, or holds a number that is not finite.
@@ -74,14 +76,17 @@ class Pairs:
         )
 
     @classmethod
-    def from_results(cls, results: StepInfluence | Sequence[StepInfluence]) -> Pairs:
+    def from_results(cls, results: Any) -> Pairs:
         """Return the pairs of a result, or of several of the same test examples, such as those of either sign.
+
+        Returns:
+            The pairs, side by side.
 
         Raises:
             ValueError: If there is none, or they are not of the same test examples.
         """
-        if not isinstance(results, list | tuple):
-            return cls.from_result(results)  # type: ignore[arg-type]  # checked there
+        if type(results) not in (list, tuple):  # Captum's results are a kind of tuple, too
+            return cls.from_result(results)
         parts = [cls.from_result(result) for result in results]
         if not parts:
             raise ValueError("result is an empty list; pass what step_influence returns.")

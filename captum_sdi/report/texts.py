@@ -54,9 +54,7 @@ def example_entry(name: str, examples: Sequence[Example], position: int) -> list
     if isinstance(example, str):
         return [example]
     if not isinstance(example, Mapping):
-        raise TypeError(
-            f"{name}[{position}] must be a text, or a mapping with a 'text', got {type(example).__name__}."
-        )
+        raise TypeError(f"{name}[{position}] must be a text, or a mapping with a 'text', got {type(example).__name__}.")
     fields = {str(name): readable(value) for name, value in example.items() if name != "text"}
     text = str(example.get("text", ""))
     return [text, fields] if fields else [text]
