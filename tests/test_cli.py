@@ -449,7 +449,7 @@ def test_pictures_are_drawn_and_drawn_again(here: Path, capsys: pytest.CaptureFi
         "totals.png",
         "step-share.png",
     }
-    scores = {"scores.jsonl", "scores.npz", "scores.safetensors"}
+    scores = {"scores.jsonl", "scores.csv", "scores.npz", "scores.safetensors"}
     assert set(os.listdir("out")) == pictures | scores
     assert all(Path("out", name).stat().st_size > 10_000 for name in pictures)
     table = capsys.readouterr().out
@@ -531,7 +531,7 @@ def test_a_warning_is_one_line(here: Path, capsys: pytest.CaptureFixture) -> Non
     assert re.fullmatch(r"captum-sdi: warning: A checkpoint in \S+ holds no learning rate: 1.0 is used.*\n", said), said
 
 
-@pytest.mark.parametrize("command", ["", "index", "score", "plot", "show", "demo"])
+@pytest.mark.parametrize("command", ["", "index", "score", "plot", "view", "show", "demo"])
 def test_help_explains_every_option(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from pages import HOSTILE, STEPS, TEST_TEXTS, TESTS, TEXTS, random_map, random_result, self_influence_of
 
 from captum_sdi.report import Page, write_page
-from tests.pages import HOSTILE, STEPS, TEST_TEXTS, TESTS, TEXTS, random_map, random_result, self_influence_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser: make test-page")
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from captum.influence._utils.common import KMostInfluentialResults
+from pages import HOSTILE, STEPS, TEST_TEXTS, TESTS, TEXTS, TRAINS, random_map, random_result, self_influence_of
 
 from captum_sdi import StepInfluence
 from captum_sdi.report import Page, write_page
 from captum_sdi.report.chunks import rounded
-from tests.pages import HOSTILE, STEPS, TEST_TEXTS, TESTS, TEXTS, TRAINS, random_map, random_result, self_influence_of
 
 RESULT = random_result()
 LIBRARY = "d81e1e0b67d33dce8f480691c7ccceeaacff59241eb6145ea7ea795e9ff15b92"

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import webbrowser
 from argparse import Namespace
 from pathlib import Path
 
 from captum_sdi.cli import pictures
 from captum_sdi.cli.loading import build_influence, load_encoder, load_model, resolve_checkpoints
-from captum_sdi.cli.output import ARRAYS, LINES, TENSORS, check_output_folder, listed_files, written_whole
+from captum_sdi.cli.output import (
+    ARRAYS,
+    LINES,
+    PAGE,
+    SPREADSHEET,
+    TENSORS,
+    check_output_folder,
+    listed_files,
+    written_whole,
+)
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
+from captum_sdi.cli.scoring import score_queries
 from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
-from captum_sdi.influence import SDIInfluence
-from captum_sdi.scores.result import StepInfluence
 from captum_sdi.whole_file import check_regular
 
 # --- the commands ---
@@ -58,7 +67,7 @@ def score(options: Namespace) -> None:
     Raises:
         ValueError: If ``--rerank`` leaves fewer candidates than ``-k`` training examples.
     """
-    check_output_folder(options.out, overwrite=options.overwrite, pictures=options.pictures > 0)
+    check_output_folder(options.out, overwrite=options.overwrite, pictures=options.pictures > 0, page=options.html)
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
@@ -70,19 +79,21 @@ def score(options: Namespace) -> None:
     print_summary(queries, options)
     train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
     sdi = build_influence(recipe, model, train, options.index, options.n_loops)
-    scores = score_queries(sdi, queries, options)
+    scored = score_queries(sdi, queries, len(train), options)
     for examples in (queries, train):
         examples.check_unchanged()
     if not is_first_process():
         return
-    results = Results.from_scores(scores, queries, train, proponents=not options.opponents)
-    files = [LINES, ARRAYS, TENSORS]
+    results = Results.from_scores(scored.scores, queries, train, scored.roles)
+    files = [LINES, SPREADSHEET, ARRAYS, TENSORS]
+    if options.html:
+        files.append(PAGE)
     with written_whole(options.out, overwrite=options.overwrite) as unfinished:
         if options.pictures:
             drawn = range(len(queries))[: options.pictures]
             files += pictures.draw(results, drawn, 5, unfinished, options.format)
         results.write(unfinished, files)
-    print_unless_quiet(f"{results}\n{options.out}: {', '.join(files)}", options)
+    print_unless_quiet(f"{results.table(options.width)}\n{options.out}: {', '.join(files)}", options)
 
 
 def plot(options: Namespace) -> None:
@@ -104,6 +115,20 @@ def plot(options: Namespace) -> None:
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)
+
+
+def view(options: Namespace) -> None:
+    """Run ``captum-sdi view``: write the page of saved results, if it is not there, and open it."""
+    folder = options.results
+    listed = listed_files(folder)
+    if PAGE not in listed or not (folder / PAGE).is_file():
+        results = Results.read(folder)
+        with written_whole(folder, overwrite=False, keep=True) as unfinished:
+            results.write_page(unfinished / PAGE)
+            results.write_tensors(unfinished, [*listed, PAGE])
+    print_line(folder / PAGE)
+    if not options.no_open:
+        webbrowser.open((folder / PAGE).absolute().as_uri())
 
 
 def show(options: Namespace) -> None:
@@ -176,23 +201,3 @@ def open_index(folder: Path) -> SketchIndex:
     if not folder.is_dir():
         raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
     return SketchIndex.open(folder)
-
-
-# --- scores ---
-
-
-def score_queries(sdi: SDIInfluence, queries: JsonLines, options: Namespace) -> StepInfluence:
-    """Return the scores of the strongest training examples of each query."""
-    try:
-        return sdi.step_influence(
-            queries,
-            options.k,
-            proponents=not options.opponents,
-            show_progress=shows_progress(options),
-            rank_by=None if options.rank_by is None else options.rank_by - 1,
-            rerank=options.rerank,
-        )
-    except ValueError as error:
-        if str(error).startswith("rank_by="):  # which counts from 0
-            raise ValueError(f"--rank-by {options.rank_by}: no query runs that many loop steps.") from error
-        raise

@@ -9,9 +9,6 @@ from typing import Any
 
 from captum_sdi.data.losses import IGNORED
 
-EXCERPT = 200
-"""How many characters of an example's text a result carries."""
-
 INPUTS = ("input_ids", "labels", "attention_mask")
 """Fields that the model reads; a result carries the others."""
 
@@ -64,11 +61,11 @@ class Encoder:
         return row, length
 
     def text(self, fields: Mapping[str, Any]) -> str:
-        """Return the text of an example, or that of its first tokens, or these as numbers."""
+        """Return the text of an example, or that of its tokens, or these as numbers."""
         text = fields.get("text")
         if isinstance(text, str):
             return text
-        token_ids = fields["input_ids"][:EXCERPT]
+        token_ids = fields["input_ids"]
         if self.tokenizer is None:
             return " ".join(map(str, token_ids))
         return str(self.tokenizer.decode(token_ids))

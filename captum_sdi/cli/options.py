@@ -187,11 +187,13 @@ def add_query_options(command: ArgumentParser) -> None:
     group.add_argument(
         "-k", type=positive_integer, default=10, metavar="K", help="how many training examples for each query"
     )
-    group.add_argument(
+    sign = group.add_mutually_exclusive_group()
+    sign.add_argument(
         "--opponents",
         action="store_true",
         help="the K lowest scores, whose training raised the query's loss, instead of the K highest",
     )
+    sign.add_argument("--both", action="store_true", help="the K highest and the K lowest scores")
     group.add_argument(
         "--rank-by",
         type=positive_integer,
@@ -218,6 +220,15 @@ def add_result_options(command: ArgumentParser) -> None:
     group = command.add_argument_group("results")
     group.add_argument("--out", type=Path, default=Path("scores"), metavar="DIR", help="folder to write")
     group.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in DIR")
+    group.add_argument(
+        "--html", action="store_true", help="write page.html, too: a page to explore the scores in, without a network"
+    )
+    group.add_argument(
+        "--width",
+        type=positive_integer,
+        metavar="CHARS",
+        help="characters in a line of the summary; without it, as many as the terminal has, at most 120",
+    )
     group.add_argument(
         "--pictures", type=natural_number, default=10, metavar="N", help="draw the first N queries; 0: no pictures"
     )
@@ -254,6 +265,12 @@ def add_plot_options(command: ArgumentParser) -> None:
     group.add_argument("--out", type=Path, metavar="DIR", help="folder to write; without it, the one of the results")
     group.add_argument("--overwrite", action="store_true", help="replace pictures in DIR, whoever drew them")
     add_format_option(group)
+
+
+def add_view_options(command: ArgumentParser) -> None:
+    """Add the options of ``captum-sdi view``."""
+    command.add_argument("results", type=Path, metavar="DIR", help="folder that captum-sdi score wrote")
+    command.add_argument("--no-open", action="store_true", help="write the page and say where it is, open nothing")
 
 
 def add_show_options(command: ArgumentParser) -> None:

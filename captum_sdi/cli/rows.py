@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from captum_sdi.cli.encoder import EXCERPT, INPUTS, Encoder, unique_keys
+from captum_sdi.cli.encoder import INPUTS, Encoder, unique_keys
 from captum_sdi.whole_file import check_regular
 
 
@@ -81,10 +81,10 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         return self._line_numbers[position]
 
     def description(self, position: int) -> dict[str, Any]:
-        """Return what a result says of an example: the beginning of its text, and its other fields."""
+        """Return what a result says of an example: its text, whole, and its other fields."""
         fields = self._fields(position)
         other_fields = {name: value for name, value in fields.items() if name not in INPUTS}
-        return {**other_fields, "text": clip(self._encoder.text(fields), EXCERPT)}
+        return {**other_fields, "text": self._encoder.text(fields)}
 
     def summary(self) -> str:
         """Return how much the file holds, and how much of it is cut or predicts nothing."""

@@ -2,8 +2,7 @@
 
 The file reads nothing from the network, opens from disk and in a notebook, and trusts no text.
 
-`page` is the door; `pairs`, `texts`, `extras` and `maps` make plain lists of results; `chunks` packs them; `assembly`
-puts them into ``assets/template.html``, with the page's own scripts and the library they are written with (``vendor/``).
+`page` is the door; `pairs`, `texts`, `extras`, `maps` make plain lists of results; `chunks` packs them; `assembly`
 """
 
 from captum_sdi.report.page import Page, write_page
