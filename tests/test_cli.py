@@ -491,7 +491,7 @@ def test_show_says_what_is_in_an_index(here: Path, capsys: pytest.CaptureFixture
         (f"{INDEX} --model no", r"--model no is no folder, and the Hub does not give it: "),
         (f"{INDEX} --train no.jsonl", r"no.jsonl: No such file or directory"),
         (f"{INDEX} --checkpoints no", r"There is no checkpoint at no; say with --checkpoints where it is\."),
-        (f"{INDEX} --layers core.9", r"layers= names 'core.9'"),
+        (f"{INDEX} --layers core.9", r"--layers names 'core.9'"),
         (f"{INDEX} --device nowhere", r"--device nowhere cannot be used: Expected one of cpu"),
         (f"{INDEX} --index run", r"run.* is no index, and holds other things"),
         (f"{INDEX} --loop-layers 0 1 2", r"has n_loops of its own"),
