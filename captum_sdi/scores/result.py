@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_sdi.features import Columns
+from captum_sdi.scores import result_tables
 from captum_sdi.scores.contract import Scores
 from captum_sdi.whole_file import check_regular, write_whole
 
 _VERSION = {"format": "captum_sdi.StepInfluence", "version": "1"}
-_ROWS_SHOWN = 5
-"""Of queries, and of examples of each, in a notebook."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one truth value, and too many numbers
@@ -175,18 +173,30 @@ class StepInfluence:
         shapes = (f"{name}={value if value is None else tuple(value.shape)}" for name, value in self._fields())
         return f"StepInfluence({', '.join(shapes)})"
 
+    def to_pandas(
+        self,
+        texts: Sequence[result_tables.Example] | None = None,
+        test_texts: Sequence[result_tables.Example] | None = None,
+    ) -> Any:
+        """Return a DataFrame with a row for each pair: tidy, for sorting, grouping and writing to other files.
+
+        Args:
+            texts: The training examples' texts by index, or mappings whose fields become columns, such as an ``id``.
+            test_texts: The test examples', likewise; their columns begin with ``test_``.
+
+        Returns:
+            Columns ``test``, ``rank``, ``train``, ``total``, ``error``, ``prelude``, ``coda``, ``step_0`` and so on,
+            ``step_0_error`` and so on, counted from 0 as ``rank_by`` is, and those of the texts. Of self-influence
+            there is no ``test`` and no ``rank``.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return result_tables.data_frame(self, texts, test_texts)
+
     def _repr_html_(self) -> str:
-        """Return the totals as a table, for notebooks; steps count from 0, as ``rank_by`` does."""
-        totals, steps = self.influence_scores.detach().cpu(), self.trajectories.detach().cpu()
-        lines = [repr(self), "", "query  example       total  largest step (from 0)"]
-        if totals.dim() != 2 or 0 in steps.shape:
-            return f"<pre>{html.escape(lines[0])}</pre>"
-        for q, row in enumerate(totals[:_ROWS_SHOWN]):
-            for place in row.argsort(descending=True)[:_ROWS_SHOWN].tolist():
-                index = place if self.indices is None else int(self.indices[q, place])
-                step = int(steps[q, place].abs().argmax())
-                lines.append(f"{q:>5}  {index:>7}  {float(row[place]):>+10.3e}  {step:>21}")
-        return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+        """Return the strongest examples as a table, for notebooks."""
+        return result_tables.html_table(self)
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
         return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
