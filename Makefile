@@ -24,7 +24,7 @@ help:  ## list the targets
 
 venv: $(VENV)/.stamp  ## make .venv from constraints.txt (the others do this themselves)
 
-demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write pictures to OUT=demo
+demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write a page and pictures to OUT=demo
 	$(BIN)/python -m captum_sdi demo --out "$(OUT)"
 
 test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS="-k sketch")

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_sdi import evaluate, models, plotting, tasks
+    from captum_sdi import evaluate, models, plotting, report, tasks
     from captum_sdi.capture.coverage import coverage_check
     from captum_sdi.checkpoints import load_checkpoint
     from captum_sdi.cost import estimate
@@ -48,6 +48,7 @@ __all__ = [
     "load_checkpoint",
     "models",
     "plotting",
+    "report",
     "tasks",
 ]
 
@@ -55,7 +56,7 @@ __version__: str
 
 # Importing torch takes seconds, which `captum-sdi --help` need not wait for: a public name is imported when it is first
 # looked up (PEP 562). This table serves the interpreter; the imports above, type checkers and editors.
-_SUBPACKAGES = ("evaluate", "models", "plotting", "tasks")
+_SUBPACKAGES = ("evaluate", "models", "plotting", "report", "tasks")
 _MODULE_OF = {
     "Exact": "captum_sdi.sketch",
     "Faiss": "captum_sdi.index",
