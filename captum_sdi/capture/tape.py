@@ -28,12 +28,12 @@ from captum_sdi.borrow import evaluating, frozen, recomputed
 from captum_sdi.capture import refusals
 from captum_sdi.capture.heap import HeapTrimmer
 from captum_sdi.capture.identity import observed
-from captum_sdi.capture.loop_clock import LoopClock, Moment
 from captum_sdi.capture.owners import Owner, find_owners
 from captum_sdi.capture.rules.base import Rule
 from captum_sdi.capture.rules.choose import choose_rule
 from captum_sdi.capture.tokens import TokenAxes, Unit, token_gradients
 from captum_sdi.features import Gradient, LoopSpec
+from captum_sdi.loop.clock import LoopClock, Moment
 
 Consumer = Callable[[str, slice, int, Gradient], None]
 """Called in the backward pass with (parameter name, rows, bin, gradients): a row is an example, or a token."""
