@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from captum_sdi.capture.coverage import coverage_check
     from captum_sdi.checkpoints import load_checkpoint
     from captum_sdi.cost import estimate
+    from captum_sdi.data.texts import texts
     from captum_sdi.features import LoopSpec
     from captum_sdi.index import Faiss, SketchIndex
     from captum_sdi.influence import SDIInfluence
@@ -50,6 +51,7 @@ __all__ = [
     "plotting",
     "report",
     "tasks",
+    "texts",
 ]
 
 __version__: str
@@ -69,6 +71,7 @@ _MODULE_OF = {
     "estimate": "captum_sdi.cost",
     "find_loop": "captum_sdi.loop.finding",
     "load_checkpoint": "captum_sdi.checkpoints",
+    "texts": "captum_sdi.data.texts",
 }
 
 

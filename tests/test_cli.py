@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from captum_sdi import Exact, SDIInfluence, SketchIndex, StepInfluence, TensorSketch
 from captum_sdi.__main__ import main
-from captum_sdi.cli.encoder import Encoder
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.models import LoopedGPTForCausalLM, loop_layers
 from captum_sdi.passes import Engine, Point
 

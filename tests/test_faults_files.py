@@ -26,10 +26,10 @@ from captum_sdi import SketchIndex, StepInfluence, find_loop
 from captum_sdi.__main__ import main
 from captum_sdi.capture.coverage import Coverage
 from captum_sdi.cli import pictures
-from captum_sdi.cli.encoder import Encoder
 from captum_sdi.cli.recipe import Recipe
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import build, lock
 from captum_sdi.index.shards import Shard
 

@@ -22,13 +22,12 @@ from captum_sdi.cli.output import (
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import Results
-from captum_sdi.cli.rows import JsonLines
-from captum_sdi.cli.scoring import score_queries
+from captum_sdi.cli.scoring import open_queries, score_queries
+from captum_sdi.cli.tables import check_files, open_examples
 from captum_sdi.cost import estimate, readable_size
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
-from captum_sdi.whole_file import check_regular
 
 # --- the commands ---
 
@@ -36,13 +35,19 @@ from captum_sdi.whole_file import check_regular
 def index(options: Namespace) -> None:
     """Run ``captum-sdi index``: check everything, then write the first file."""
     folder = options.index
-    check_regular(options.train)
+    check_files(options.train)
     recipe = Recipe.from_options(options)
     recipe = dataclasses.replace(recipe, checkpoints=resolve_checkpoints(recipe))
     check_same_recipe(recipe, folder)
     show_progress = shows_progress(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
-    train = JsonLines(options.train, load_encoder(recipe, model), show_progress=show_progress)
+    train = open_examples(
+        options.train,
+        load_encoder(recipe, model),
+        split=recipe.split,
+        text_column=recipe.text_column,
+        show_progress=show_progress,
+    )
     print_summary(train, options)
     recipe = dataclasses.replace(recipe, train_digest=train.digest)
     sdi = build_influence(recipe, model, train, folder)
@@ -71,13 +76,20 @@ def score(options: Namespace) -> None:
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
-    check_regular(options.query)
+    check_files(options.query or [])
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
-    queries = JsonLines(options.query, encoder, show_progress=show_progress)
+    queries = open_queries(options, model, encoder)
     print_summary(queries, options)
-    train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
+    train = open_examples(
+        [Path(path) for path in recipe.train],
+        encoder,
+        recipe.train_digest,
+        split=recipe.split,
+        text_column=recipe.text_column,
+        show_progress=show_progress,
+    )
     sdi = build_influence(recipe, model, train, options.index, options.n_loops)
     scored = score_queries(sdi, queries, len(train), options)
     for examples in (queries, train):
@@ -185,9 +197,10 @@ def recipe_of_index(options: Namespace) -> Recipe:
             "it was run, which completes it; an index made in Python is scored in Python, with "
             "SDIInfluence(..., index=...)."
         )
-    if not Path(recipe.train).exists():
-        raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
-    check_regular(Path(recipe.train))
+    for path in recipe.train:
+        if not Path(path).exists():
+            raise ValueError(f"There are no training examples at {path}; say with --train where they are.")
+    check_files([Path(path) for path in recipe.train])
     return dataclasses.replace(
         recipe,
         checkpoints=resolve_checkpoints(recipe),

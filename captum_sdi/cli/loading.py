@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from captum_sdi.checkpoints import find_checkpoints
-from captum_sdi.cli.encoder import Encoder
 from captum_sdi.cli.places import check_name
 from captum_sdi.cli.recipe import Recipe
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.model_facts import saved_loop
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM

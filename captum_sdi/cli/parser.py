@@ -11,9 +11,12 @@ from typing import NamedTuple
 from captum_sdi.cli import options
 
 JSONL_HELP = """\
-A jsonl file has one example per line: {"text": "..."}, which the model's tokenizer reads, or {"input_ids": [...]},
-optionally with "labels" (-100 where nothing is predicted) and "attention_mask". Labels are the tokens themselves unless
-they are given. Results carry whatever else stands in a line, such as an "id". Blank lines do not count."""
+A jsonl file has one example per line: {"text": "..."}, which the model's tokenizer reads; {"prompt": "...",
+"completion": "..."}, of which the completion is predicted; {"messages": [...]}, of which the assistant's turns are, as
+the tokenizer's chat template writes them; or {"input_ids": [...]}, optionally with "labels" (-100 where nothing is
+predicted) and "attention_mask". Labels are the tokens themselves unless they are given. Results carry whatever else
+stands in a line, such as an "id". Blank lines do not count. An example is a row: texts are cut where the model ends,
+never packed together."""
 
 EXAMPLE = """\
 example:

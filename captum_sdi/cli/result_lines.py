@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_sdi.cli.rows import JsonLines
+from captum_sdi.cli.tables import AnyExamples
 from captum_sdi.schema import COUNT, OBJECT, Kind, check_fields, list_of, parse_json
 from captum_sdi.scores.result import StepInfluence
 
@@ -28,7 +28,7 @@ def describe_pairs(
     scores: StepInfluence,
     q: int,
     places: range,
-    train: JsonLines,
+    train: AnyExamples,
 ) -> list[dict[str, Any]]:
     """Return the numbers and the description of the training examples at some places of a query's scores."""
     assert scores.indices is not None  # the scores are the k strongest

@@ -14,8 +14,9 @@ import numpy as np
 
 from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS
 from captum_sdi.cli.result_lines import ROLES, describe_pairs, json_line, pairs_of, read_lines
-from captum_sdi.cli.rows import JsonLines, clip
+from captum_sdi.cli.rows import clip
 from captum_sdi.cli.spreadsheet import write_spreadsheet
+from captum_sdi.cli.tables import AnyExamples
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.whole_file import write_whole
 
@@ -48,8 +49,8 @@ class Results:
     @staticmethod
     def from_scores(
         scores: StepInfluence,
-        queries: JsonLines,
-        train: JsonLines,
+        queries: AnyExamples,
+        train: AnyExamples,
         roles: Mapping[str, range],
     ) -> Results:
         """Look up the examples of scores, in whose columns the proponents, the opponents or both stand."""
