@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS
 from captum_sdi.cli.result_lines import ROLES, describe_pairs, json_line, pairs_of, read_lines
@@ -81,10 +82,11 @@ class Results:
 
     def write(self, folder: Path, files: Sequence[str]) -> None:
         """Write numbers and texts into a folder that is to hold `files`."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for field in dataclasses.fields(self.scores):
             tensor = getattr(self.scores, field.name)
-            arrays[field.name] = tensor.cpu().numpy()
+            if isinstance(tensor, Tensor):
+                arrays[field.name] = tensor.cpu().numpy()
         with (folder / ARRAYS).open("wb") as file:
             np.savez(file, **arrays)
         json_lines = b"".join(json_line(line) for line in self.lines)

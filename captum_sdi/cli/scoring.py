@@ -114,7 +114,7 @@ def strongest(
 def side_by_side(parts: list[StepInfluence]) -> StepInfluence:
     """Join results of the same test examples along their training examples."""
     first = parts[0]
-    joined = {}
+    joined: dict[str, Any] = {}
     for field in dataclasses.fields(first):
         tensors = [getattr(part, field.name) for part in parts]
         if field.name != "n_steps" and all(isinstance(tensor, Tensor) for tensor in tensors):

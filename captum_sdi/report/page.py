@@ -15,8 +15,9 @@ from captum_sdi.report.chunks import chunk_element, numbered_chunks
 from captum_sdi.report.extras import check_self_influence, matrix_rows, self_influence_rows, step_shares, test_summary
 from captum_sdi.report.maps import map_rows
 from captum_sdi.report.pairs import Pairs
-from captum_sdi.report.texts import PER_CHUNK, Example, TextTable, check_examples, example_entry
+from captum_sdi.report.texts import PER_CHUNK, TextTable, check_examples, example_entry
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.scores.words import Example, Words
 from captum_sdi.whole_file import write_whole
 
 TITLE = "Which training examples shaped these answers, and at which loop step?"
@@ -60,7 +61,8 @@ def write_page(
         result: What `SDIInfluence.step_influence` returned; or several of the same test examples, such as the
             proponents and the opponents.
         path: The file to write; an existing one is replaced.
-        texts: The training examples' texts by index; or mappings with a ``text``, whose other fields are shown, too.
+        texts: The training examples' texts by index; or mappings with a ``text``, whose other fields are shown, too;
+            None: those that the result knows.
         test_texts: The test examples', likewise.
         map: An influence map of some of the pairs, or several: layers and tokens to tint and to rank by.
         step_matrix: ``(q, n, s, t)`` of some pairs, as `SDIInfluence.step_matrix` returns it.
@@ -90,6 +92,9 @@ def write_page(
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.absolute().parent} to write {target.name} in: make it.")
     pairs = Pairs.from_results(result)
+    words = known_words(result)
+    texts = words.train if texts is None else texts
+    test_texts = words.test if test_texts is None else test_texts
     n_self = 0 if self_influence is None else check_self_influence(self_influence)
     check_examples("texts", texts, max(pairs.n_train, n_self), exact=pairs.has_all)
     check_examples("test_texts", test_texts, len(pairs.totals), exact=True)
@@ -111,6 +116,12 @@ def write_page(
     document = assembled(title, facts, chunks)
     write_whole(target, lambda unfinished: unfinished.write_text(document, encoding="utf-8"))
     return Page(target)
+
+
+def known_words(results: StepInfluence | Sequence[StepInfluence]) -> Words:
+    """Return the words that a result, or the first of several, knows."""
+    first = results if isinstance(results, StepInfluence) else results[0]
+    return first.words or Words(test=None, train=None)
 
 
 def page_facts(pairs: Pairs, title: str) -> dict[str, Any]:

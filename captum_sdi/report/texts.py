@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
-Example: TypeAlias = str | Mapping[str, Any]
-"""A text; or a mapping with a ``text``, whose other fields, such as an ``id``, are shown beside it."""
+from captum_sdi.scores.words import Example
 
 NO_TEXT = -1
 """Stands for an example of which no text is known."""

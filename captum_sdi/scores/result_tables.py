@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from captum_sdi.scores.words import Example
 
 if TYPE_CHECKING:
     from captum_sdi.scores.result import StepInfluence
@@ -15,9 +17,6 @@ if TYPE_CHECKING:
 ROWS_SHOWN = 5
 """Of test examples, and of training examples of each, in a notebook."""
 CURVE_WIDTH, CURVE_HEIGHT = 96, 22  # pixels
-
-Example = str | Mapping[str, Any]
-"""A text, or a mapping with a ``text`` and other fields, such as an ``id``."""
 
 
 # --- pandas ---
