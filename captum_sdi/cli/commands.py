@@ -8,7 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from captum_sdi.cli import pictures
-from captum_sdi.cli.loading import build_influence, load_encoder, load_model, resolve_checkpoints
+from captum_sdi.cli.loading import build_influence, load_encoder, load_model, preconditioner_of, resolve_checkpoints
 from captum_sdi.cli.output import (
     ARRAYS,
     LINES,
@@ -23,8 +23,9 @@ from captum_sdi.cli.printing import is_first_process, print_line, print_summary,
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.scoring import open_queries, score_queries
-from captum_sdi.cli.tables import check_files, open_examples
+from captum_sdi.cli.tables import AnyExamples, check_files, open_examples
 from captum_sdi.cost import estimate, readable_size
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
@@ -41,13 +42,7 @@ def index(options: Namespace) -> None:
     check_same_recipe(recipe, folder)
     show_progress = shows_progress(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
-    train = open_examples(
-        options.train,
-        load_encoder(recipe, model),
-        split=recipe.split,
-        text_column=recipe.text_column,
-        show_progress=show_progress,
-    )
+    train = open_train(recipe, load_encoder(recipe, model), show_progress=show_progress)
     print_summary(train, options)
     recipe = dataclasses.replace(recipe, train_digest=train.digest)
     sdi = build_influence(recipe, model, train, folder)
@@ -77,20 +72,22 @@ def score(options: Namespace) -> None:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
     check_files(options.query or [])
+    preconditioner = preconditioner_of(options)
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
     queries = open_queries(options, model, encoder)
     print_summary(queries, options)
-    train = open_examples(
-        [Path(path) for path in recipe.train],
-        encoder,
-        recipe.train_digest,
-        split=recipe.split,
-        text_column=recipe.text_column,
-        show_progress=show_progress,
+    train = open_train(recipe, encoder, recipe.train_digest, show_progress=show_progress)
+    sdi = build_influence(
+        recipe,
+        model,
+        train,
+        options.index,
+        n_loops=options.n_loops,
+        preconditioner=preconditioner,
+        normalize=options.normalize,
     )
-    sdi = build_influence(recipe, model, train, options.index, options.n_loops)
     scored = score_queries(sdi, queries, len(train), options)
     for examples in (queries, train):
         examples.check_unchanged()
@@ -179,6 +176,24 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write the recipe into a folder that holds an index; other files are left alone."""
     if is_first_process() and (folder / MANIFEST).is_file():
         recipe.write(folder)
+
+
+def open_train(
+    recipe: Recipe,
+    encoder: Encoder,
+    digest: str | None = None,
+    *,
+    show_progress: bool,
+) -> AnyExamples:
+    """Open the training examples of a recipe; with a digest, they must be those that were indexed."""
+    return open_examples(
+        [Path(path) for path in recipe.train],
+        encoder,
+        digest,
+        split=recipe.split,
+        text_column=recipe.text_column,
+        show_progress=show_progress,
+    )
 
 
 def recipe_of_index(options: Namespace) -> Recipe:
