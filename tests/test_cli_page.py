@@ -147,7 +147,7 @@ def test_view_writes_the_page_once_and_opens_it(
 
 
 def test_the_width_of_a_line_can_be_said(here: Path, capsys: pytest.CaptureFixture) -> None:
-    assert run(SCORE.replace(" --quiet", " --width 400")) == 0
+    assert run(SCORE.replace(" --quiet", " --columns 400")) == 0
     table = capsys.readouterr().out
     assert LONG[:300].replace("\n", " ").replace("\t", " ") in table
     assert max(map(len, table.splitlines())) <= 400

@@ -102,7 +102,7 @@ def score(options: Namespace) -> None:
             drawn = range(len(queries))[: options.pictures]
             files += pictures.draw(results, drawn, 5, unfinished, options.format)
         results.write(unfinished, files)
-    print_unless_quiet(f"{results.table(options.width)}\n{options.out}: {', '.join(files)}", options)
+    print_unless_quiet(f"{results.table(options.columns)}\n{options.out}: {', '.join(files)}", options)
 
 
 def plot(options: Namespace) -> None:

@@ -274,7 +274,7 @@ def add_result_options(command: ArgumentParser) -> None:
         "--html", action="store_true", help="write page.html, too: a page to explore the scores in, without a network"
     )
     group.add_argument(
-        "--width",
+        "--columns",
         type=positive_integer,
         metavar="CHARS",
         help="characters in a line of the summary; without it, as many as the terminal has, at most 120",
