@@ -32,6 +32,7 @@ from captum_sdi.progress import Progress
 from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.scores.words import with_words, words_of
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 from captum_sdi.study import Normalize, Question, Study
@@ -228,6 +229,7 @@ class SDIInfluence(TracInCPBase):
         """Implement Captum's abstract method: `influence` with ``k``."""
         return self.influence(inputs, k, proponents, show_progress, aggregate)
 
+    @with_words
     @log_usage(part_of_slo=True)
     def step_influence(
         self,
@@ -316,7 +318,8 @@ class SDIInfluence(TracInCPBase):
         """
         examples = self._self_examples(inputs, show_progress=show_progress)
         study = self.study(show_progress=show_progress, with_index=False)
-        return StepInfluence.from_sums(*queries.self_influence(study, examples, by_step=True))
+        result = StepInfluence.from_sums(*queries.self_influence(study, examples, by_step=True))
+        return result.with_words(words_of(None, self.train_dataloader if inputs is None else inputs))
 
     @log_usage(part_of_slo=True)
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False, test: bool = False) -> Tensor:
