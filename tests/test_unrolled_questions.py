@@ -149,31 +149,31 @@ def test_predicted_losses_add_the_influence_of_what_is_left_out() -> None:
 # --- models of transformers ---
 
 
-@pytest.mark.parametrize("looped", [m for m in zoo.ZOO if m.name in ("gpt2", "gemma", "qwen3")], ids=lambda m: m.name)
-def test_looped_models_of_transformers_are_taken_back_through_adamw(looped: zoo.Looped) -> None:
+@pytest.mark.parametrize(
+    ("name", "step", "tolerance"),
+    [("gpt2", 1e-5, 1e-6), ("qwen3", 0.02, 1e-3), ("gemma", 0.02, 1e-3)],  # the latter two have norms in float32
+)
+def test_looped_models_of_transformers_are_taken_back(name: str, step: float, tolerance: float) -> None:
+    looped = next(model for model in zoo.ZOO if model.name == name)
     start, train, test = looped.model(), looped.rows(4), looped.rows(1, seed=2)
     start.config.use_cache = False  # a looped block would append to the cache of its previous iteration
-    run = TrainingRun(AdamW(eps=1e-6), RATES, BATCHES)
+    run = TrainingRun(SGD(momentum=0.9), RATES, BATCHES)
 
     def end(weights: Tensor | None = None) -> nn.Module:
         model = copy.deepcopy(start)
-        trained(model, torch.optim.AdamW(model.parameters(), eps=1e-6), train, weights)
+        trained(model, torch.optim.SGD(model.parameters(), momentum=0.9), train, weights)
         return model
 
-    step = 1e-5
     change = step * torch.tensor([0, 0, 1, 0], dtype=torch.float64)
-    above, below = end(1 + change), end(1 - change)
-    model = end()
+    model, above, below = end(), end(1 + change), end(1 - change)
     raw = Collator()(test)
     labels = raw.pop("labels")
     gradients = torch.autograd.grad(default_loss(model)(model(**raw), labels).sum(), list(model.parameters()))
-    expected = sum(
-        (g * (a - b)).sum() / (2 * step)
-        for g, a, b in zip(gradients, above.parameters(), below.parameters(), strict=True)
-    )
+    moved = zip(gradients, above.parameters(), below.parameters(), strict=True)
+    expected = sum(float((gradient * (a - b).detach()).sum()) for gradient, a, b in moved) / (2 * step)
     unrolled = UnrolledInfluence(model, train, run, start.state_dict(), layers=None, loop=looped.loop, check=False)
-    found = unrolled.influence(test)[0, 2]
-    assert abs(found + expected) < 1e-6 * abs(expected)
+    found = float(unrolled.influence(test)[0, 2])
+    assert abs(found + expected) < tolerance * abs(expected)
 
 
 # --- the gauge ---
