@@ -67,7 +67,7 @@ def visited(
     updates: Updates,
     update: int,
     state: State,
-    after: State,
+    later: State,
     norms: Tensor,
 ) -> tuple[Visit, State]:
     """Go backwards through one update.
@@ -76,7 +76,7 @@ def visited(
         updates: The run's.
         update: Its number, 0 for the first.
         state: Before it.
-        after: The adjoint of the state after it, ``(seeds, size)`` each.
+        later: The adjoint of the state after it, ``(seeds, size)`` each.
         norms: ``(seeds,)`` of the seeds at the end of training.
 
     Returns:
@@ -88,10 +88,10 @@ def visited(
     gradient = updates.gradient(vector, update) if only_graph is None else only_graph.gradient.detach()
 
     gradient_taken = clipped(gradient, run.max_grad_norm)
-    pulled = run.optimizer.pullback(state, gradient_taken, updates.settings(update), after)
+    pulled = run.optimizer.pullback(state, gradient_taken, updates.settings(update), later)
     directions = clip_pullback(gradient, pulled.direction, run.max_grad_norm)
 
-    vector_bar, scores = pulled.before[0], []
+    vector_bar, scores = pulled.earlier[0], []
     for batch in batches:
         # Those of several micro-batches are not held together: they are why gradients accumulate.
         graph = only_graph or updates.graph(vector, batch, differentiable=True)
@@ -101,16 +101,16 @@ def visited(
     growth = float((vector_bar.norm(dim=1) / norms).max())
     positions = torch.cat([batch.positions for batch in batches])
     visit = Visit(update, batches, vector, directions, positions, torch.cat(scores, dim=1), growth)
-    return visit, (vector_bar, *pulled.before[1:])
+    return visit, (vector_bar, *pulled.earlier[1:])
 
 
 def products(graph: GradientGraph, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Compute H c and the examples' scores for all directions, some at a time."""
-    pairs = [graph.products(some) for some in directions.split(SEEDS_AT_ONCE)]
+    pairs = [graph.products(chunk) for chunk in directions.split(SEEDS_AT_ONCE)]
     curved, by_example = zip(*pairs, strict=True)
     return torch.cat(curved), torch.cat(by_example)
 
 
-def example_scores(scores: Tensor, visit: Visit) -> Tensor:
+def add_scores(scores: Tensor, visit: Visit) -> Tensor:
     """Add an update's scores to those of the train set ``(seeds, n)``, in place; positions may repeat."""
     return scores.index_add_(1, visit.positions.to(scores.device), visit.scores)

@@ -57,7 +57,7 @@ class States:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def keep(self, update: int, state: State) -> None:
+    def store(self, update: int, state: State) -> None:
         """Keep the state before an update."""
         if self._folder is None:
             self._in_memory[update] = state
@@ -65,7 +65,7 @@ class States:
             named = {str(place): tensor for place, tensor in enumerate(state)}
             write_tensors(self._path(update), named)
 
-    def before(self, update: int, like: Tensor) -> State:
+    def state_before(self, update: int, like: Tensor) -> State:
         """Return the state before an update, on the device of a vector."""
         if self._folder is None:
             return self._in_memory[update]
@@ -116,7 +116,7 @@ class Replay:
             kept = set(self._kept)
             for update in range(self.updates.run.n_updates):
                 if update in kept:
-                    self._states.keep(update, state)
+                    self._states.store(update, state)
                 state = self.updates.step(state, update)
                 bar.update()
             self._final = state
@@ -139,7 +139,7 @@ class Replay:
 
     def _segment(self, first: int, stop: int) -> Iterator[tuple[int, State]]:
         """Compute the states between two kept ones again."""
-        states = [self._states.before(first, self.start)]
+        states = [self._states.state_before(first, self.start)]
         for update in range(first, stop - 1):
             states.append(self.updates.step(states[-1], update))
         for update in reversed(range(first, stop)):
