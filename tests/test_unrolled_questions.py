@@ -17,6 +17,7 @@ from captum_sdi.data import Collator
 from captum_sdi.data.losses import default_loss
 from captum_sdi.unrolled import SGD, AdamW, Gauge, TrainingRun, UnrolledInfluence
 from captum_sdi.unrolled.gauge import noise_share, warn_unless_trusted
+from captum_sdi.unrolled.updates import Updates
 
 BATCHES = [[2, 0, 3], [1, 2], [3, 1, 0]]
 RATES = [0.002, 0.003, 0.001]
@@ -62,7 +63,45 @@ def test_scores_do_not_depend_on_what_is_kept(keep: Any, tmp_path: Path) -> None
     expected = unrolled.influence(TEST)
     assert torch.equal(other.influence(TEST), expected)
     assert torch.equal(other.influence(TEST), expected)
-    assert len(list(tmp_path.glob("state-*"))) == {"all": 3, "sqrt": 2, 1: 1}[keep]
+    assert len(list(tmp_path.glob("run-*/state-*"))) == {"all": 3, "sqrt": 2, 1: 1}[keep]
+
+
+@pytest.mark.parametrize("n_before", [1, 2, 5])
+def test_a_killed_question_goes_on_where_it_was(n_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = setup(keep="all")[1].influence(TEST)
+    n_micro_batches = len(BATCHES)
+    counted: list[int] = []
+    read = Updates.micro_batches
+
+    def dying(self: Updates, update: int) -> Any:
+        if len(counted) == n_before:
+            raise KeyboardInterrupt
+        counted.append(update)
+        return read(self, update)
+
+    _, killed = setup(keep="all", folder=tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Updates, "micro_batches", dying)
+        with pytest.raises(KeyboardInterrupt):
+            killed.influence(TEST)
+    counted.clear()
+    _, resumed = setup(keep="all", folder=tmp_path)
+    monkeypatch.setattr(Updates, "micro_batches", lambda self, update: (counted.append(update), read(self, update))[1])
+    assert torch.equal(resumed.influence(TEST), expected)
+    forwards = n_micro_batches - max(0, min(n_before, n_micro_batches - 1))
+    backwards = n_micro_batches - max(0, n_before - n_micro_batches)
+    assert len(counted) == forwards + backwards
+    assert not list(tmp_path.glob("run-*/scores-*"))
+
+
+def test_states_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    setup(folder=tmp_path)[1].influence(TEST)
+    model, _ = setup()
+    other_rows = [{**row, "labels": row["labels"].roll(1)} for row in TRAIN]
+    run = TrainingRun(AdamW(betas=(0.9, 0.99), eps=1e-6), RATES, BATCHES)
+    other = UnrolledInfluence(model, other_rows, run, TIED.model().state_dict(), folder=tmp_path, check=False)
+    with pytest.raises(ValueError, match="does not end at the model's weights"):
+        other.influence(TEST)
 
 
 def test_a_float32_run_of_torch_is_replayed_to_the_bit_nearly() -> None:

@@ -43,23 +43,33 @@ class Visit:
     """``(seeds, n)`` how much the seeds change with its examples' weights."""
     growth: float
     """``‖θ̄‖`` before the update, of the seed where it is the largest in units of the seed's own."""
+    adjoint: State
+    """``(seeds, size)`` each: how much the seeds change with the state before the update."""
 
 
-def visits(replay: Replay, seeds: Tensor) -> Iterator[Visit]:
+def visits(
+    replay: Replay,
+    seeds: Tensor,
+    resumed: tuple[int, State] | None = None,
+) -> Iterator[Visit]:
     """Go backwards through a run.
 
     Args:
         replay: The run, which has been replayed forwards.
         seeds: ``(seeds, size)`` the gradients φ of what is asked about, at the last parameters.
+        resumed: How many updates are left, and the adjoint behind them; None: all, from the seeds.
 
     Yields:
-        Every update, the last one first.
+        Every update that is left, the last one first.
     """
     norms = seeds.norm(dim=1).clamp(min=torch.finfo(seeds.dtype).tiny)
     n_moments = len(replay.updates.run.optimizer.initial(replay.start)) - 1
-    adjoint: State = (seeds, *(torch.zeros_like(seeds) for _ in range(n_moments)))
-    for update, state in replay.backwards():
-        visit, adjoint = visited(replay.updates, update, state, adjoint, norms)
+    n_left, adjoint = replay.updates.run.n_updates, (seeds, *(torch.zeros_like(seeds) for _ in range(n_moments)))
+    if resumed is not None:
+        n_left, adjoint = resumed
+    for update, state in replay.backwards(n_left):
+        visit = visited(replay.updates, update, state, adjoint, norms)
+        adjoint = visit.adjoint
         yield visit
 
 
@@ -69,7 +79,7 @@ def visited(
     state: State,
     later: State,
     norms: Tensor,
-) -> tuple[Visit, State]:
+) -> Visit:
     """Go backwards through one update.
 
     Args:
@@ -80,7 +90,7 @@ def visited(
         norms: ``(seeds,)`` of the seeds at the end of training.
 
     Returns:
-        What was seen, and the adjoint of the state before it.
+        What was seen.
     """
     vector, run = state[0], updates.run
     batches = updates.micro_batches(update)
@@ -100,8 +110,16 @@ def visited(
         scores.append(by_example)
     growth = float((vector_bar.norm(dim=1) / norms).max())
     positions = torch.cat([batch.positions for batch in batches])
-    visit = Visit(update, batches, vector, directions, positions, torch.cat(scores, dim=1), growth)
-    return visit, (vector_bar, *pulled.earlier[1:])
+    return Visit(
+        update=update,
+        batches=batches,
+        vector=vector,
+        directions=directions,
+        positions=positions,
+        scores=torch.cat(scores, dim=1),
+        growth=growth,
+        adjoint=(vector_bar, *pulled.earlier[1:]),
+    )
 
 
 def products(graph: GradientGraph, directions: Tensor) -> tuple[Tensor, Tensor]:

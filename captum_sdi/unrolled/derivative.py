@@ -19,9 +19,11 @@ from captum_sdi.passes import Engine, Point
 from captum_sdi.progress import Progress
 from captum_sdi.unrolled.backward import Visit, add_scores, visits
 from captum_sdi.unrolled.gauge import Gauge, measured_gauge, warn_unless_trusted
+from captum_sdi.unrolled.optimizers import State
 from captum_sdi.unrolled.processes import own_rows, summed_over_processes
 from captum_sdi.unrolled.replay import Replay, check_final
 from captum_sdi.unrolled.seeds import Seeds, loss_gradients
+from captum_sdi.unrolled.states import WayBack
 from captum_sdi.unrolled.updates import Updates
 
 
@@ -116,11 +118,19 @@ class Derivative:
             features = join((block.features for block in blocks), aggregate=aggregate)
         return Seeds.of(features, self.updates.loss.layout)
 
-    def visits(self, flat: Tensor, *, show_progress: bool) -> Iterator[Visit]:
-        """Go back through training with all seeds ``(seeds, size)``."""
+    def visits(
+        self,
+        flat: Tensor,
+        *,
+        show_progress: bool,
+        resumed: tuple[int, State] | None = None,
+    ) -> Iterator[Visit]:
+        """Go back through training with all seeds ``(seeds, size)``, or through what is left of it."""
         purpose = f"take {len(flat)} seeds back through training"
         with self.bar(purpose, 1, show_progress=show_progress) as shown, self.updates.borrowed():
-            for visit in visits(self.replay, flat):
+            if resumed is not None:
+                shown.update(self.updates.run.n_updates - resumed[0])
+            for visit in visits(self.replay, flat, resumed):
                 yield visit
                 shown.update()
 
@@ -140,13 +150,25 @@ class Derivative:
         scores = flat.new_zeros(len(flat), self.n_examples)
         rows = own_rows(len(flat))
         if len(rows) > 0:
-            own_scores = scores[rows]
-            for visit in self.visits(flat[rows], show_progress=show_progress):
-                add_scores(own_scores, visit)
-            scores[rows] = own_scores
+            scores[rows] = self.resumed_scores(flat[rows], show_progress=show_progress)
         scores = summed_over_processes(scores)
         if not scores.isfinite().all():
             raise ValueError("The derivative through training overflowed: this run amplifies every change without end.")
+        return scores
+
+    def resumed_scores(self, flat: Tensor, *, show_progress: bool) -> Tensor:
+        """Compute the scores ``(seeds, n)`` in this process, from where an interrupted one had come to."""
+        way_back = WayBack(self.replay.folder, flat)
+        scores, resumed = flat.new_zeros(len(flat), self.n_examples), None
+        left_by_another = way_back.read(flat)
+        if left_by_another is not None:
+            n_left, adjoint, scores = left_by_another
+            resumed = n_left, adjoint
+        for visit in self.visits(flat, show_progress=show_progress, resumed=resumed):
+            add_scores(scores, visit)
+            if visit.update in self.replay.kept:
+                way_back.write(visit.update, visit.adjoint, scores)
+        way_back.remove()
         return scores
 
     def update_scores(self, flat: Tensor, *, show_progress: bool) -> Tensor:

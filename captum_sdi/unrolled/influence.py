@@ -68,7 +68,8 @@ class UnrolledInfluence(DataInfluence):
         test_forward_kwargs: The test side's; None: ``forward_kwargs``.
         keep: Which states of the run are kept: "all", 3 T parameters with AdamW; "sqrt", √T of them at the price of one
             more training; or a number.
-        folder: Where states are written; None: they stay in memory.
+        folder: Where states and unfinished scores are written, so that a killed process is gone on from; None: they
+            stay in memory.
         check: Measure the `Gauge` before the first scores, and warn where they are not to be trusted.
 
     Raises:
