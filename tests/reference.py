@@ -208,36 +208,6 @@ def aliased_gradients(
     return result
 
 
-def damped_fisher_inverse(gradients: Tensor, sizes: Sequence[int], damping: float) -> Tensor:
-    """(F + λ)⁻¹ from gradients ``(n, entries)``, with F the mean of g gᵀ within each parameter's block and 0 elsewhere.
-
-    λ is `damping` times the mean of the eigenvalues that can differ from zero: of the block's trace by how many.
-    """
-    blocks = []
-    for block in gradients.split(list(sizes), dim=1):
-        n, width = block.shape
-        fisher = sum(torch.outer(gradient, gradient) for gradient in block) / n
-        shift = damping * fisher.diagonal().sum() / min(n, width)
-        blocks.append(torch.linalg.inv(fisher + shift * torch.eye(width).to(fisher)))
-    return torch.block_diag(*blocks)
-
-
-def damped_hessian_inverse(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor], names: Sequence[str], damping: float
-) -> Tensor:
-    """(H₊ + λ)⁻¹ of the named parameters: H entry by entry, its negative eigenvalues 0, λ relative to the largest."""
-    model = copy.deepcopy(model).eval()
-    parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
-    with sdpa_kernel(SDPBackend.MATH):
-        first = torch.autograd.grad(loss(model), parameters, create_graph=True)
-    gradient = torch.cat([part.flatten() for part in first])
-    second = torch.autograd.grad(gradient, parameters, torch.eye(len(gradient)).to(gradient), is_grads_batched=True)
-    hessian = torch.cat([part.flatten(1) for part in second], dim=1)
-    values, vectors = torch.linalg.eigh(hessian)
-    shift = damping * values.max()
-    return vectors @ torch.diag(1 / (values.clamp(min=0) + shift)) @ vectors.T
-
-
 # --- training, differentiated by plain autograd through all of it ---
 
 
@@ -312,3 +282,33 @@ class PlainTraining:
                 return torch.func.functional_call(self.model, named, kwargs=inputs)
 
         return self.loss_of(call, example)
+
+
+def damped_fisher_inverse(gradients: Tensor, sizes: Sequence[int], damping: float) -> Tensor:
+    """(F + λ)⁻¹ from gradients ``(n, entries)``, with F the mean of g gᵀ within each parameter's block and 0 elsewhere.
+
+    λ is `damping` times the mean of the eigenvalues that can differ from zero: of the block's trace by how many.
+    """
+    blocks = []
+    for block in gradients.split(list(sizes), dim=1):
+        n, width = block.shape
+        fisher = sum(torch.outer(gradient, gradient) for gradient in block) / n
+        shift = damping * fisher.diagonal().sum() / min(n, width)
+        blocks.append(torch.linalg.inv(fisher + shift * torch.eye(width).to(fisher)))
+    return torch.block_diag(*blocks)
+
+
+def damped_hessian_inverse(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], names: Sequence[str], damping: float
+) -> Tensor:
+    """(H₊ + λ)⁻¹ of the named parameters: H entry by entry, its negative eigenvalues 0, λ relative to the largest."""
+    model = copy.deepcopy(model).eval()
+    parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
+    with sdpa_kernel(SDPBackend.MATH):
+        first = torch.autograd.grad(loss(model), parameters, create_graph=True)
+    gradient = torch.cat([part.flatten() for part in first])
+    second = torch.autograd.grad(gradient, parameters, torch.eye(len(gradient)).to(gradient), is_grads_batched=True)
+    hessian = torch.cat([part.flatten(1) for part in second], dim=1)
+    values, vectors = torch.linalg.eigh(hessian)
+    shift = damping * values.max()
+    return vectors @ torch.diag(1 / (values.clamp(min=0) + shift)) @ vectors.T

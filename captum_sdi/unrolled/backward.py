@@ -43,23 +43,33 @@ class Visit:
     """``(seeds, n)`` how much the seeds change with its examples' weights."""
     growth: float
     """``‖θ̄‖`` before the update, of the seed where it is the largest in units of the seed's own."""
+    adjoint: State
+    """``(seeds, size)`` each: how much the seeds change with the state before the update."""
 
 
-def visits(replay: Replay, seeds: Tensor) -> Iterator[Visit]:
+def visits(
+    replay: Replay,
+    seeds: Tensor,
+    resumed: tuple[int, State] | None = None,
+) -> Iterator[Visit]:
     """Go backwards through a run.
 
     Args:
         replay: The run, which has been replayed forwards.
         seeds: ``(seeds, size)`` the gradients φ of what is asked about, at the last parameters.
+        resumed: How many updates are left, and the adjoint behind them; None: all, from the seeds.
 
     Yields:
-        Every update, the last one first.
+        Every update that is left, the last one first.
     """
     norms = seeds.norm(dim=1).clamp(min=torch.finfo(seeds.dtype).tiny)
     n_moments = len(replay.updates.run.optimizer.initial(replay.start)) - 1
-    adjoint: State = (seeds, *(torch.zeros_like(seeds) for _ in range(n_moments)))
-    for update, state in replay.backwards():
-        visit, adjoint = visited(replay.updates, update, state, adjoint, norms)
+    n_left, adjoint = replay.updates.run.n_updates, (seeds, *(torch.zeros_like(seeds) for _ in range(n_moments)))
+    if resumed is not None:
+        n_left, adjoint = resumed
+    for update, state in replay.backwards(n_left):
+        visit = visited(replay.updates, update, state, adjoint, norms)
+        adjoint = visit.adjoint
         yield visit
 
 
@@ -67,20 +77,20 @@ def visited(
     updates: Updates,
     update: int,
     state: State,
-    after: State,
+    later: State,
     norms: Tensor,
-) -> tuple[Visit, State]:
+) -> Visit:
     """Go backwards through one update.
 
     Args:
         updates: The run's.
         update: Its number, 0 for the first.
         state: Before it.
-        after: The adjoint of the state after it, ``(seeds, size)`` each.
+        later: The adjoint of the state after it, ``(seeds, size)`` each.
         norms: ``(seeds,)`` of the seeds at the end of training.
 
     Returns:
-        What was seen, and the adjoint of the state before it.
+        What was seen.
     """
     vector, run = state[0], updates.run
     batches = updates.micro_batches(update)
@@ -88,10 +98,10 @@ def visited(
     gradient = updates.gradient(vector, update) if only_graph is None else only_graph.gradient.detach()
 
     gradient_taken = clipped(gradient, run.max_grad_norm)
-    pulled = run.optimizer.pullback(state, gradient_taken, updates.settings(update), after)
+    pulled = run.optimizer.pullback(state, gradient_taken, updates.settings(update), later)
     directions = clip_pullback(gradient, pulled.direction, run.max_grad_norm)
 
-    vector_bar, scores = pulled.before[0], []
+    vector_bar, scores = pulled.earlier[0], []
     for batch in batches:
         # Those of several micro-batches are not held together: they are why gradients accumulate.
         graph = only_graph or updates.graph(vector, batch, differentiable=True)
@@ -100,17 +110,25 @@ def visited(
         scores.append(by_example)
     growth = float((vector_bar.norm(dim=1) / norms).max())
     positions = torch.cat([batch.positions for batch in batches])
-    visit = Visit(update, batches, vector, directions, positions, torch.cat(scores, dim=1), growth)
-    return visit, (vector_bar, *pulled.before[1:])
+    return Visit(
+        update=update,
+        batches=batches,
+        vector=vector,
+        directions=directions,
+        positions=positions,
+        scores=torch.cat(scores, dim=1),
+        growth=growth,
+        adjoint=(vector_bar, *pulled.earlier[1:]),
+    )
 
 
 def products(graph: GradientGraph, directions: Tensor) -> tuple[Tensor, Tensor]:
     """Compute H c and the examples' scores for all directions, some at a time."""
-    pairs = [graph.products(some) for some in directions.split(SEEDS_AT_ONCE)]
+    pairs = [graph.products(chunk) for chunk in directions.split(SEEDS_AT_ONCE)]
     curved, by_example = zip(*pairs, strict=True)
     return torch.cat(curved), torch.cat(by_example)
 
 
-def example_scores(scores: Tensor, visit: Visit) -> Tensor:
+def add_scores(scores: Tensor, visit: Visit) -> Tensor:
     """Add an update's scores to those of the train set ``(seeds, n)``, in place; positions may repeat."""
     return scores.index_add_(1, visit.positions.to(scores.device), visit.scores)

@@ -133,9 +133,9 @@ def metasmoothness(
     for multiple in (1, 2):
         weights = (1 + multiple * _STEP * change).to(final)
         ends.append(replay.weighted(weights, bar))
-    first, second, whole = ends[1] - ends[0], ends[2] - ends[1], ends[2] - ends[0]
-    agreement = whole.abs() * first.sign() * second.sign()
-    distance = whole.abs().sum()
+    first, second, end_change = ends[1] - ends[0], ends[2] - ends[1], ends[2] - ends[0]
+    agreement = end_change.abs() * first.sign() * second.sign()
+    distance = end_change.abs().sum()
     return float(agreement.sum() / distance) if distance > 0 else 1.0
 
 

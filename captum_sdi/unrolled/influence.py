@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,24 @@ from captum.log import log_usage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.data.batch import ForwardKwargs
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.examples import Examples
 from captum_sdi.data.losses import LossFn, default_loss
 from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
-from captum_sdi.features import Columns, LoopSpec, join
+from captum_sdi.features import Columns, LoopSpec
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
-from captum_sdi.passes import Engine, Point
-from captum_sdi.progress import Progress
+from captum_sdi.passes import Engine
 from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.contract import Scores
 from captum_sdi.scores.ranking import Ranking, gather_pairs
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
-from captum_sdi.unrolled.backward import Visit, example_scores, visits
-from captum_sdi.unrolled.gauge import Gauge, measured_gauge, warn_unless_trusted
-from captum_sdi.unrolled.replay import Keep, Replay, check_final
+from captum_sdi.unrolled.derivative import Derivative, load_vector
+from captum_sdi.unrolled.gauge import Gauge
+from captum_sdi.unrolled.replay import Keep, Replay
 from captum_sdi.unrolled.run import TrainingRun
 from captum_sdi.unrolled.run_files import read_start
 from captum_sdi.unrolled.seeds import Seeds, loss_gradients
@@ -71,7 +68,8 @@ class UnrolledInfluence(DataInfluence):
         test_forward_kwargs: The test side's; None: ``forward_kwargs``.
         keep: Which states of the run are kept: "all", 3 T parameters with AdamW; "sqrt", √T of them at the price of one
             more training; or a number.
-        folder: Where states are written; None: they stay in memory.
+        folder: Where states and unfinished scores are written, so that a killed process is gone on from; None: they
+            stay in memory.
         check: Measure the `Gauge` before the first scores, and warn where they are not to be trusted.
 
     Raises:
@@ -124,26 +122,18 @@ class UnrolledInfluence(DataInfluence):
         self.model, self.run = model, run
         self.train_dataset: Any = train_dataset
         self._collate = collate_fn or Collator(padding_token(model))
-        self._checks = check
         train_loss = arguments.checked_loss(loss_fn, "loss_fn") or default_loss(model)
         test_loss = arguments.checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
         test_argument = "loss_fn" if test_loss_fn is None else "test_loss_fn"
-        self._train_side = Side("training", train_loss, forward_kwargs)
+        train_side = Side("training", train_loss, forward_kwargs)
         self._test_side = Side("test", test_loss, test_kwargs, test_argument)
-        self._loader = as_loader(train_dataset, _TESTS_AT_ONCE, self._collate, "train_dataset")
-        self._engine = Engine(model, load_vector, layers, as_loop(loop), Exact())
-        updates = Updates(BatchLoss(model, self._train_side), TrainRows(self._loader), run)
-        vector = start_vector(start, updates)
+        loader = as_loader(train_dataset, _TESTS_AT_ONCE, self._collate, "train_dataset")
+        engine = Engine(model, load_vector, layers, as_loop(loop), Exact())
+        updates = Updates(BatchLoss(model, train_side), TrainRows(loader), run)
         states = None if folder is None else Path(folder)
-        self._replay = Replay(updates, vector, keep, states)
-        self._gauge: Gauge | None = None
-        self._replay_error: float | None = None
-
-    @property
-    def n_examples(self) -> int:
-        """The number of training examples n."""
-        return len(self._replay.updates.rows)
+        replay = Replay(updates, start_vector(start, updates), keep, states)
+        self._derivative = Derivative(replay, engine, loader, is_gauged=check, owner=self.get_name())
 
     # --- questions ---
 
@@ -159,16 +149,7 @@ class UnrolledInfluence(DataInfluence):
         Raises:
             ValueError: If the replay does not end at the model's weights.
         """
-        if self._gauge is None:
-            error = self._replayed(show_progress=show_progress)
-            bar = self._bar("measure the gauge. Processing update", 3, show_progress=show_progress)
-            first_batch = Stream(self._loader, "train_dataset", self._train_side.loss_fn).peek()
-            updates = self._replay.updates
-            with bar as shown, updates.borrowed():
-                vector = self._replay.final(shown)[0]
-                _, gradients = loss_gradients(updates.loss, vector, [first_batch])
-                self._gauge = measured_gauge(self._replay, error, gradients.mean(0), shown)
-        return self._gauge
+        return self._derivative.measure_gauge(show_progress=show_progress)
 
     @log_usage(part_of_slo=True)
     def influence(
@@ -259,10 +240,11 @@ class UnrolledInfluence(DataInfluence):
         """
         positions = arguments.checked_positions(indices)
         if positions is None:
-            positions = torch.arange(self.n_examples)
-        matrices = StepMatrices(self._engine, self._train_examples(), self._replay.updates, positions)
+            positions = torch.arange(self._derivative.n_examples)
+        examples, updates = self._derivative.train_examples(), self._derivative.updates
+        matrices = StepMatrices(self._derivative.engine, examples, updates, positions)
         seeds = self._seeds(inputs, by_step=True, show_progress=show_progress)
-        for visit in self._visits(seeds, show_progress=show_progress):
+        for visit in self._derivative.visits(seeds.flat, show_progress=show_progress):
             matrices.add(visit, seeds)
         return matrices.result()
 
@@ -278,11 +260,7 @@ class UnrolledInfluence(DataInfluence):
             ``(q, n, updates)``; summed over updates it is `influence`.
         """
         seeds = self._seeds(inputs, by_step=False, show_progress=show_progress)
-        flat = seeds.flat
-        scores = flat.new_zeros(self.run.n_updates, len(flat), self.n_examples)
-        for visit in self._visits(seeds, show_progress=show_progress):
-            example_scores(scores[visit.update], visit)
-        return -scores.permute(1, 2, 0)
+        return -self._derivative.update_scores(seeds.flat, show_progress=show_progress)
 
     @log_usage(part_of_slo=True)
     def predicted_losses(self, inputs: Any, kept: Tensor, show_progress: bool = False) -> Tensor:
@@ -302,17 +280,17 @@ class UnrolledInfluence(DataInfluence):
         Raises:
             ValueError: If ``kept`` has another shape or dtype.
         """
-        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape[1:] != (self.n_examples,):
-            raise ValueError(f"kept must be booleans of shape (m, {self.n_examples}), one column for each example.")
-        arguments.check_inputs(inputs)
-        self._ready(show_progress=show_progress)
-        updates = self._replay.updates
-        batches = as_batches(inputs, _TESTS_AT_ONCE, self._collate)
+        derivative = self._derivative
+        if not isinstance(kept, Tensor) or kept.dtype != torch.bool or kept.shape[1:] != (derivative.n_examples,):
+            raise ValueError(
+                f"kept must be booleans of shape (m, {derivative.n_examples}), one column for each example."
+            )
+        tests = self._tests(inputs)
+        derivative.prepare(show_progress=show_progress)
         test_loss = BatchLoss(self.model, self._test_side)
-        with updates.borrowed(), test_loss.evaluated() as vector:
-            losses, gradients = loss_gradients(test_loss, vector, (raw for _, raw in Stream(batches, "inputs")))
-        seeds = Seeds(gradients.unsqueeze(1), torch.ones(len(losses), dtype=torch.long))
-        influence = seeds.columns(self._example_scores(seeds, show_progress=show_progress)).values[..., Columns.TOTAL]
+        with derivative.updates.borrowed(), test_loss.evaluated() as vector:
+            losses, gradients = loss_gradients(test_loss, vector, (raw for _, raw in tests.batches()))
+        influence = -derivative.example_scores(gradients, show_progress=show_progress)
         without = (~kept).to(influence)
         return losses + without @ influence.T
 
@@ -328,25 +306,8 @@ class UnrolledInfluence(DataInfluence):
     ) -> tuple[Scores, Tensor]:
         """Return influence ``(q, n, 1 + b)``, the total first, and the depths ``(q,)``."""
         seeds = self._seeds(inputs, by_step=by_step, aggregate=aggregate, show_progress=show_progress)
-        return seeds.columns(self._example_scores(seeds, show_progress=show_progress)), seeds.n_steps
-
-    def _example_scores(self, seeds: Seeds, *, show_progress: bool) -> Tensor:
-        """Return how much the seeds change with the examples' weights, ``(q b, n)``."""
-        flat = seeds.flat
-        scores = flat.new_zeros(len(flat), self.n_examples)
-        for visit in self._visits(seeds, show_progress=show_progress):
-            example_scores(scores, visit)
-        if not scores.isfinite().all():
-            raise ValueError("The derivative through training overflowed: this run amplifies every change without end.")
-        return scores
-
-    def _visits(self, seeds: Seeds, *, show_progress: bool) -> Iterator[Visit]:
-        """Go back through training with all seeds."""
-        purpose = f"take {len(seeds.flat)} seeds back through training. Processing update"
-        with self._bar(purpose, 1, show_progress=show_progress) as bar, self._replay.updates.borrowed():
-            for visit in visits(self._replay, seeds.flat):
-                yield visit
-                bar.update()
+        scores = self._derivative.example_scores(seeds.flat, show_progress=show_progress)
+        return seeds.columns(scores), seeds.n_steps
 
     def _seeds(
         self,
@@ -356,60 +317,15 @@ class UnrolledInfluence(DataInfluence):
         show_progress: bool,
         aggregate: bool = False,
     ) -> Seeds:
-        """Compute the gradients of test losses at the end of training, split by loop step."""
+        """Prepare the run, and compute the gradients of test losses at its end."""
+        tests = self._tests(inputs)
+        self._derivative.prepare(show_progress=show_progress)
+        return self._derivative.seeds(tests, by_step=by_step, aggregate=aggregate)
+
+    def _tests(self, inputs: Any) -> Examples:
         arguments.check_inputs(inputs)
-        self._ready(show_progress=show_progress)
         batches = as_batches(inputs, _TESTS_AT_ONCE, self._collate)
-        tests = Examples(Stream(batches, "inputs", self._test_side.loss_fn), self._test_side)
-        with self._final_point() as point:
-            blocks = point.blocks(tests, by_step=by_step)
-            features = join((block.features for block in blocks), aggregate=aggregate)
-        return Seeds.of(features, self._replay.updates.loss.layout)
-
-    def _ready(self, *, show_progress: bool) -> None:
-        """Replay the run and look at the gauge, before the first scores."""
-        self._replayed(show_progress=show_progress)
-        if self._checks and self._gauge is None:
-            warn_unless_trusted(self.check(show_progress=show_progress))
-
-    def _replayed(self, *, show_progress: bool) -> float:
-        """Replay the run once, and compare its end with the model's weights."""
-        if self._replay_error is None:
-            self._rehearse()
-            updates = self._replay.updates
-            with self._bar("replay training. Processing update", 1, show_progress=show_progress) as bar:
-                with updates.borrowed():
-                    final = self._replay.final(bar)[0]
-                    expected = updates.loss.layout.flat(dict(self.model.named_parameters()))
-                self._replay_error = check_final(final, expected, self._replay.start)
-        return self._replay_error
-
-    def _rehearse(self) -> None:
-        """Say what cannot work with the train set before hours are spent."""
-        first = list(self.run.batches[0])
-        raw = self._replay.updates.rows.batch(first, 0)
-        with self._final_point() as point:
-            point.rehearsal.before_batch(point.capture, raw, self._train_side, first)
-
-    @contextmanager
-    def _final_point(self) -> Iterator[Point]:
-        """Open the model at its present weights, hooked."""
-        with self._engine.points([Checkpoint("final", None)], self._train_examples()) as points:
-            yield next(points)
-
-    def _train_examples(self) -> Examples:
-        return Examples(Stream(self._loader, "train_dataset", self._train_side.loss_fn), self._train_side)
-
-    def _bar(self, purpose: str, n_trainings: int, *, show_progress: bool) -> Any:
-        return Progress(self.get_name(), show_progress).bar(purpose, n_trainings * self.run.n_updates)
-
-
-def load_vector(model: nn.Module, named: Mapping[str, Tensor]) -> float:
-    """Write parameters into a model, as a checkpoint's load function does; the rate is 1."""
-    with torch.no_grad():
-        for name, tensor in named.items():
-            model.get_parameter(name).copy_(tensor)
-    return 1.0
+        return Examples(Stream(batches, "inputs", self._test_side.loss_fn), self._test_side)
 
 
 def start_vector(start: Mapping[str, Tensor] | str | os.PathLike[str], updates: Updates) -> Tensor:

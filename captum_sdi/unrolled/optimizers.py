@@ -38,7 +38,7 @@ class Pullback(NamedTuple):
 
     direction: Tensor
     """``(seeds, size)`` with the gradient."""
-    before: State
+    earlier: State
     """``(seeds, size)`` each, with the state before, at a fixed gradient."""
 
 
@@ -68,7 +68,7 @@ class Optimizer(Protocol):
         state: State,
         gradient: Tensor,
         update: UpdateSettings,
-        after: State,
+        adjoint: State,
     ) -> Pullback:
         """Return the adjoint of `step`.
 
@@ -76,7 +76,7 @@ class Optimizer(Protocol):
             state: Before the update.
             gradient: Of the update.
             update: Its settings.
-            after: ``(seeds, size)`` each: how much the seeds change with the state after the update.
+            adjoint: ``(seeds, size)`` each: how much the seeds change with the state after the update.
         """
         ...
 
@@ -135,13 +135,13 @@ class AdamW:
         state: State,
         gradient: Tensor,
         update: UpdateSettings,
-        after: State,
+        adjoint: State,
     ) -> Pullback:
         """Return the adjoint of `step`, with D = 1 / (√v̂ + ε) and S = m̂ D² / (2 √v̂), zero where v̂ is.
 
         M = m̄ - η / (1 - β₁ᵏ) D θ̄,   V = v̄ + η / (1 - β₂ᵏ) S θ̄,   c = (1 - β₁) M + 2 (1 - β₂) g V
         """
-        vector_bar, first_bar, second_bar = after
+        vector_bar, first_bar, second_bar = adjoint
         beta1, beta2 = self.betas
         first_moment, second_moment = self._moments(state, gradient)
         root = self._root(second_moment, update)
@@ -152,8 +152,8 @@ class AdamW:
         first_total = torch.addcmul(first_bar, vector_bar, update.rate / correction1 / spread, value=-1)
         second_total = torch.addcmul(second_bar, vector_bar, update.rate / correction2 * slope)
         direction = torch.addcmul((1 - beta1) * first_total, second_total, 2 * (1 - beta2) * gradient)
-        before = vector_bar * (1 - update.rate * update.decay), beta1 * first_total, beta2 * second_total
-        return Pullback(direction, before)
+        earlier = vector_bar * (1 - update.rate * update.decay), beta1 * first_total, beta2 * second_total
+        return Pullback(direction, earlier)
 
     def _moments(self, state: State, gradient: Tensor) -> tuple[Tensor, Tensor]:
         _, first_moment, second_moment = state
@@ -217,18 +217,18 @@ class SGD:
         state: State,
         gradient: Tensor,
         update: UpdateSettings,
-        after: State,
+        adjoint: State,
     ) -> Pullback:
         """Return the adjoint of `step`: c = b̄ - η θ̄, with Nesterov's momentum b̄ - η (1 + μ) θ̄."""
-        vector_bar, buffer_bar = after
+        vector_bar, buffer_bar = adjoint
         change_bar = -update.rate * vector_bar
         if self.nesterov:
             buffer_total = buffer_bar + self.momentum * change_bar
             direction = buffer_total + change_bar
         else:
             direction = buffer_total = buffer_bar + change_bar
-        before = vector_bar + update.decay * direction, self.momentum * buffer_total
-        return Pullback(direction, before)
+        earlier = vector_bar + update.decay * direction, self.momentum * buffer_total
+        return Pullback(direction, earlier)
 
 
 def decays(

@@ -216,20 +216,21 @@ def recorded_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
     Raises:
         ValueError: If it is no AdamW or SGD of torch, or its groups differ in more than weight decay.
     """
-    own = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    is_known = type(own) in (torch.optim.AdamW, torch.optim.SGD)
-    if not is_known or own.defaults.get("amsgrad") or own.defaults.get("maximize") or own.defaults.get("dampening"):
+    torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    kind, defaults = type(torch_optimizer), torch_optimizer.defaults
+    is_other = any(defaults.get(setting) for setting in ("amsgrad", "maximize", "dampening"))
+    if kind not in (torch.optim.AdamW, torch.optim.SGD) or is_other:
         raise ValueError(
-            f"The optimizer is {type(own).__module__}.{type(own).__name__}, whose derivative is not known: train with "
+            f"The optimizer is {kind.__module__}.{kind.__name__}, whose derivative is not known: train with "
             "optim='adamw_torch', 'adamw_torch_fused' or 'sgd', without amsgrad, maximize and dampening."
         )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decay_of: dict[str, float] = {}
-    for group in own.param_groups:
+    for group in torch_optimizer.param_groups:
         for parameter in group["params"]:
             decay_of[names[id(parameter)]] = float(group["weight_decay"])
     decays = sorted({decay for decay in decay_of.values() if decay > 0})
-    settings = {tuple(group.get(key) for key in ("betas", "eps", "momentum")) for group in own.param_groups}
+    settings = {tuple(group.get(key) for key in ("betas", "eps", "momentum")) for group in torch_optimizer.param_groups}
     if len(decays) > 1 or len(settings) > 1:
         raise ValueError("The optimizer's groups differ in more than whether they have weight decay.")
     trainable = list(ParameterVector.of(model).shapes)
@@ -238,8 +239,8 @@ def recorded_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
         raise ValueError(f"The optimizer does not train these trainable parameters: {missing[:5]}. Freeze them.")
     weight_decay = decays[0] if decays else 0.0
     no_decay = tuple(name for name in trainable if decay_of[name] == 0) if decays else ()
-    group = own.param_groups[0]
-    if isinstance(own, torch.optim.SGD):
+    group = torch_optimizer.param_groups[0]
+    if isinstance(torch_optimizer, torch.optim.SGD):
         return SGD(group["momentum"], group["nesterov"], weight_decay, no_decay)
     return AdamW(tuple(group["betas"]), group["eps"], weight_decay, no_decay)
 

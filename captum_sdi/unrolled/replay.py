@@ -11,22 +11,25 @@ import torch
 from torch import Tensor
 
 from captum_sdi.unrolled.optimizers import State
-from captum_sdi.unrolled.run_files import read_tensors, write_tensors
+from captum_sdi.unrolled.states import States, run_fingerprint
 from captum_sdi.unrolled.updates import Updates
 from captum_sdi.words import is_integer
 
 Keep = Literal["all", "sqrt"] | int
 """How many states are kept: before every update; √T of them, the others computed again; or a number."""
 
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-5}
+"""What rounding makes of a run at most; losses of transformers are float32 even in a float64 model."""
 
-def kept_updates(n_updates: int, keep: Keep) -> list[int]:
+
+def kept_updates(n_updates: int, keep: Keep) -> range:
     """Return before which updates (0-based) a state is kept, evenly spaced.
 
     Raises:
         ValueError: If ``keep`` is nothing of that kind.
 
     Example:
-        >>> kept_updates(9, "sqrt"), kept_updates(3, "all"), kept_updates(10, 2)
+        >>> list(kept_updates(9, "sqrt")), list(kept_updates(3, "all")), list(kept_updates(10, 2))
         ([0, 3, 6], [0, 1, 2], [0, 5])
     """
     if keep == "all":
@@ -38,40 +41,7 @@ def kept_updates(n_updates: int, keep: Keep) -> list[int]:
     else:
         raise ValueError(f"keep must be 'all', 'sqrt' or a number of states of at least 1; got {keep!r}.")
     between = math.ceil(n_updates / n_states)
-    return list(range(0, n_updates, between))
-
-
-class States:
-    """States by the update that follows, in memory or on disk.
-
-    Args:
-        folder: Where they are written; None: they stay in memory.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
-        self._in_memory: dict[int, State] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def keep(self, update: int, state: State) -> None:
-        """Keep the state before an update."""
-        if self._folder is None:
-            self._in_memory[update] = state
-        else:
-            named = {str(place): tensor for place, tensor in enumerate(state)}
-            write_tensors(self._path(update), named)
-
-    def before(self, update: int, like: Tensor) -> State:
-        """Return the state before an update, on the device of a vector."""
-        if self._folder is None:
-            return self._in_memory[update]
-        named = read_tensors(self._path(update))
-        return tuple(named[str(place)].to(like.device) for place in range(len(named)))
-
-    def _path(self, update: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"state-{update:08d}.safetensors"
+    return range(0, n_updates, between)
 
 
 class Replay:
@@ -95,12 +65,13 @@ class Replay:
         folder: Path | None = None,
     ) -> None:
         self.updates, self.start = updates, start
-        self._kept = kept_updates(updates.run.n_updates, keep)
-        self._states = States(folder)
+        self.kept = kept_updates(updates.run.n_updates, keep)
+        self.folder = None if folder is None else folder / f"run-{run_fingerprint(updates, start)}"
+        self._states = States(self.folder)
         self._final: State | None = None
 
     def final(self, bar: Any) -> State:
-        """Run forwards, once, and keep the states on the way.
+        """Run forwards, once, from the last state that an earlier process left, and keep the states on the way.
 
         Args:
             bar: Moved on behind every update.
@@ -110,10 +81,13 @@ class Replay:
         """
         if self._final is None:
             state = self.updates.run.optimizer.initial(self.start)
-            kept = set(self._kept)
-            for update in range(self.updates.run.n_updates):
-                if update in kept:
-                    self._states.keep(update, state)
+            n_done = self._states.n_done(self.kept)
+            if n_done > 0:
+                state = self._states.state_before(n_done, self.start)
+                bar.update(n_done)
+            for update in range(n_done, self.updates.run.n_updates):
+                if update in self.kept:
+                    self._states.store(update, state)
                 state = self.updates.step(state, update)
                 bar.update()
             self._final = state
@@ -127,16 +101,20 @@ class Replay:
             bar.update()
         return state[0]
 
-    def backwards(self) -> Iterator[tuple[int, State]]:
-        """Yield every update (0-based) and the state before it, the last update first; `final` must have run."""
-        stop = self.updates.run.n_updates
-        for first in reversed(self._kept):
+    def backwards(self, n_left: int) -> Iterator[tuple[int, State]]:
+        """Yield the first so many updates (0-based), the last one first, and the state before each.
+
+        Args:
+            n_left: How many; one before which a state is kept, or all. `final` must have run.
+        """
+        stop = n_left
+        for first in reversed([update for update in self.kept if update < n_left]):
             yield from self._segment(first, stop)
             stop = first
 
     def _segment(self, first: int, stop: int) -> Iterator[tuple[int, State]]:
         """Compute the states between two kept ones again."""
-        states = [self._states.before(first, self.start)]
+        states = [self._states.state_before(first, self.start)]
         for update in range(first, stop - 1):
             states.append(self.updates.step(states[-1], update))
         for update in reversed(range(first, stop)):
@@ -165,7 +143,7 @@ def check_final(final: Tensor, expected: Tensor, start: Tensor) -> float:
         ValueError: If it is above what rounding makes of a run.
     """
     error = relative_error(final, expected, start)
-    tolerance = 3 * math.sqrt(torch.finfo(final.dtype).eps)
+    tolerance = _ROUNDING[final.dtype]
     if not error <= tolerance:
         raise ValueError(
             f"The replay does not end at the model's weights: it misses them by {error:.2g} of the way from the start, "

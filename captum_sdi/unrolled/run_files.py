@@ -94,7 +94,8 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if settings.pop("format", None) != _FORMAT or settings.pop("version") > _VERSION:
         raise ValueError(f"{path} is of something else, or of a newer captum_sdi: update it.")
     if settings.pop("has_random_states", False):
-        settings["random_states"] = list(read_tensors(path.with_name(_RANDOM_STATES))["states"])
+        states = read_tensors(path.with_name(_RANDOM_STATES))["states"]
+        settings["random_states"] = [state.clone() for state in states]  # torch takes aligned memory alone
     return settings
 
 

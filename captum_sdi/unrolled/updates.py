@@ -163,10 +163,10 @@ class Updates:
         """
         gradient = self.gradient(state[0], update, weights)
         gradient = clipped(gradient, self.run.max_grad_norm)
-        after = self.run.optimizer.step(state, gradient, self.settings(update))
-        if not after[0].isfinite().all():
+        stepped = self.run.optimizer.step(state, gradient, self.settings(update))
+        if not stepped[0].isfinite().all():
             raise ValueError(f"The replay diverged: parameters are not finite after update {update + 1}.")
-        return after
+        return stepped
 
 
 @dataclass(frozen=True)
