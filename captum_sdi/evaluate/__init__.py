@@ -68,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name == "block_swap":
         return import_module("captum_sdi.evaluate.swapping").block_swap
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
