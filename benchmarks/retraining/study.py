@@ -47,7 +47,7 @@ def study(
         judged[kind] = judge_kind(kind, effects, scores)
     results = {
         "seeds": [bed.seed for bed in beds],
-        "models": {kind: counts.of(kind) for kind in kinds},
+        "models": {kind: model_count(beds[0], kind, counts) for kind in kinds},
         "tests": beds[0].q,
         "parameters": sum(parameter.numel() for parameter in beds[0].start().parameters()),
         "gauge": [gauge(bed) for bed in beds],
@@ -65,9 +65,14 @@ def is_one_fact_each(bed: Bed) -> bool:
     return bed.loop == "block"
 
 
+def model_count(bed: Bed, kind: str, counts: Counts) -> int:
+    """Return how many models are trained again: without each fact in turn, or as many as asked for."""
+    return bed.n if is_one_fact_each(bed) else counts.of(kind)
+
+
 def effects_of(bed: Bed, kind: str, counts: Counts, cache: Path) -> Effects:
     """Measure the effects of one kind of removal, once."""
-    count = bed.n if is_one_fact_each(bed) else counts.of(kind)
+    count = model_count(bed, kind, counts)
     path = cache / f"{fingerprint(bed)} {bed.q} tests, {kind}, {count} models.pt"
     if not path.exists():
         torch.save(measured_effects(bed, subsets_of(bed, kind, count), kind, cache), path)
