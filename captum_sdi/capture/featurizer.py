@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, get_args
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import requiring_grad
-from captum_sdi.capture import refusals
-from captum_sdi.capture.stray_uses import only_stray_uses, reached_parameters
+from captum_sdi.capture.adoption import Adoption
+from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
 from captum_sdi.capture.tape import Tape
 from captum_sdi.capture.tokens import Unit
 from captum_sdi.data.batch import BatchReader, run_model
@@ -61,6 +62,7 @@ class Featurizer:
         self._sketch = sketch
         self._activation_checkpointing = activation_checkpointing
         self._read = BatchReader(model)
+        self._adoption = Adoption()
 
     @contextmanager
     def installed(self, checkpoint: str) -> Iterator[Capture]:
@@ -80,7 +82,8 @@ class Featurizer:
             targets[name] = parameter
             projections[name] = self._sketch.projection(name, parameter, checkpoint)
         recompute = self._activation_checkpointing
-        with Tape(self._model, targets, self._loop, activation_checkpointing=recompute) as tape:
+        tape = Tape(self._model, targets, self._loop, activation_checkpointing=recompute, adoption=self._adoption)
+        with tape:
             yield Capture(self._model, self._read, self._sketch, checkpoint, projections, tape)
 
 
@@ -131,10 +134,13 @@ class Capture:
         if unit not in get_args(Unit):
             raise ValueError(f"unit must be 'example' or 'token', got {unit!r}.")
 
-        def rows_at(scale: float) -> dict[str, Tensor]:
+        def attempted(scale: float) -> dict[str, Tensor]:
             losses = self.forward(raw, side)[1]  # the logits need not outlive the loss's own backward
             self.check_finite(losses.detach().isfinite(), "loss", side, positions)
             return self._rows(losses, scale, unit, transform, by_step=by_step)
+
+        def rows_at(scale: float) -> dict[str, Tensor]:
+            return settled(partial(attempted, scale))
 
         scales = _LOSS_SCALES if in_float16(self.model) else (1.0,)
         rows = rows_at(scales[0])
@@ -219,40 +225,28 @@ class Capture:
         Raises:
             ValueError: If a targeted parameter's layer was not called, or only where no graph is built.
         """
+        return settled(lambda: self._forward(raw, side))
+
+    def _forward(self, raw: Any, side: Side) -> tuple[Any, Tensor]:
+        """Attempt a forward pass."""
         batch = self.read(raw, side.forward_kwargs)
 
         def output_and_losses() -> tuple[Any, Tensor]:
             output = run_model(self.model, batch)
             return output, example_losses(side.loss_fn, output, batch.labels, batch.size, side.argument)
 
-        tape = self.tape
-        result = tape.forward(output_and_losses, batch.size)
-        silent = [name for name in tape.targets if name not in tape.called]
-        without_grad = [name for name in silent if name in tape.called_without_grad]
-        if without_grad:
-            remedy = tape.layers_without(without_grad)
-            raise ValueError(refusals.only_without_grad(without_grad, remedy))
-        if silent:
-            remedy = tape.layers_without(silent)
-            raise ValueError(refusals.never_called(silent, remedy))
-        return result
+        return seen_forward(self.tape, output_and_losses, batch.size)
 
     def check_uses(self, raw: Any, side: Side) -> Tensor:
-        """Check, in a forward pass, that no targeted parameter is used outside its layer's call.
+        """Let other modules answer for the targets that are used outside their layer's calls.
 
         Returns:
-            ``(n,)`` losses.
+            ``(n,)`` losses of a forward pass without such uses.
 
         Raises:
-            ValueError: If one is.
+            ValueError: If no module answers for one.
         """
-        with only_stray_uses(self.tape.owners, self.tape.targets):
-            losses = self.forward(raw, side)[1]
-            stray = reached_parameters(losses, self.tape.targets)
-        if stray:
-            remedy = self.tape.layers_without(stray)
-            raise ValueError(refusals.used_beside_calls(stray, remedy))
-        return losses.detach()
+        return attribute_stray_uses(self.tape, lambda: self._forward(raw, side)[1])
 
     def check_gradient(self, raw: Any, side: Side) -> None:
         """Check, in a forward pass, that the loss depends on some parameter at all, targeted or not.

@@ -65,7 +65,11 @@ class LoopClock:
 
     def moment_of(self, layer: nn.Module) -> Moment:
         """Return the moment of a call of ``layer``."""
-        return Moment(self.step, id(layer) in self._inside, self._calls)
+        return self.moment(in_loop=id(layer) in self._inside)
+
+    def moment(self, *, in_loop: bool) -> Moment:
+        """Return the present moment, inside one of the loop's modules or beside them."""
+        return Moment(self.step, in_loop, self._calls)
 
     def bin(self, moment: Moment) -> int:
         """Return the bin of a moment of the forward pass that has ended."""
