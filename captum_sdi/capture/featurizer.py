@@ -18,14 +18,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.borrow import requiring_grad
+from captum_sdi.borrow import observable, requiring_grad
 from captum_sdi.capture.adoption import Adoption
 from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
 from captum_sdi.capture.tape import Tape
 from captum_sdi.capture.tokens import Unit
-from captum_sdi.data.batch import BatchReader, run_model
+from captum_sdi.data.batch import Batch, BatchReader, run_model, with_labels
 from captum_sdi.data.losses import check_gradient, example_losses
-from captum_sdi.data.side import Side
+from captum_sdi.data.side import Side, identity
 from captum_sdi.features import POOLED, Bins, Gradient, LoopSpec, Noise, StepFeatures, canonical_name
 from captum_sdi.sketch.base import Projection, Sketch
 
@@ -63,6 +63,7 @@ class Featurizer:
         self._activation_checkpointing = activation_checkpointing
         self._read = BatchReader(model)
         self._adoption = Adoption()
+        self._labelled: set[tuple[int, int]] = set()
 
     @contextmanager
     def installed(self, checkpoint: str) -> Iterator[Capture]:
@@ -84,7 +85,7 @@ class Featurizer:
         recompute = self._activation_checkpointing
         tape = Tape(self._model, targets, self._loop, activation_checkpointing=recompute, adoption=self._adoption)
         with tape:
-            yield Capture(self._model, self._read, self._sketch, checkpoint, projections, tape)
+            yield Capture(self._model, self._read, self._sketch, checkpoint, projections, tape, self._labelled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,8 @@ class Capture:
     projections: Mapping[str, Projection]
     """By targeted parameter."""
     tape: Tape
+    labelled: set[tuple[int, int]]
+    """The sides whose batches' labels are handed to the model, too: see `captum_sdi.data.side.identity`."""
 
     # --- features ---
 
@@ -229,13 +232,17 @@ class Capture:
 
     def _forward(self, raw: Any, side: Side) -> tuple[Any, Tensor]:
         """Attempt a forward pass."""
-        batch = self.read(raw, side.forward_kwargs)
+        batch = self._read(raw, side)
 
         def output_and_losses() -> tuple[Any, Tensor]:
             output = run_model(self.model, batch)
             return output, example_losses(side.loss_fn, output, batch.labels, batch.size, side.argument)
 
         return seen_forward(self.tape, output_and_losses, batch.size)
+
+    def _read(self, raw: Any, side: Side) -> Batch:
+        batch = self.read(raw, side.forward_kwargs)
+        return with_labels(batch) if identity(side) in self.labelled else batch
 
     def check_uses(self, raw: Any, side: Side) -> Tensor:
         """Let other modules answer for the targets that are used outside their layer's calls.
@@ -288,19 +295,22 @@ class Capture:
                 "Look at these examples and that checkpoint, or leave one of them out."
             )
 
-    def own_loss(self, raw: Any, side: Side) -> Tensor | None:
-        """Return the loss that the model itself computes from labels.
+    def own_loss(self, raw: Any, side: Side) -> tuple[Tensor, Any] | None:
+        """Return the loss that the model itself computes from labels, and what it returned with them.
 
         Returns:
-            A scalar, or None when the model takes no labels or returns no loss.
+            A scalar and the output; None when the model takes no labels or returns no loss.
         """
         batch = self.read(raw, side.forward_kwargs)
         if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
             return None
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            output = self.model(*batch.args, **batch.kwargs, labels=batch.labels.long())
+        keywords = {**batch.kwargs, "labels": batch.labels.long()}
+        with torch.no_grad(), observable():
+            output = self.model(*batch.args, **keywords)
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            return None
+        return loss, output[1:] if isinstance(output, tuple) else output
 
     # --- what is captured ---
 

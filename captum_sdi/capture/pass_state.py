@@ -59,6 +59,8 @@ class PassState:
         """Names of the layers that the model called once for the whole batch, or for one example of it."""
         self.unseen: list[Unseen] = []
         """The layers whose calls did not tell."""
+        self.mixing: dict[str, None] = {}
+        """Descriptions, in order, of the owners that mix the examples of the batch."""
         self.clock.restart()
         if self._heap is not None:
             self._heap.restart()

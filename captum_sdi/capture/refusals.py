@@ -105,12 +105,12 @@ def uncovered_layers(refused: Sequence[tuple[str, str]], remedy: str) -> str:
 # --- how a layer is called ---
 
 
-def mixes_examples(layer: str, batch_size: int) -> str:
-    """Refuse a module whose output for one example depends on others."""
+def mixes_examples(layers: Sequence[str], batch_size: int) -> str:
+    """Refuse modules whose output for one example depends on others."""
     return (
-        f"{layer} mixes the examples of a batch of {batch_size}: what it returns for the first depends on what it was "
-        "given for others, so that no gradient is one example's own. Pass batch_size=1 (to a DataLoader, too), or let "
-        "the module keep examples apart."
+        f"In a batch of {batch_size} examples are mixed, so that no gradient is one example's own: what is returned "
+        f"for the first depends on what was given for others in {'; and in '.join(layers)}. Pass batch_size=1 (to a "
+        "DataLoader, too), or let the model keep examples apart."
     )
 
 
@@ -162,8 +162,9 @@ def only_without_grad(names: Sequence[str], remedy: str) -> str:
     """Refuse parameters whose layers run under `torch.no_grad` throughout."""
     return (
         f"The forward pass runs the layer that owns {first_few(names)} under torch.no_grad only: no gradient reaches "
-        f"it. Leave it out{remedy}, or let the model build a graph, e.g. with another number of loop steps in "
-        "forward_kwargs=."
+        f"it. Leave it out{remedy}, or let the model build a graph: with another number of loop steps in "
+        "forward_kwargs=, of which Huginn takes a pair such as {'num_steps': (0, 4)}; or, as it runs in eval(), "
+        "without asking for self.training, e.g. by torch.set_grad_enabled(torch.is_grad_enabled())."
     )
 
 

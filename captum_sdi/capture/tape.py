@@ -178,6 +178,8 @@ class Tape:
             raise
         finally:
             self.state.phase = None
+        if self.state.mixing:
+            raise ValueError(refusals.mixes_examples(list(self.state.mixing), batch_size))
         if self.state.unseen:
             self.adopt(self.state.unseen)
         return answer
