@@ -101,21 +101,42 @@ def top_examples(question: Question, ranking: Ranking) -> tuple[Tensor, Tensor]:
     """Find the winners by one number per pair: positions and scores, ``(q, k)`` each."""
     index, by_step = question.study.index, ranking.column != Columns.TOTAL
     if index is not None:
-        search = question.searched(index, by_step=by_step)
-        ranking.check_column(search.n_columns)
-        return search.top(ranking)
+        return question.searched(index, by_step=by_step).top(ranking)
     best = TopExamples(ranking, len(question.study.checkpoints))
     with question.scored_blocks(ranking_purpose(ranking), by_step=by_step, contract=pair_values) as blocks:
         collect(blocks, best)
     return best.result()
 
 
+def check_depth(question: Question, ranking: Ranking) -> None:
+    """Refuse to rank by a loop step that no test example runs, before a train example is read.
+
+    Args:
+        question: The test examples, which are run up to the first checkpoint at which one is deep enough.
+        ranking: What is ranked by.
+
+    Raises:
+        ValueError: If no test example runs that many steps at any checkpoint.
+    """
+    if ranking.column == Columns.TOTAL:
+        return
+    n_columns = 0
+    with question.study.points() as points:
+        for point in points:
+            for block in point.blocks(question.tests, by_step=True):
+                deepest = int(block.features.n_steps.max())
+                n_columns = max(n_columns, Columns.of_step(deepest))
+            if ranking.column < n_columns:
+                return
+    ranking.check_column(n_columns)
+
+
 def top_step_influence(question: Question, ranking: Ranking) -> StepInfluence:
     """Find the winners and their trajectories, ``(q, k, t)``; memory grows by one number per pair at most."""
+    check_depth(question, ranking)
     index = question.study.index
     if index is not None:
         search = question.searched(index, by_step=True)
-        ranking.check_column(search.n_columns)
         indices, _ = search.top(ranking)
         return StepInfluence.from_sums(*search.winners(indices), indices)
     if len(question.study.checkpoints) > 1:
@@ -148,13 +169,13 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[S
     Returns:
         The winners' exact scores ``(q, k, b)``, and their positions ``(q, k)``.
     """
+    check_depth(question, ranking)
     candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
     candidates = candidates.sort(dim=1).values
     engine = question.study.engine.with_sketch(Exact())
     exact = replace(question, study=replace(question.study, engine=engine, index=None))
     sums = join_tests([winners.result() for winners in exact_winners(exact, candidates)])
     values = sums.scores.values
-    ranking.check_column(values.shape[-1])
     order, _ = ranking.best(ranking.column_of(values))
     best = gather_pairs(values, order)
     return Sums(Scores(best, torch.zeros_like(best)), sums.n_steps), candidates.gather(1, order)

@@ -19,6 +19,7 @@ from captum_sdi.features import Gradient, LoopSpec
 from captum_sdi.inputs import first_batch
 from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import as_loop, target_parameters
+from captum_sdi.loop.saved import check_saved_loop
 from captum_sdi.sketch.exact import Exact
 
 
@@ -86,6 +87,7 @@ def coverage_check(
         >>> max(coverage_check(model, {"input_ids": ids, "labels": ids}).differences) < 1e-4
         True
     """
+    check_saved_loop(model)
     batch = first_batch(model, batch, 8)
     spec = as_loop(loop) or find_loop(model, batch, forward_kwargs=forward_kwargs)
     names = target_parameters(model, layers, spec)

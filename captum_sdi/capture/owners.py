@@ -11,10 +11,10 @@ from torch import nn
 
 from captum_sdi.capture import refusals
 from captum_sdi.capture.adoption import WHOLE_PASS, Adoption, holds_loop
-from captum_sdi.capture.loop_clock import called_loop_modules
 from captum_sdi.capture.rules.choose import why_uncovered
 from captum_sdi.capture.rules.embedding import looks_at_batch
 from captum_sdi.features import LoopSpec, canonical_name
+from captum_sdi.loop.clock import called_loop_modules
 
 Way = Literal["rule", "recompute", "whole pass"]
 """How an owner's gradients are formed; see `captum_sdi.capture.adoption`."""

@@ -11,10 +11,10 @@ import torch
 from captum_sdi.capture import refusals
 from captum_sdi.capture.adoption import Unseen
 from captum_sdi.capture.heap import HeapTrimmer
-from captum_sdi.capture.loop_clock import LoopClock
 from captum_sdi.capture.owners import Owner
 from captum_sdi.capture.tokens import TokenAxes, Unit
 from captum_sdi.features import Gradient
+from captum_sdi.loop.clock import LoopClock
 
 Consumer = Callable[[str, slice, int, Gradient], None]
 """Called in the backward pass with (parameter name, rows, bin, gradients): a row is an example, or a token."""

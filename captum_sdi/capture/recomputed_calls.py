@@ -15,11 +15,11 @@ from captum_sdi.capture import refusals
 from captum_sdi.capture.adoption import Adoption
 from captum_sdi.capture.calls import inside_autograd_function
 from captum_sdi.capture.identity import ReportingIdentities
-from captum_sdi.capture.loop_clock import Moment
 from captum_sdi.capture.owners import Owner
 from captum_sdi.capture.pass_state import PassState
 from captum_sdi.capture.rules.recompute import Call, aliases_of, differentiable, masked_gradients, recorded
 from captum_sdi.capture.rules.trial import Digest, tried
+from captum_sdi.loop.clock import Moment
 
 
 class RecomputedCalls:

@@ -29,7 +29,6 @@ from captum_sdi.capture import refusals
 from captum_sdi.capture.adoption import Adoption, Reason, Unseen, UnsettledError
 from captum_sdi.capture.calls import inside_autograd_function, only_tensor
 from captum_sdi.capture.identity import observed
-from captum_sdi.capture.loop_clock import LoopClock, Moment
 from captum_sdi.capture.owners import Owner, find_owners, holders_of, silent_targets
 from captum_sdi.capture.pass_state import Consumer, PassState
 from captum_sdi.capture.recomputed_calls import RecomputedCalls
@@ -39,6 +38,7 @@ from captum_sdi.capture.stray_uses import leaves_of
 from captum_sdi.capture.tokens import Unit, token_gradients
 from captum_sdi.capture.whole_pass import WholePass
 from captum_sdi.features import LoopSpec
+from captum_sdi.loop.clock import LoopClock, Moment
 
 Answer = TypeVar("Answer")
 

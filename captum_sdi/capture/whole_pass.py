@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import put_parameters
-from captum_sdi.capture.loop_clock import LoopClock, Moment
 from captum_sdi.capture.owners import Owner
 from captum_sdi.capture.rules.base import lifted
 from captum_sdi.features import Dense
+from captum_sdi.loop.clock import LoopClock, Moment
 
 Consumer = Callable[[str, slice, int, Dense], None]
 """Called with (parameter name, rows, bin, gradients)."""

@@ -14,6 +14,7 @@ from captum_sdi.checkpoints import find_checkpoints
 from captum_sdi.cli.encoder import Encoder
 from captum_sdi.cli.recipe import Recipe
 from captum_sdi.influence import SDIInfluence
+from captum_sdi.model_facts import saved_loop
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 
@@ -51,6 +52,8 @@ def load_looped_model(recipe: Recipe) -> Any:
     )
     if recipe.loop_layers is not None:
         model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
+    elif saved_loop(model) is not None:
+        model = loop_layers(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, recipe.model, is_trainable=True)
     return model

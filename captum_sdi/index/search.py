@@ -81,15 +81,6 @@ class Search:
         n_steps = [searched.tests.n_steps for searched in self._checkpoints]
         return torch.stack(n_steps).amax(0)
 
-    @property
-    def n_columns(self) -> int:
-        """How many columns test examples can be ranked by: the total, then bins."""
-        n_columns = 0
-        for searched in self._checkpoints:
-            first_row = next(iter(searched.tests.rows.values()))
-            n_columns = max(n_columns, first_row.shape[1])
-        return n_columns
-
     # --- the top k ---
 
     def top(self, ranking: Ranking) -> tuple[Tensor, Tensor]:
