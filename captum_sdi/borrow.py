@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def recomputed(module: nn.Module, is_pass: Callable[[], bool]) -> Iterator[None]:
     """Let a module drop its activations and recompute them in the backward pass."""
     own_forward = vars(module).get("forward")
-    module.forward = functools.partial(recompute, module.forward, is_pass)
+    module.forward = partial(recompute, module.forward, is_pass)
     try:
         yield
     finally:
@@ -246,9 +246,11 @@ def recompute(forward: Callable[..., Any], is_pass: Callable[[], bool], *args: A
         return forward(*args, **kwargs)  # torch.func, which a layer rule may use, takes no checkpoint
     # Counters and masks are written to between calls: what is recomputed is given them as they were.
     kept: dict[int, Tensor] = {}
+    first_norms: list[Tensor] = []
+    is_first = True
 
     def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.is_floating_point():
+        if not isinstance(leaf, Tensor) or is_floating(leaf):
             return leaf
         copy = leaf.clone()
         kept[id(copy)] = leaf
@@ -257,19 +259,36 @@ def recompute(forward: Callable[..., Any], is_pass: Callable[[], bool], *args: A
     copied_args, copied_kwargs = tree_map(copied, (args, kwargs))
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        is_first = len(kept) > 0
+        nonlocal is_first
+        is_first_run, is_first = is_first, False
         originals = dict(kept)
         kept.clear()
 
         def given(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor) or leaf.is_floating_point():
                 return leaf
-            return originals[id(leaf)] if is_first else leaf.clone()
+            return originals[id(leaf)] if is_first_run else leaf.clone()
 
         args, kwargs = tree_map(given, (args, kwargs))
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
+        norms = [leaf.detach().norm() for leaf in tree_leaves(output) if is_floating(leaf)]
+        if is_first_run:
+            first_norms.extend(norms)
+        elif not all(map(partial(torch.isclose, rtol=1e-2, equal_nan=True), norms, first_norms)):
+            raise ValueError(
+                "activation_checkpointing=True recomputes the looped modules, and one of them returned something else: "
+                "it depends on more than it is given, such as a step that is set as its attribute. Hand it over as an "
+                "argument, or pass activation_checkpointing=False."
+            )
+        return output
 
-    return checkpoint(run, *copied_args, use_reentrant=False, **copied_kwargs)
+    with set_checkpoint_early_stop(False):  # else the recomputation would end before there is an output to compare
+        return checkpoint(run, *copied_args, use_reentrant=False, **copied_kwargs)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Say whether something is a tensor of floating point numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 @contextmanager
