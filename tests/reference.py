@@ -207,6 +207,82 @@ def aliased_gradients(
     return result
 
 
+# --- training, differentiated by plain autograd through all of it ---
+
+
+@dataclass(frozen=True)
+class PlainAdamW:
+    """AdamW written out: `step(theta, gradient, memory, k, rate, decay)` for update k = 1, 2, ..."""
+
+    betas: tuple[float, float]
+    eps: float
+
+    def step(self, theta: Tensor, g: Tensor, memory: Any, k: int, rate: float, decay: Tensor) -> tuple[Tensor, Any]:
+        b1, b2 = self.betas
+        m, v = memory or (torch.zeros_like(theta), torch.zeros_like(theta))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        corrected = v / (1 - b2**k)
+        is_seen = corrected > 0  # the root of zero has no derivative
+        root = torch.where(is_seen, corrected.where(is_seen, torch.ones_like(v)).sqrt(), torch.zeros_like(v))
+        return (1 - rate * decay) * theta - rate * m / (1 - b1**k) / (root + self.eps), (m, v)
+
+
+@dataclass(frozen=True)
+class PlainSGD:
+    """SGD written out, with coupled weight decay."""
+
+    momentum: float
+    nesterov: bool
+
+    def step(self, theta: Tensor, g: Tensor, memory: Any, k: int, rate: float, decay: Tensor) -> tuple[Tensor, Any]:
+        g = g + decay * theta
+        b = g if memory is None else self.momentum * memory + g
+        return theta - rate * (g + self.momentum * b if self.nesterov else b), b
+
+
+@dataclass(frozen=True)
+class PlainTraining:
+    """A training run: one loss for each example alone, no batch, no padding."""
+
+    model: nn.Module
+    loss_of: Callable[[Callable[..., Any], int], Tensor]
+    """``(a call of the model, example)`` to the example's loss."""
+    optimizer: PlainAdamW | PlainSGD
+    rates: Sequence[float]
+    batches: Sequence[Sequence[int]]
+    shares: Sequence[Sequence[float]]
+    """Of each example's loss in its update's."""
+    decay: Tensor
+    max_norm: float | None
+
+    def flat(self, model: nn.Module) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def end(self, weights: Tensor) -> Tensor:
+        """The last parameters, which autograd can follow back to `weights` (updates, examples)."""
+        theta, memory = self.flat(self.model).requires_grad_(), None
+        for k, (batch, shares) in enumerate(zip(self.batches, self.shares, strict=True)):
+            terms = [weights[k, i] * a * self._loss(theta, i) for i, a in zip(batch, shares, strict=True)]
+            (g,) = torch.autograd.grad(torch.stack(terms).sum(), theta, create_graph=True)
+            if self.max_norm is not None:
+                g = g * (self.max_norm / (g.norm() + 1e-6)).clamp(max=1)
+            theta, memory = self.optimizer.step(theta, g, memory, k + 1, self.rates[k], self.decay)
+        return theta
+
+    def _loss(self, theta: Tensor, example: int) -> Tensor:
+        sizes = [parameter.numel() for parameter in self.model.parameters()]
+        named = {
+            name: piece.view_as(parameter)
+            for (name, parameter), piece in zip(self.model.named_parameters(), theta.split(sizes), strict=True)
+        }
+
+        def call(**inputs: Any) -> Any:
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return torch.func.functional_call(self.model, named, kwargs=inputs)
+
+        return self.loss_of(call, example)
+
+
 def damped_fisher_inverse(gradients: Tensor, sizes: Sequence[int], damping: float) -> Tensor:
     """(F + λ)⁻¹ from gradients ``(n, entries)``, with F the mean of g gᵀ within each parameter's block and 0 elsewhere.
 
