@@ -25,13 +25,17 @@ from captum_sdi.features import Columns, LoopSpec
 from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
+from captum_sdi.maps import MapAxes, influence_map
+from captum_sdi.maps.words import words_by
 from captum_sdi.passes import Engine, largest_batch
 from captum_sdi.preconditioners import Identity, Preconditioner
 from captum_sdi.progress import Progress
 from captum_sdi.rehearsal import arguments
+from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.base import Sketch
+from captum_sdi.sketch.exact import Exact
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 from captum_sdi.study import Question, Study
 from captum_sdi.words import warn_user
@@ -272,6 +276,42 @@ class SDIInfluence(TracInCPBase):
         """
         question = self._question(inputs)
         return queries.step_matrix(question, arguments.checked_positions(indices))
+
+    @log_usage(part_of_slo=True)
+    def influence_map(
+        self,
+        inputs: Any,
+        indices: Sequence[int] | Tensor,
+        axes: Sequence[str] = ("layer", "step"),
+        sketch: Sketch | None = None,
+        tokenizer: Any = None,
+    ) -> InfluenceMap:
+        """Split the influence of chosen pairs along any axes; the parts sum to the influence of the pair.
+
+        "step" and "train_step": the loop step of the test and of the train side, prelude and coda beside them.
+        "layer" and "parameter": the module that owns the parameter, or each tensor. "token" and "train_token": the
+        target token whose loss it is, by its position in the text. "position" and "train_position": where in the text
+        the layers read what the gradient arises from. "checkpoint": each one, times its learning rate.
+
+        Args:
+            inputs: As for `influence`.
+            indices: Positions of training examples, ``(k,)``, or ``(q, k)`` as in ``StepInfluence.indices``.
+            axes: Names of axes, in any combination and order.
+            sketch: How gradients are represented; None: `Exact`, since pairs are few. An index is not used.
+            tokenizer: Something with ``decode``, or a function from the ids of a text to one string for each: tokens
+                are then kept as text.
+
+        Returns:
+            Values ``(q, k, *axes)`` with their labels.
+
+        Raises:
+            ValueError: If an axis is unknown, a loss does not tell tokens apart, a layer does not read positions, or
+                the map does not fit into the memory.
+        """
+        question = self._question(inputs)
+        pairs = arguments.checked_pairs(indices)
+        arguments.check_sketch(Exact() if sketch is None else sketch)
+        return influence_map(question, pairs, MapAxes.of(axes), sketch or Exact(), words_by(tokenizer))
 
     @log_usage(part_of_slo=True)
     def self_influence(

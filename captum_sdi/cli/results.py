@@ -87,7 +87,8 @@ class Results:
         arrays = {}
         for field in dataclasses.fields(self.scores):
             tensor = getattr(self.scores, field.name)
-            arrays[field.name] = tensor.cpu().numpy()
+            if tensor is not None:
+                arrays[field.name] = tensor.cpu().numpy()
         with (folder / ARRAYS).open("wb") as file:
             np.savez(file, **arrays)
         json_lines = b"".join(json_line(line) for line in self.lines)
