@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from captum.influence import TracInCPBase
@@ -26,6 +26,8 @@ from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
 from captum_sdi.maps import MapAxes, influence_map
+from captum_sdi.maps.per_checkpoint import checkpoint_step_influence
+from captum_sdi.maps.per_token import token_step_influence
 from captum_sdi.maps.words import words_by
 from captum_sdi.passes import Engine, largest_batch
 from captum_sdi.preconditioners import Identity, Preconditioner
@@ -224,6 +226,10 @@ class SDIInfluence(TracInCPBase):
         """Implement Captum's abstract method: `influence` with ``k``."""
         return self.influence(inputs, k, proponents, show_progress, aggregate)
 
+    @overload
+    def step_influence(self, inputs: Any, *args: Any, per: Literal["checkpoint"], **kwargs: Any) -> InfluenceMap: ...
+    @overload
+    def step_influence(self, inputs: Any, *args: Any, **kwargs: Any) -> StepInfluence: ...
     @log_usage(part_of_slo=True)
     def step_influence(
         self,
@@ -234,7 +240,8 @@ class SDIInfluence(TracInCPBase):
         aggregate: bool = False,
         rank_by: int | None = None,
         rerank: int | None = None,
-    ) -> StepInfluence:
+        per: Literal["token", "checkpoint"] | None = None,
+    ) -> StepInfluence | InfluenceMap:
         """Compute the influence of training on test examples, one number per loop step, with standard errors.
 
         Args:
@@ -245,6 +252,8 @@ class SDIInfluence(TracInCPBase):
             aggregate: As for `influence`.
             rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
             rerank: As for `influence`; what is returned is then exact, its errors zero.
+            per: "token": a row for every target token of the test examples, which ``token_of`` names, from one pass
+                over the train set. "checkpoint": every checkpoint's share, as an `InfluenceMap`.
 
         Returns:
             Totals, trajectories, their standard errors; ``(q, n, t)`` or ``(q, k, t)``.
@@ -254,10 +263,15 @@ class SDIInfluence(TracInCPBase):
         """
         question = self._question(inputs, aggregate=aggregate, show_progress=show_progress)
         arguments.check_top_k(k, rerank, proponents, rank_by)
-        if k is None:
-            return queries.step_influence(question)
+        arguments.check_per(per, rerank, aggregate=aggregate)
         column = Columns.TOTAL if rank_by is None else Columns.of_step(rank_by)
-        ranking = Ranking(k, proponents, column)
+        ranking = None if k is None else Ranking(k, proponents, column)
+        if per == "token":
+            return token_step_influence(question, ranking)
+        if per == "checkpoint":
+            return checkpoint_step_influence(question, ranking)
+        if ranking is None:
+            return queries.step_influence(question)
         if rerank is None:
             return queries.top_step_influence(question, ranking)
         sums, indices = queries.reranked(question, ranking, rerank)
@@ -288,18 +302,12 @@ class SDIInfluence(TracInCPBase):
     ) -> InfluenceMap:
         """Split the influence of chosen pairs along any axes; the parts sum to the influence of the pair.
 
-        "step" and "train_step": the loop step of the test and of the train side, prelude and coda beside them.
-        "layer" and "parameter": the module that owns the parameter, or each tensor. "token" and "train_token": the
-        target token whose loss it is, by its position in the text. "position" and "train_position": where in the text
-        the layers read what the gradient arises from. "checkpoint": each one, times its learning rate.
-
         Args:
             inputs: As for `influence`.
             indices: Positions of training examples, ``(k,)``, or ``(q, k)`` as in ``StepInfluence.indices``.
-            axes: Names of axes, in any combination and order.
+            axes: Names of axes, in any order; `captum_sdi.maps.axes` describes them.
             sketch: How gradients are represented; None: `Exact`, since pairs are few. An index is not used.
-            tokenizer: Something with ``decode``, or a function from the ids of a text to one string for each: tokens
-                are then kept as text.
+            tokenizer: Writes tokens as text: something with ``decode``, or a function from ids to strings.
 
         Returns:
             Values ``(q, k, *axes)`` with their labels.

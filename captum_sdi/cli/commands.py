@@ -13,13 +13,14 @@ from captum_sdi.cli.printing import is_first_process, print_line, print_summary,
 from captum_sdi.cli.recipe import NAME, Recipe
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
-from captum_sdi.cost import estimate, readable_size
+from captum_sdi.cost import estimate
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.whole_file import check_regular
+from captum_sdi.words import readable_size
 
 # --- the commands ---
 

@@ -1,4 +1,18 @@
-"""The axes of a map: what each splits, and what a side must keep apart for it."""
+"""The axes of a map: what each splits, and what a side must keep apart for it.
+
+"step", "train_step"
+    The loop step of the test side, or of the train side, with the prelude and the coda beside them.
+"layer", "parameter"
+    The module that owns the parameter, or each tensor.
+"token", "train_token"
+    The target token of the test text, or of the train text, whose loss it is; by the token's position in the text.
+"position", "train_position"
+    Where in the text the layers read what the gradient arises from.
+"checkpoint"
+    Each one, times its learning rate.
+
+In every combination the parts sum to the influence of the pair.
+"""
 
 from __future__ import annotations
 

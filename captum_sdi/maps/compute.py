@@ -20,6 +20,7 @@ from captum_sdi.maps.axes import MapAxes
 from captum_sdi.maps.grid import GRID_AXES, Grid
 from captum_sdi.maps.look import look
 from captum_sdi.maps.memory import Needs, Portions, free_memory, portions
+from captum_sdi.maps.per_checkpoint import step_labels
 from captum_sdi.maps.rows import Rows, RowSide, held
 from captum_sdi.maps.words import Words
 from captum_sdi.model_facts import model_device
@@ -244,7 +245,7 @@ def labels_along(
         return tuple(checkpoint.name for checkpoint in study.checkpoints)
     length = shape[grid_axis(axis)]
     if axis in ("step", "train_step"):
-        return ("prelude", *range(length - Bins.count(0)), "coda")
+        return step_labels(length)
     return tuple(range(length))
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from captum_sdi.words import readable_size
+
 UNKNOWN_BYTES = 4 * 2**30
 """What is counted on where nobody says what is free."""
 ROWS_AT_ONCE = 32
@@ -90,8 +92,8 @@ def free_memory(device: torch.device) -> int:
 def _too_large(needs: Needs, usable: int) -> str:
     sizes = ", ".join(f"{name} {length:,}" for name, length in needs.lengths.items() if length > 1)
     sentence = (
-        f"The map needs {_gigabytes(needs.map_bytes)} for its numbers ({sizes}) and {_gigabytes(needs.row_bytes)} for "
-        f"one row of gradients of each side; {_gigabytes(usable)} may be used. "
+        f"The map needs {readable_size(needs.map_bytes)} for its numbers ({sizes}) and "
+        f"{readable_size(needs.row_bytes)} for one row of gradients of each side; {readable_size(usable)} may be used. "
     )
     if needs.map_bytes > needs.row_bytes:
         axes = {name: length for name, length in needs.lengths.items() if name not in ("test", "train")}
@@ -101,7 +103,3 @@ def _too_large(needs: Needs, usable: int) -> str:
         "Pass sketch=TensorSketch(dim=2048), which keeps less of each gradient, leave a position or step axis out, or "
         "name fewer layers=."
     )
-
-
-def _gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.3g} GB"

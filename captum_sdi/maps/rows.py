@@ -91,20 +91,10 @@ class RowSide:
             Rows in the order of the examples.
         """
         for positions, raw in self.examples.batches(only):
-            numbers, columns = self._rows_of(positions.tolist())
+            numbers, columns = rows_of(self.looks, positions.tolist())
             for start in range(0, len(numbers), at_once):
                 chosen = slice(start, start + at_once)
                 yield self._part(point, raw, positions, numbers[chosen], columns[chosen], transform)
-
-    def _rows_of(self, positions: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Return, for each row of a batch, its example's number in the batch and the column of its loss."""
-        numbers: list[int] = []
-        columns: list[int] = []
-        for number, position in enumerate(positions):
-            own_columns = self.looks[position].columns
-            numbers += [number] * len(own_columns)
-            columns += own_columns
-        return numbers, columns
 
     def _part(
         self,
@@ -128,6 +118,25 @@ class RowSide:
         first_positions = [self.looks[example].first_position for example in examples.tolist()]
         places = torch.tensor(columns) + torch.tensor(first_positions)
         return Rows(examples, places if self.axes.token else torch.zeros_like(places), features)
+
+
+def rows_of(looks: Mapping[int, Look], positions: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return, for each row of a batch, its example's number in the batch and the column of its loss.
+
+    Args:
+        looks: What is known of each example.
+        positions: Of the batch's examples.
+
+    Returns:
+        Numbers and columns, as many as there are rows.
+    """
+    numbers: list[int] = []
+    columns: list[int] = []
+    for number, position in enumerate(positions):
+        own_columns = looks[position].columns
+        numbers += [number] * len(own_columns)
+        columns += own_columns
+    return numbers, columns
 
 
 def joined(parts: Sequence[Rows]) -> Rows:

@@ -154,6 +154,21 @@ def check_top_k(
         )
 
 
+def check_per(per: Any, rerank: int | None, *, aggregate: bool) -> None:
+    """Refuse what the test examples cannot be taken apart by.
+
+    Raises:
+        ValueError: If per is unknown, or does not go with the other arguments.
+    """
+    if per is None:
+        return
+    if per not in ("token", "checkpoint"):
+        raise ValueError(f'per must be "token", "checkpoint" or None; got {per!r}.')
+    if aggregate or rerank is not None:
+        other = "aggregate=True" if aggregate else f"rerank={rerank}"
+        raise ValueError(f"per={per!r} and {other} do not go together: pass one of them.")
+
+
 def checked_positions(indices: Any) -> Tensor | None:
     """Return positions in the train set as a tensor ``(n,)``; None for all.
 
