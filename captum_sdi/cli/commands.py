@@ -81,7 +81,7 @@ def score(options: Namespace) -> None:
     with written_whole(options.out, overwrite=options.overwrite) as unfinished:
         if options.pictures:
             drawn = range(len(queries))[: options.pictures]
-            files += pictures.draw(results, drawn, 5, unfinished, options.format)
+            files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
     print_unless_quiet(f"{results}\n{options.out}: {', '.join(files)}", options)
 
@@ -101,7 +101,7 @@ def plot(options: Namespace) -> None:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
     listed = listed_files(folder)
     with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
-        files = pictures.draw(results, queries, options.k, unfinished, options.format)
+        files = pictures.draw(results, queries, options.k, unfinished, options.format, options.width)
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)
