@@ -1,7 +1,7 @@
 """What `step_influence(per="token")` costs beside the plain question: `python benchmarks/per_token.py [--small]`.
 
-One text of 64 tokens against 1,000 train examples of 64 tokens, without an index and with one. Calls take turns, and the
-ratio is taken within each round. Results go to per_token.json beside this file, with the environment.
+One text of 64 tokens against 1,000 train examples of 64 tokens, without an index and with one. Calls take turns, and
+the ratio is taken within each round. Results go to per_token.json beside this file, with the environment.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="does it run? Nothing is written")
     small = parser.parse_args().small
-    measured = measure(16, 40, 1) if small else measure(64, 1000, 5)
+    measured = measure(16, 40, 1) if small else measure(64, 1000, 3)
     text = json.dumps({"environment": environment(), "per_token": measured}, indent=1)
     print(text)
     if not small:
