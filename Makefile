@@ -17,7 +17,7 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-faults lint format tutorials tutorials-full test-captum test-oldest clean
+.PHONY: help venv demo bench test test-faults lint format docs docs-links tutorials tutorials-full test-captum test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ format: $(VENV)/.stamp  ## lay the code out and repair what ruff can repair
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.stamp  ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+docs-links: $(VENV)/.stamp  ## ask the network whether every link in the documentation still leads somewhere
+	$(BIN)/python -m sphinx -b linkcheck -q docs docs/_build/links
+
 bench: $(VENV)/.stamp  ## measure time, memory and error beside the reference package (ARGS="memory accuracy")
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
@@ -62,7 +68,7 @@ test-oldest: $(OLDEST)/.stamp  ## run the tests on the oldest versions that pypr
 	$(call PYTEST,$(OLDEST))
 
 clean:  ## remove the environments, the caches and the demo's output
-	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info docs/_build docs/tutorials
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -25,25 +25,23 @@ from captum_sdi.features import Columns, LoopSpec
 from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
-from captum_sdi.maps import MapAxes, influence_map
+from captum_sdi.maps.asking import AsksForMaps
 from captum_sdi.maps.per_checkpoint import checkpoint_step_influence
 from captum_sdi.maps.per_token import token_step_influence
-from captum_sdi.maps.words import words_by
-from captum_sdi.passes import Engine, largest_batch
-from captum_sdi.preconditioners import Identity, Preconditioner
-from captum_sdi.progress import Progress
+from captum_sdi.passes import Engine, largest_batch, most_examples
+from captum_sdi.preconditioners import Identity, Preconditioner, summed_checkpoints
+from captum_sdi.preconditioners.shelf import Shelf
+from captum_sdi.progress import Progress, warn_of_unknown_length
 from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.base import Sketch
-from captum_sdi.sketch.exact import Exact
 from captum_sdi.sketch.tensor_sketch import TensorSketch
-from captum_sdi.study import Question, Study
-from captum_sdi.words import warn_user
+from captum_sdi.study import Normalize, Question, Study
 
 
-class SDIInfluence(TracInCPBase):
+class SDIInfluence(AsksForMaps, TracInCPBase):
     """Step-Decomposed Influence: which training examples shaped an output, and at which loop step.
 
     For checkpoints c with learning rates η_c, a test example z' and a training example z,
@@ -80,7 +78,11 @@ class SDIInfluence(TracInCPBase):
         index_dtype: How a new index stores them: float32, or float16 or bfloat16 at half the size; None: as they
             are computed, float32 with `TensorSketch`.
         search: `Faiss` to find the top ``k`` of a large index; None compares every row.
-        preconditioner: A linear map on the test side's gradients (`captum_sdi.preconditioners`); None: the identity.
+        preconditioner: A linear map on the test side's gradients, such as ``Fisher()`` or ``Hessian()`` of
+            `captum_sdi.preconditioners`, which say what a score then is; None: the identity.
+        normalize: ``"train"``: divide every training example's gradient at each checkpoint by its norm, so that large
+            gradients do not win everything; ``"both"``: the test side's too, behind the preconditioner: cosines. Norms
+            are those of whole gradients, so that loop steps still sum.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -120,16 +122,18 @@ class SDIInfluence(TracInCPBase):
         index_dtype: torch.dtype | None = None,
         search: Faiss | None = None,
         preconditioner: Preconditioner | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
         self.preconditioner = Identity() if preconditioner is None else preconditioner
         arguments.check_model(model)
         arguments.check_methods(sketch, self.preconditioner, search, index)
         self._collate = collate_fn or Collator(padding_token(model))
-        first_size = _most_examples(model) if batch_size == "auto" else batch_size
+        first_size = most_examples(model) if batch_size == "auto" else batch_size
         loader = as_loader(train_dataset, first_size, self._collate, "train_dataset")
         super().__init__(model, loader, checkpoints, checkpoints_load_func, loss_fn, first_size, test_loss_fn)
         arguments.check_layers(layers)
-        self.layers, self.sketch = layers, sketch
+        arguments.check_normalize(normalize)
+        self.layers, self.sketch, self.normalize = layers, sketch, normalize
         train_loss = arguments.checked_loss(loss_fn, "loss_fn") or default_loss(model)
         test_loss = arguments.checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
@@ -140,6 +144,7 @@ class SDIInfluence(TracInCPBase):
             model, self._load, layers, as_loop(loop), sketch, activation_checkpointing=activation_checkpointing
         )
         self._index = None if index is None else TrainIndex(index, index_dtype, sketch, self._train_side, search)
+        self._shelf = Shelf(self._index.path if self._index else None)
         if batch_size == "auto" and not isinstance(train_dataset, DataLoader):
             self.batch_size = largest_batch(self._engine, self._train_examples())
             self.train_dataloader = as_loader(train_dataset, self.batch_size, self._collate, "train_dataset")
@@ -292,36 +297,6 @@ class SDIInfluence(TracInCPBase):
         return queries.step_matrix(question, arguments.checked_positions(indices))
 
     @log_usage(part_of_slo=True)
-    def influence_map(
-        self,
-        inputs: Any,
-        indices: Sequence[int] | Tensor,
-        axes: Sequence[str] = ("layer", "step"),
-        sketch: Sketch | None = None,
-        tokenizer: Any = None,
-    ) -> InfluenceMap:
-        """Split the influence of chosen pairs along any axes; the parts sum to the influence of the pair.
-
-        Args:
-            inputs: As for `influence`.
-            indices: Positions of training examples, ``(k,)``, or ``(q, k)`` as in ``StepInfluence.indices``.
-            axes: Names of axes, in any order; `captum_sdi.maps.axes` describes them.
-            sketch: How gradients are represented; None: `Exact`, since pairs are few. An index is not used.
-            tokenizer: Writes tokens as text: something with ``decode``, or a function from ids to strings.
-
-        Returns:
-            Values ``(q, k, *axes)`` with their labels.
-
-        Raises:
-            ValueError: If an axis is unknown, a loss does not tell tokens apart, a layer does not read positions, or
-                the map does not fit into the memory.
-        """
-        question = self._question(inputs)
-        pairs = arguments.checked_pairs(indices)
-        arguments.check_sketch(Exact() if sketch is None else sketch)
-        return influence_map(question, pairs, MapAxes.of(axes), sketch or Exact(), words_by(tokenizer))
-
-    @log_usage(part_of_slo=True)
     def self_influence(
         self, inputs: Any = None, show_progress: bool = False, outer_loop_by_checkpoints: bool = False
     ) -> Tensor:
@@ -381,7 +356,7 @@ class SDIInfluence(TracInCPBase):
 
     def study(self, *, show_progress: bool = False, with_index: bool = True) -> Study:
         """Return the train set, the checkpoints and the methods, as `captum_sdi.queries` takes them."""
-        checkpoints = listed_checkpoints(self.checkpoints)
+        checkpoints = summed_checkpoints(self.preconditioner, listed_checkpoints(self.checkpoints))
         if self.checkpoints_load_func is load_checkpoint:
             check_checkpoints(self.model, checkpoints)
         return Study(
@@ -390,6 +365,8 @@ class SDIInfluence(TracInCPBase):
             train=self._train_examples(),
             index=self._index if with_index else None,
             preconditioner=self.preconditioner,
+            normalize=self.normalize,
+            shelf=self._shelf,
             progress=Progress(self.get_name(), show_progress),
         )
 
@@ -407,17 +384,8 @@ class SDIInfluence(TracInCPBase):
     def _self_examples(self, inputs: Any, *, show_progress: bool) -> Examples:
         examples = self._train_examples() if inputs is None else self._examples(inputs, self._train_side)
         if show_progress and examples.n_batches is None:
-            warn_user(  # Captum's sentence
-                "Unable to determine the number of batches in `inputs`. Therefore, if showing the progress of the "
-                "computation of self influence scores, only the number of batches processed can be displayed, and not "
-                "the percentage completion of the computation, nor any time estimates."
-            )
+            warn_of_unknown_length()
         return examples
 
     def _load(self, model: nn.Module, checkpoint: Any) -> float:
         return self.checkpoints_load_func(model, checkpoint)
-
-
-def _most_examples(model: nn.Module) -> int:
-    """Return where the search for a batch size begins."""
-    return 256 if any(parameter.is_cuda for parameter in model.parameters()) else 16

@@ -18,7 +18,6 @@ from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
 from captum_sdi.index.source import Indexed
 from captum_sdi.passes import Live, Point
-from captum_sdi.preconditioners import Identity, apply_to_rows
 from captum_sdi.progress import HIDDEN
 from captum_sdi.scores.collect import (
     AllPairs,
@@ -101,21 +100,42 @@ def top_examples(question: Question, ranking: Ranking) -> tuple[Tensor, Tensor]:
     """Find the winners by one number per pair: positions and scores, ``(q, k)`` each."""
     index, by_step = question.study.index, ranking.column != Columns.TOTAL
     if index is not None:
-        search = question.searched(index, by_step=by_step)
-        ranking.check_column(search.n_columns)
-        return search.top(ranking)
+        return question.searched(index, by_step=by_step).top(ranking)
     best = TopExamples(ranking, len(question.study.checkpoints))
     with question.scored_blocks(ranking_purpose(ranking), by_step=by_step, contract=pair_values) as blocks:
         collect(blocks, best)
     return best.result()
 
 
+def check_depth(question: Question, ranking: Ranking) -> None:
+    """Refuse to rank by a loop step that no test example runs, before a train example is read.
+
+    Args:
+        question: The test examples, which are run up to the first checkpoint at which one is deep enough.
+        ranking: What is ranked by.
+
+    Raises:
+        ValueError: If no test example runs that many steps at any checkpoint.
+    """
+    if ranking.column == Columns.TOTAL:
+        return
+    n_columns = 0
+    with question.study.points() as points:
+        for point in points:
+            for block in point.blocks(question.tests, by_step=True):
+                deepest = int(block.features.n_steps.max())
+                n_columns = max(n_columns, Columns.of_step(deepest))
+            if ranking.column < n_columns:
+                return
+    ranking.check_column(n_columns)
+
+
 def top_step_influence(question: Question, ranking: Ranking) -> StepInfluence:
     """Find the winners and their trajectories, ``(q, k, t)``; memory grows by one number per pair at most."""
+    check_depth(question, ranking)
     index = question.study.index
     if index is not None:
         search = question.searched(index, by_step=True)
-        ranking.check_column(search.n_columns)
         indices, _ = search.top(ranking)
         return StepInfluence.from_sums(*search.winners(indices), indices)
     if len(question.study.checkpoints) > 1:
@@ -148,13 +168,14 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[S
     Returns:
         The winners' exact scores ``(q, k, b)``, and their positions ``(q, k)``.
     """
-    candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
-    candidates = candidates.sort(dim=1).values
+    check_depth(question, ranking)
     engine = question.study.engine.with_sketch(Exact())
     exact = replace(question, study=replace(question.study, engine=engine, index=None))
+    exact.study.check_rows()
+    candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
+    candidates = candidates.sort(dim=1).values
     sums = join_tests([winners.result() for winners in winners_by_batch(exact, candidates, pair_values)])
     values = sums.scores.values
-    ranking.check_column(values.shape[-1])
     order, _ = ranking.best(ranking.column_of(values))
     best = gather_pairs(values, order)
     return Sums(Scores(best, torch.zeros_like(best)), sums.n_steps), candidates.gather(1, order)
@@ -183,9 +204,9 @@ def winners_by_batch(question: Question, candidates: Tensor, contract: Contracti
                 own_candidates = candidates[start : start + batch.size]
                 start += batch.size
                 winners = collectors.setdefault(number, Winners(own_candidates))
-                tests = batch.with_total()
+                tests = question.study.as_tests(batch)
                 for block in train.blocks(point, own_candidates.unique().cpu()):
-                    scores = contract(tests, block.features)
+                    scores = contract(tests, question.study.as_train(block.features))
                     winners.add(scored_block(block, point.checkpoint, scores, tests.n_steps))
     return list(collectors.values())
 
@@ -232,7 +253,9 @@ def self_blocks(
 ) -> Iterator[ScoredBlock]:
     """Score every example against itself at one checkpoint: ⟨g, P φ⟩ of the same example."""
     for block, test_features in both_sides(study, point, examples, by_step=by_step):
-        scores = self_scores(test_features, block.features)
+        if study.normalize == "both":
+            test_features = test_features.unit()
+        scores = self_scores(test_features, study.as_train(block.features))
         yield scored_block(block, point.checkpoint, scores, block.features.n_steps)
 
 
@@ -244,14 +267,13 @@ def both_sides(
     by_step: bool,
 ) -> Iterator[tuple[Block, StepFeatures]]:
     """Yield the features of each block of examples as train examples, g, and as test examples, P φ."""
-    preconditioner = study.preconditioner
-    fitted = preconditioner.fit(point, Live(study.train))
-    if preconditioner.acts_on == "gradient":
+    preconditioned = study.preconditioned(point)
+    if preconditioned.acts_on != "row":
         for number, (positions, raw) in enumerate(examples.batches()):
             side, places = examples.side, positions.tolist()
             alone = examples.collated_alone
             train = point.batch(raw, side, places, by_step=by_step, collated_alone=alone)
-            test = point.batch(raw, side, places, by_step=by_step, collated_alone=alone, transform=fitted)
+            test = preconditioned.batch(raw, side, places, by_step=by_step, collated_alone=alone)
             yield Block(number, positions, train), test
         return
     if study.index is None:
@@ -260,7 +282,7 @@ def both_sides(
         sketches = replace(study, progress=HIDDEN).complete_at(point, study.index)
         blocks = Indexed(sketches).blocks(point)
     for block in blocks:
-        yield block, apply_to_rows(fitted, block.features)
+        yield block, preconditioned.of_rows(block.features)
 
 
 def gradient_vectors(
@@ -284,13 +306,14 @@ def gradient_vectors(
     Raises:
         ValueError: If a learning rate is negative.
     """
-    preconditioner = study.preconditioner if as_tests else Identity()
-    question = Question(replace(study, preconditioner=preconditioner), examples, aggregate)
+    if not as_tests:
+        study = study.of_train_gradients()
+    question = Question(study, examples, aggregate)
     width = getattr(study.engine.sketch, "dim", 0)  # what is kept exactly is padded to it
     vectors: list[Tensor] = []
     with study.engine.points(study.checkpoints, examples) as points:
         for point in points:
-            rate = point.checkpoint.rate
+            rate = point.checkpoint.weight
             if rate < 0:
                 raise ValueError(f"A learning rate of {rate} has no square root; influence() takes it.")
             features = question.test_features(point, by_step=False)

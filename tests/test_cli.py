@@ -25,6 +25,7 @@ from captum_sdi.__main__ import main
 from captum_sdi.cli.encoder import Encoder
 from captum_sdi.models import LoopedGPTForCausalLM, loop_layers
 from captum_sdi.passes import Engine, Point
+from captum_sdi.preconditioners import Hessian
 
 CASE = CASES[1]
 RATES = {5: 0.25, 10: 0.125}
@@ -171,6 +172,25 @@ def test_exact_gradients_decide_among_candidates(here: Path, capsys: pytest.Capt
     model = LoopedGPTForCausalLM.from_pretrained("run/checkpoint-10")
     exact = SDIInfluence(model, _rows(TRAIN), sketch=Exact()).step_influence(_rows(QUERIES), k=4)
     _same_scores(_lines("out/scores.jsonl"), exact)
+
+
+def test_preconditioned_scores_are_those_of_python(here: Path) -> None:
+    assert run(INDEX, checkpoints="run") == 0
+    numbers = {"preconditioner_rank": "3", "preconditioner_damping": "0.5", "normalize": "train"}
+    assert run(SCORE, preconditioner="hessian", **numbers) == 0
+    expected = _python(preconditioner=Hessian(rank=3, damping=0.5), normalize="train")
+    _same_scores(_lines("out/scores.jsonl"), expected.step_influence(_rows(QUERIES), k=4))
+
+
+def test_numbers_that_a_preconditioner_does_not_have_are_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(INDEX) == 0
+    assert run(f"{SCORE} --preconditioner fisher --preconditioner-rank 3") == 1
+    sentence = "captum-sdi: error: --preconditioner-rank says nothing beside --preconditioner fisher.\n"
+    assert capsys.readouterr().err == sentence
+    assert run(f"{SCORE} --preconditioner-damping 0.1") == 1
+    assert capsys.readouterr().err.endswith("--preconditioner-damping says nothing beside no --preconditioner.\n")
+    assert run(f"{SCORE} --preconditioner adam") == 1
+    assert "reads second moments beside a checkpoint's weights; None is no path" in capsys.readouterr().err
 
 
 def test_token_ids_are_as_good_as_text(here: Path) -> None:

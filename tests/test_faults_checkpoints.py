@@ -355,9 +355,14 @@ def test_a10_accelerates_epochs_beside_a_final_model(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(tiny_gpt())
     for epoch in range(3):
+        with torch.no_grad():
+            next(prepared.parameters()).add_(1.0)
         accelerator.save_state(str(tmp_path / f"epoch_{epoch}"))
     accelerator.unwrap_model(prepared).save_pretrained(tmp_path)
     assert found_in(tmp_path) == ["epoch_0", "epoch_1", "epoch_2"]
+    shutil.copytree(tmp_path / "epoch_1", tmp_path / "epoch_3")
+    with pytest.warns(UserWarning, match=r"epoch_3 holds the same weights as .*epoch_1.*counted once"):
+        assert found_in(tmp_path) == ["epoch_0", "epoch_1", "epoch_2"]
 
 
 def test_a10_other_folders_with_weights_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cases import CASES, Case, rows
 from reference import Truth, spread, truth
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, StepInfluence, TensorSketch
 from captum_sdi.data.collate import Collator
@@ -148,6 +149,27 @@ def test_checkpoints_may_differ_in_depth(indexed: bool, tmp_path: Path) -> None:
     torch.testing.assert_close(best.trajectories[..., 3], expected.values[:, :2])
     with pytest.raises(ValueError, match="rank_by=4, but the test side runs 4 loop steps"):
         sdi.step_influence(TEST, k=2, rank_by=4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rerank": 3}], ids=["sketched", "reranked"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_step_beyond_the_depth_is_refused_before_a_train_example_is_read(
+    settings: dict[str, int],
+    indexed: bool,
+    tmp_path: Path,
+) -> None:
+    class Unread(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(TRAIN)
+
+        def __getitem__(self, position: int) -> Any:
+            raise AssertionError("a train example was read")
+
+    index = {"index": tmp_path / "index"} if indexed else {}
+    sdi = SDIInfluence(CASES[0].model(), Unread(), checkpoints_of(CASES[0]), load, batch_size=2, loop="core", **index)
+    with pytest.raises(ValueError, match="rank_by=3, but the test side runs 3 loop steps"):
+        sdi.step_influence(TEST, k=2, rank_by=3, **settings)
+    assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize("layers", ["loop", None])

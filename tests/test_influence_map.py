@@ -20,6 +20,7 @@ from captum_sdi import Exact, InfluenceMap, SDIInfluence, TensorSketch
 from captum_sdi.features import Dense, Gradient
 from captum_sdi.maps import compute
 from captum_sdi.maps.memory import Needs, Portions, portions
+from captum_sdi.preconditioners import Hessian
 
 LONGEST = 4
 TRAIN = [row for row in rows(9, seed=1, longest=LONGEST) if (row["labels"][1:] != -100).any()]
@@ -229,12 +230,21 @@ class Weights:
         return gradient if self.acts_on == "gradient" else row
 
 
-@pytest.mark.parametrize("acts_on", ["gradient", "row"])
-def test_preconditioned_influence_is_split_alike(acts_on: str) -> None:
-    sdi = influence(CASES[0], preconditioner=Weights(acts_on))
+@pytest.mark.parametrize("preconditioner", [Weights("gradient"), Weights("row"), Hessian(rank=4)], ids=lambda p: p.acts_on)
+def test_preconditioned_influence_is_split_alike(preconditioner: Any) -> None:
+    sdi = influence(CASES[0], preconditioner=preconditioner, layers="loop")
     steps = sdi.step_influence(TEST)
     split = sdi.influence_map(TEST, PAIRS, ("token", "train_position", "step"))
     assert_close(split.sum("token", "train_position").values[..., 1:-1], steps.trajectories[:, PAIRS])
+
+
+@pytest.mark.parametrize("normalize", ["train", "both"])
+def test_parts_of_a_gradient_of_unit_norm(normalize: str) -> None:
+    sdi = influence(CASES[0], normalize=normalize, preconditioner=Weights("gradient"))
+    steps = sdi.step_influence(TEST)
+    split = sdi.influence_map(TEST, PAIRS, ("token", "train_token", "position", "step"))
+    summed = split.sum("token", "train_token", "position")
+    assert_close(summed.values[..., 1:-1], steps.trajectories[:, PAIRS])
 
 
 def test_an_index_is_neither_read_nor_written(tmp_path: Path) -> None:

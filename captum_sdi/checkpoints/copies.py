@@ -38,15 +38,13 @@ def are_the_same(first: Any, second: Any) -> bool:
 
 
 def compared_files(path: Path) -> list[Path]:
-    """List the files by which a checkpoint is told from others; none for a numbered folder without a step in it."""
+    """List the files by which a checkpoint is told from others; a Trainer's log names its step."""
     if not path.is_dir():
         return [path] if path.is_file() else []
     log = path / "trainer_state.json"
     weights = sorted(file for file in path.iterdir() if _WEIGHTS.fullmatch(file.name) and file.is_file())
-    if log.is_file():
-        return [log, *weights]
-    # Weights may stand still from one step to the next (a rate of 0), and numbers say that these are two steps.
-    return [] if path.name[-1:].isdecimal() else weights
+    # Weights may stand still from one step to the next (a rate of 0): the log says that these are two steps.
+    return [log, *weights] if log.is_file() else weights
 
 
 def same_bytes(first: Path, second: Path) -> bool:

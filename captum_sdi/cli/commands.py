@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from captum_sdi.cli import pictures
-from captum_sdi.cli.loading import build_influence, load_encoder, load_model, resolve_checkpoints
+from captum_sdi.cli.loading import build_influence, load_encoder, load_model, preconditioner_of, resolve_checkpoints
 from captum_sdi.cli.output import ARRAYS, LINES, TENSORS, check_output_folder, listed_files, written_whole
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe
@@ -64,13 +64,22 @@ def score(options: Namespace) -> None:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
     check_regular(options.query)
+    preconditioner = preconditioner_of(options)
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
     queries = JsonLines(options.query, encoder, show_progress=show_progress)
     print_summary(queries, options)
     train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
-    sdi = build_influence(recipe, model, train, options.index, options.n_loops)
+    sdi = build_influence(
+        recipe,
+        model,
+        train,
+        options.index,
+        n_loops=options.n_loops,
+        preconditioner=preconditioner,
+        normalize=options.normalize,
+    )
     scores = score_queries(sdi, queries, options)
     for examples in (queries, train):
         examples.check_unchanged()

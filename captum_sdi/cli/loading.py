@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -14,7 +15,9 @@ from captum_sdi.checkpoints import find_checkpoints
 from captum_sdi.cli.encoder import Encoder
 from captum_sdi.cli.recipe import Recipe
 from captum_sdi.influence import SDIInfluence
+from captum_sdi.model_facts import saved_loop
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
+from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 
 ADAPTER = "adapter_config.json"
@@ -51,6 +54,8 @@ def load_looped_model(recipe: Recipe) -> Any:
     )
     if recipe.loop_layers is not None:
         model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
+    elif saved_loop(model) is not None:
+        model = loop_layers(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, recipe.model, is_trainable=True)
     return model
@@ -83,6 +88,8 @@ def build_influence(
     train: Any,
     index: Path | None,
     n_loops: int | None = None,
+    preconditioner: Preconditioner | None = None,
+    normalize: Literal["train", "both"] | None = None,
 ) -> SDIInfluence:
     """Return the `SDIInfluence` of a recipe; `n_loops` sets the depth of the test side alone."""
     layers: Any = list(recipe.layers)
@@ -103,7 +110,32 @@ def build_influence(
         activation_checkpointing=recipe.activation_checkpointing,
         index=index,
         index_dtype=None if recipe.index_dtype is None else named_dtype(recipe.index_dtype),
+        preconditioner=preconditioner,
+        normalize=normalize,
     )
+
+
+def preconditioner_of(options: Namespace) -> Preconditioner | None:
+    """Return the preconditioner that was typed.
+
+    Raises:
+        ValueError: If a number was typed that it does not have.
+    """
+    name = options.preconditioner
+    numbers = {}
+    if options.preconditioner_damping is not None:
+        numbers["damping"] = options.preconditioner_damping
+    if options.preconditioner_rank is not None:
+        numbers["rank"] = options.preconditioner_rank
+    known = {"fisher": {"damping"}, "hessian": {"damping", "rank"}}
+    strange = sorted(numbers.keys() - known.get(name, set()))
+    if strange:
+        typed = "no --preconditioner" if name is None else f"--preconditioner {name}"
+        raise ValueError(f"--preconditioner-{strange[0]} says nothing beside {typed}.")
+    if name is None:
+        return None
+    kinds: dict[str, Any] = {"fisher": Fisher, "hessian": Hessian, "adam": Adam}
+    return kinds[name](**numbers)
 
 
 def resolve_checkpoints(recipe: Recipe) -> tuple[str, ...] | None:

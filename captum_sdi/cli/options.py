@@ -8,6 +8,7 @@ from pathlib import Path
 
 FORMATS = ("png", "pdf", "svg")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
+PRECONDITIONERS = ("fisher", "hessian", "adam")
 COSTS = "time and memory; these change no number"
 
 
@@ -163,6 +164,7 @@ def add_index_costs(command: ArgumentParser) -> None:
 def add_score_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi score``."""
     add_query_options(command)
+    add_preconditioner_options(command)
     add_result_options(command)
     add_moved_paths(command)
     add_trust_option(command.add_argument_group("model"))
@@ -210,6 +212,34 @@ def add_query_options(command: ArgumentParser) -> None:
         type=positive_integer,
         metavar="N",
         help="loop steps for the queries, where the model's forward takes n_loops; without it, those of the index",
+    )
+
+
+def add_preconditioner_options(command: ArgumentParser) -> None:
+    """Add what is done to the queries' gradients before they meet those of the training examples."""
+    group = command.add_argument_group("what a score is")
+    group.add_argument(
+        "--preconditioner",
+        choices=PRECONDITIONERS,
+        help="fisher, hessian: the rise of the query's loss to be expected without a training example; adam: gradients "
+        "divided by Adam's second moments beside the checkpoints; without it, gradients as they are",
+    )
+    group.add_argument(
+        "--preconditioner-damping",
+        type=positive_number,
+        metavar="X",
+        help="with fisher or hessian: relative to the mean or the largest curvature; without it, 0.1 or 0.003",
+    )
+    group.add_argument(
+        "--preconditioner-rank",
+        type=positive_integer,
+        metavar="N",
+        help="with hessian: how many curvatures are found, each by a pass over the training examples; without it, 80",
+    )
+    group.add_argument(
+        "--normalize",
+        choices=("train", "both"),
+        help="divide the training examples' gradients, or those of the queries too, by their norms",
     )
 
 
@@ -314,6 +344,17 @@ def positive_integer(text: str) -> int:
 def natural_number(text: str) -> int:
     """Return the number that was typed, of at least 0."""
     return integer_from(0, text)
+
+
+def positive_number(text: str) -> float:
+    """Return the number that was typed, above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return number
 
 
 def batch_size(text: str) -> int | str:

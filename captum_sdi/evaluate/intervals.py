@@ -25,7 +25,7 @@ class Estimate:
     high: Tensor
     """Upper end of the interval, as ``low``."""
     n: int
-    """Number of examples it rests on: those that the bootstrap resamples, or those that were ranked."""
+    """Number of examples it rests on, those that the bootstrap resamples, or those that were ranked."""
 
     def __str__(self) -> str:
         """Return one line, or one line for each step."""

@@ -21,12 +21,11 @@ from captum_sdi.maps.grid import GRID_AXES, Grid
 from captum_sdi.maps.look import look
 from captum_sdi.maps.memory import Needs, Portions, free_memory, portions
 from captum_sdi.maps.per_checkpoint import step_labels
-from captum_sdi.maps.rows import Rows, RowSide, held
+from captum_sdi.maps.rows import RowSide, held
 from captum_sdi.maps.words import Words
 from captum_sdi.model_facts import model_device
-from captum_sdi.passes import Live, Point
+from captum_sdi.passes import Point
 from captum_sdi.precision import score_dtype
-from captum_sdi.preconditioners import Fitted, apply_to_rows
 from captum_sdi.scores.influence_map import InfluenceMap, Label
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.study import Question, Study
@@ -85,16 +84,17 @@ def influence_map(
     check_parameters_apart(axes, sketch)
     study = replace(question.study, index=None)
     sides = look_at_sides(replace(question, study=study), indices, axes)
-    exact_study = replace(study, engine=study.engine.with_sketch(sketch))
+    map_study = replace(study, engine=study.engine.with_sketch(sketch))
+    map_study.check_rows()
     groups: dict[str, list[str]] = {}
     grid: Grid | None = None
-    with exact_study.points() as points:
+    with map_study.points() as points:
         for point in points:
             groups = axes.groups(list(point.capture.blank().rows))
             lengths = sides.lengths(len(groups), len(study.checkpoints) if "checkpoint" in axes.names else 1)
             shares = portions(needs_of(point, sides, lengths), free_memory(model_device(point.model)))
             grid = grid or Grid(sides.indices, lengths)
-            add_checkpoint(grid, point, exact_study, sides, groups, shares, axes)
+            add_checkpoint(grid, point, map_study, sides, groups, shares, axes)
     assert grid is not None, "there is always a checkpoint"
     return labelled(grid, axes, sides, groups, study, words)
 
@@ -167,22 +167,19 @@ def add_checkpoint(
 ) -> None:
     """Add the scores of all pairs at one checkpoint."""
     place = point.checkpoint.number if "checkpoint" in axes.names else 0
-    checkpoint = place, point.checkpoint.rate
-    fitted = study.preconditioner.fit(point, Live(study.train))
-    acts_on = study.preconditioner.acts_on
-    transform = fitted if acts_on == "gradient" else None
-    wanted = sides.indices.unique()
-    parts = sides.trains.parts(point, min(shares.train_rows, shares.test_rows), only=wanted)
-    for held_rows in held(parts, shares.train_rows):
-        for tests in sides.tests.parts(point, shares.test_rows, transform=transform):
-            preconditioned = tests if acts_on == "gradient" else with_rows_mapped(tests, fitted)
-            for trains in held_rows:
-                grid.add(preconditioned, trains, groups, checkpoint)
-
-
-def with_rows_mapped(rows: Rows, fitted: Fitted) -> Rows:
-    """Apply a preconditioner that acts on rows."""
-    return replace(rows, features=apply_to_rows(fitted, rows.features))
+    checkpoint = place, point.checkpoint.weight
+    preconditioned = study.preconditioned(point)
+    trains = sides.trains.parts(
+        point,
+        min(shares.train_rows, shares.test_rows),
+        only=sides.indices.unique(),
+        unit_norm=study.normalize is not None,
+    )
+    for held_rows in held(trains, shares.train_rows):
+        tests = sides.tests.parts(preconditioned, shares.test_rows, unit_norm=study.normalize == "both")
+        for test_rows in tests:
+            for train_rows in held_rows:
+                grid.add(test_rows, train_rows, groups, checkpoint)
 
 
 # --- what it is of ---

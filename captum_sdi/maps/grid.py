@@ -60,16 +60,16 @@ class Grid:
             tests: Rows of the test side.
             trains: Rows of the train side.
             groups: The parameters of each place along the layer axis.
-            checkpoint: Its place along its axis, and its learning rate.
+            checkpoint: Its place along its axis, and its weight.
         """
-        place, rate = checkpoint
+        place, weight = checkpoint
         pairs = self._pairs(tests, trains)
         if not len(pairs[0]):
             return
         train_features = flat_bins(trains.features)
         is_noisy = any(noise.variance for noise in tests.features.noise.values())
         for number, names in enumerate(groups.values()):
-            scores = pair_scores(tests.features.only(names), train_features.only(names)).times(rate)
+            scores = pair_scores(tests.features.only(names), train_features.only(names)).times(weight)
             at = number, place
             self._values = self._put(self._values, blocks(scores.values, tests, trains), pairs, at)
             if is_noisy:

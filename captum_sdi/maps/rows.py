@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ from captum_sdi.data.targets import one_target_side, target_rows
 from captum_sdi.features import StepFeatures, concatenate
 from captum_sdi.maps.axes import SideAxes
 from captum_sdi.maps.look import Look
-from captum_sdi.passes import Point, Transform
+from captum_sdi.passes import Point
+from captum_sdi.preconditioners import Preconditioned
+
+RowSource = Point | Preconditioned
+"""What computes rows."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class Rows:
     def n_positions(self) -> int:
         """How many positions each row is split into."""
         return self.features.size // len(self.examples)
+
+    def scaled(self, scales: Tensor) -> Rows:
+        """Multiply each row by a number ``(r,)``."""
+        by_position = scales.repeat_interleave(self.n_positions)
+        return replace(self, features=self.features.scaled(by_position))
 
 
 @dataclass(frozen=True)
@@ -73,47 +82,61 @@ class RowSide:
 
     def parts(
         self,
-        point: Point,
+        source: RowSource,
         at_once: int,
         *,
         only: Tensor | None = None,
-        transform: Transform | None = None,
+        unit_norm: bool = False,
     ) -> Iterator[Rows]:
         """Compute the rows of all examples, or of some, a few at a time.
 
         Args:
-            point: The model at a checkpoint.
+            source: The model at a checkpoint, with a preconditioner or without.
             at_once: How many rows at most.
             only: Positions of the examples; None: all.
-            transform: Applied to every gradient before the sketch.
+            unit_norm: Divide the rows of an example by the norm of its whole gradient.
 
         Yields:
             Rows in the order of the examples.
         """
         for positions, raw in self.examples.batches(only):
+            scales = torch.ones(len(positions))
+            if unit_norm:
+                scales = self._inverse_norms(source, raw, positions)
             numbers, columns = rows_of(self.looks, positions.tolist())
             for start in range(0, len(numbers), at_once):
                 chosen = slice(start, start + at_once)
-                yield self._part(point, raw, positions, numbers[chosen], columns[chosen], transform)
+                part = self._part(source, raw, positions, numbers[chosen], columns[chosen])
+                yield part.scaled(scales[numbers[chosen]]) if unit_norm else part
+
+    def _inverse_norms(self, source: RowSource, raw: Any, positions: Tensor) -> Tensor:
+        """Return one over the norms of a batch's whole gradients."""
+        examples = self.examples
+        features = source.batch(
+            raw,
+            examples.side,
+            positions.tolist(),
+            by_step=False,
+            collated_alone=examples.collated_alone,
+        )
+        return features.inverse_norms()
 
     def _part(
         self,
-        point: Point,
+        source: RowSource,
         raw: Any,
         positions: Tensor,
         numbers: list[int],
         columns: list[int],
-        transform: Transform | None,
     ) -> Rows:
         rows = target_rows(raw, numbers, columns) if self.axes.token else select(raw, numbers)
         examples = positions[numbers]
-        features = point.rows(
+        features = source.rows(
             rows,
             self.rows_side,
             examples.tolist(),
             by_step=self.axes.step,
             unit=self.axes.unit,
-            transform=transform,
         )
         first_positions = [self.looks[example].first_position for example in examples.tolist()]
         places = torch.tensor(columns) + torch.tensor(first_positions)

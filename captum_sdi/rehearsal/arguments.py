@@ -76,6 +76,16 @@ def check_sketch(sketch: Any) -> None:
         raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
 
 
+def check_normalize(normalize: Any) -> None:
+    """Refuse anything but "train", "both" or None.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if normalize not in (None, "train", "both"):
+        raise ValueError(f'normalize= must be "train", "both" or None, got {normalize!r}.')
+
+
 def check_layers(layers: Any) -> None:
     """Refuse anything but "loop", None, or a list of names.
 

@@ -120,14 +120,10 @@ class TopExamples:
         self._ranking, self._n_checkpoints = ranking, n_checkpoints
         self._best = RunningBest(ranking)
         self._pending: dict[int, tuple[int, Tensor]] = {}
-        self._n_columns = 0
 
     def add(self, block: ScoredBlock) -> None:
         """Take one block at one checkpoint."""
         values = block.scores.values
-        self._n_columns = max(self._n_columns, values.shape[-1])
-        if self._n_checkpoints == 1:
-            self._ranking.check_column(self._n_columns)
         ranked = self._ranking.column_of(values)
         n_summed, total = 1, ranked
         if block.number in self._pending:
@@ -139,12 +135,7 @@ class TopExamples:
             self._best.add(block.positions, total)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Return positions and what they are ranked by, ``(q, k)`` each, best first.
-
-        Raises:
-            ValueError: If they are ranked by a step that no test example ran.
-        """
-        self._ranking.check_column(self._n_columns)
+        """Return positions and what they are ranked by, ``(q, k)`` each, best first."""
         indices, ranked = self._best.result()
         return indices, ranked
 
@@ -160,7 +151,6 @@ class TopTrajectories:
     def add(self, block: ScoredBlock) -> None:
         """Take one block."""
         values = block.scores.values
-        self._ranking.check_column(values.shape[-1])
         self._best.add(block.positions, self._ranking.column_of(values), values, block.scores.variances)
         self._n_steps = deeper(self._n_steps, block.n_steps)
 
