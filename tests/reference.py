@@ -283,6 +283,57 @@ class PlainTraining:
         return self.loss_of(call, example)
 
 
+# --- parts of one example's gradient, one at a time ---
+
+
+def one_target_loss(logits: Tensor, labels: Tensor, column: int, causal: bool = True) -> Tensor:
+    """What the target at one position adds to `next_token_loss`; zero where there is none."""
+    n_targets = sum(int(label) != -100 for label in labels[int(causal) :])
+    if column < int(causal) or labels[column] == -100:
+        return 0 * logits.sum()
+    log_probabilities = torch.log_softmax(logits[column - int(causal)], 0)
+    return -log_probabilities[labels[column]] / n_targets
+
+
+def live_at(model: nn.Module, position: int) -> nn.Module:
+    """A copy whose parameters count at one position alone: elsewhere frozen copies answer with the same output."""
+    model = copy.deepcopy(model)
+
+    def answer(frozen: nn.Module) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            axis = output.ndim - 2
+            is_live = torch.arange(output.shape[axis]).unsqueeze(-1) == position
+            return torch.where(is_live, output, frozen(*args))
+
+        return hook
+
+    owners = [module for module in model.modules() if module._parameters]
+    for module in owners:
+        module.register_forward_hook(answer(copy.deepcopy(module).requires_grad_(False)))
+    return model
+
+
+def map_truth(checkpoints: Sequence[tuple[float, Sequence[Tensor], Sequence[Tensor]]], sizes: Sequence[int]) -> Tensor:
+    """Influence split along every axis, from gradients split along every axis of one side.
+
+    For each checkpoint (η, train gradients, test gradients), of each example ``(token, position, 2 + t, entries)``;
+    `sizes` says how many entries each parameter has. Returned is ``(q, n, token, train token, position, train position,
+    step, train step, parameter, checkpoint)`` with steps in the order prelude, loop steps, coda.
+    """
+    order = [0, *range(2, checkpoints[0][1][0].shape[2]), 1]
+    every = []
+    for eta, train, test in checkpoints:
+        parts = []
+        for phis, gs in zip(
+            torch.stack(list(test))[..., order, :].split(list(sizes), -1),
+            torch.stack(list(train))[..., order, :].split(list(sizes), -1),
+            strict=True,
+        ):
+            parts.append(eta * torch.einsum("qapse,nbrue->qnabprsu", phis, gs))
+        every.append(torch.stack(parts, -1))
+    return torch.stack(every, -1)
+
+
 def damped_fisher_inverse(gradients: Tensor, sizes: Sequence[int], damping: float) -> Tensor:
     """(F + λ)⁻¹ from gradients ``(n, entries)``, with F the mean of g gᵀ within each parameter's block and 0 elsewhere.
 
