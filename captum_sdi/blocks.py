@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ScoredBlock:
-    """Influence of one block's train examples on all test examples, at one checkpoint, times its learning rate."""
+    """Influence of one block's train examples on all test examples, at one checkpoint, times its weight."""
 
     number: int
     """As `Block.number`."""
@@ -42,7 +42,7 @@ class ScoredBlock:
     """``(n,)`` of the train examples."""
     checkpoint: Checkpoint
     scores: Scores
-    """``(q, n, b)``, multiplied by the checkpoint's learning rate."""
+    """``(q, n, b)``, multiplied by the checkpoint's weight."""
     n_steps: Tensor
     """``(q,)`` how many loop steps each test example ran at this checkpoint."""
 
@@ -53,8 +53,8 @@ def scored_block(
     scores: Scores,
     n_steps: Tensor,
 ) -> ScoredBlock:
-    """Say of a block's scores what they are of, and multiply them by the checkpoint's learning rate."""
-    weighted = scores.times(checkpoint.rate)
+    """Say of a block's scores what they are of, and multiply them by the checkpoint's weight."""
+    weighted = scores.times(checkpoint.weight)
     return ScoredBlock(block.number, block.positions, checkpoint, weighted, n_steps)
 
 

@@ -228,6 +228,14 @@ class StepFeatures:
         """Sum over all bins: one bin is left, the whole gradient."""
         return self.map(lambda row: row.sum(1, keepdim=True))
 
+    def unit(self) -> StepFeatures:
+        """Divide every example by the norm of its whole gradient, over all parameters; a zero gradient stays zero."""
+        squares = [row.sum(1).square().sum(-1) for row in self.rows.values()]
+        device = squares[0].device
+        norms = torch.stack([square.to(device) for square in squares]).sum(0).sqrt()
+        scales = torch.where(norms > 0, 1 / norms, 0)
+        return self.map(lambda row: row * scales.to(row)[:, None, None])
+
     def aggregated(self) -> StepFeatures:
         """Sum over the examples: one is left, as deep as the deepest."""
         return self.map(lambda row: row.sum(0, keepdim=True), self.n_steps.amax().reshape(1))

@@ -52,6 +52,8 @@ class Point:
     capture: Capture
     rehearsal: Rehearsal
     pieces: Pieces
+    trainable: frozenset[str] = frozenset()
+    """Names of the parameters that require a gradient outside the hooks, which freeze them all."""
 
     def batch(
         self,
@@ -218,8 +220,9 @@ class Engine:
         """Load and hook the model at one checkpoint after the other."""
         for checkpoint in checkpoints:
             loaded = checkpoint.loaded(self.model, self._load)
+            trainable = frozenset(name for name, each in self.model.named_parameters() if each.requires_grad)
             with prepared.featurizer.installed(checkpoint.name) as capture:
-                yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces)
+                yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces, trainable)
 
     def _prepare(self, examples: Examples) -> Prepared:
         """Find the loop on the first batch, once, and the targets, anew where the model has others by now."""

@@ -20,6 +20,7 @@ from captum_sdi.inputs import first_batch
 from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import as_loop, target_parameters
 from captum_sdi.loop.saved import check_saved_loop
+from captum_sdi.model_lock import exclusive
 from captum_sdi.sketch.exact import Exact
 
 
@@ -100,8 +101,9 @@ def coverage_check(
         return example_losses(loss_fn, output, parsed.labels, parsed.size).sum()
 
     tape = Tape(model, targets, spec)
-    captured = captured_gradients(tape, summed_loss, parsed.size)
-    expected = ordinary_gradients(model, targets, summed_loss)
+    with exclusive(model):
+        captured = captured_gradients(tape, summed_loss, parsed.size)
+        expected = ordinary_gradients(model, targets, summed_loss)
     table = compare_gradients(captured, expected)
     dtypes = {parameter.dtype for parameter in targets.values()}
     tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 5e-2

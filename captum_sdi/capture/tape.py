@@ -15,6 +15,7 @@ repeats it once other modules answer for all such layers.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -39,6 +40,7 @@ from captum_sdi.capture.tokens import Unit, token_gradients
 from captum_sdi.capture.whole_pass import WholePass
 from captum_sdi.features import LoopSpec
 from captum_sdi.loop.clock import LoopClock, Moment
+from captum_sdi.model_lock import exclusive, refuse_other_threads
 
 Answer = TypeVar("Answer")
 
@@ -107,6 +109,8 @@ class Tape:
 
     def __enter__(self) -> Tape:
         with ExitStack() as stack:
+            self.state.thread = threading.get_ident()
+            stack.enter_context(exclusive(self.model))
             stack.callback(self.state.restart)
             stack.enter_context(evaluating(self.model))
             stack.enter_context(frozen(self.model))
@@ -253,6 +257,7 @@ class Tape:
 
     def _on_anchor(self, module: nn.Module, args: object) -> None:
         if self.state.phase == "forward":
+            refuse_other_threads(self.state.thread, module, args)  # this hook is called before the lock's own
             self._clock.count_anchor()
 
     def _expand(
@@ -266,6 +271,7 @@ class Tape:
         # GPT-2 calls wpe once. The examples' gradients could not be told apart, and the model broadcasts the output of
         # such a layer in any case.
         # A call for one example alone looks the same: where `expanded` names new layers, the rehearsal compares.
+        refuse_other_threads(self.state.thread, module, args)
         activation = only_tensor(args, kwargs)
         if not self.state.is_listening or self.state.batch_size == 1 or activation is None:
             return None

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from captum_sdi.model_facts import model_device
 from captum_sdi.words import warn_user
@@ -181,8 +182,17 @@ def _select_rows(
     return map_tensors(rows, value)
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
+def run_model(
+    model: nn.Module,
+    batch: Batch,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Any:
     """Return the model's output for a batch.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        parameters: By name, what stands in for the model's own; None: nothing does.
 
     Raises:
         TypeError: If the model's forward does not take the batch's arguments.
@@ -191,7 +201,9 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         IndexError: If it fails otherwise.
     """
     try:
-        return model(*batch.args, **batch.kwargs)
+        if parameters is None:
+            return model(*batch.args, **batch.kwargs)
+        return functional_call(model, dict(parameters), batch.args, batch.kwargs)
     except (RuntimeError, ValueError, IndexError) as error:
         is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
         remedy = None if is_out_of_memory else _remedy(model, batch)

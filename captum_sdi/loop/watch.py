@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from captum_sdi.borrow import evaluating, frozen, observable
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
 from captum_sdi.loop.parameters import canonical_modules
+from captum_sdi.model_lock import exclusive
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def watch_calls(model: nn.Module, batch: Any, forward_kwargs: ForwardKwargs | No
         warnings.simplefilter("ignore")  # dropped keys are warned of when the batch is read to be used
         parsed = BatchReader(model)(batch, forward_kwargs)
     with ExitStack() as stack:
+        stack.enter_context(exclusive(model))
         for name, module in canonical_modules(model):
             if name == "" or next(module.parameters(), None) is None:
                 continue
