@@ -228,6 +228,18 @@ class StepFeatures:
         """Sum over all bins: one bin is left, the whole gradient."""
         return self.map(lambda row: row.sum(1, keepdim=True))
 
+    def norms(self) -> Tensor:
+        """Return the norm of each bin's features over all parameters, ``(n, b)``.
+
+        Example:
+            >>> rows = {"weight": torch.tensor([[[3.0], [0.0]]]), "bias": torch.tensor([[[4.0], [2.0]]])}
+            >>> StepFeatures(rows, noise={}, n_steps=torch.tensor([0])).norms()
+            tensor([[5., 2.]])
+        """
+        squares = [row.square().sum(-1) for row in self.rows.values()]
+        device = squares[0].device
+        return torch.stack([square.to(device) for square in squares]).sum(0).sqrt()
+
     def aggregated(self) -> StepFeatures:
         """Sum over the examples: one is left, as deep as the deepest."""
         return self.map(lambda row: row.sum(0, keepdim=True), self.n_steps.amax().reshape(1))

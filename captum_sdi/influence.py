@@ -202,8 +202,8 @@ class SDIInfluence(TracInCPBase):
         ranking = Ranking(k, proponents)
         if rerank is None:
             return KMostInfluentialResults(*queries.top_examples(question, ranking))
-        sums, indices = queries.reranked(question, ranking, rerank)
-        return KMostInfluentialResults(indices, sums.scores.values[..., Columns.TOTAL])
+        best = queries.reranked(question, ranking, rerank)
+        return KMostInfluentialResults(best.indices, best.sums.scores.values[..., Columns.TOTAL])
 
     def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
         """Implement Captum's abstract method: `influence` without ``k``."""
@@ -256,8 +256,7 @@ class SDIInfluence(TracInCPBase):
         ranking = Ranking(k, proponents, column)
         if rerank is None:
             return queries.top_step_influence(question, ranking)
-        sums, indices = queries.reranked(question, ranking, rerank)
-        return StepInfluence.from_sums(*sums, indices)
+        return queries.reranked_step_influence(question, ranking, rerank)
 
     @log_usage(part_of_slo=True)
     def step_matrix(self, inputs: Any, indices: Sequence[int] | None = None) -> Tensor:
@@ -308,7 +307,7 @@ class SDIInfluence(TracInCPBase):
         """
         examples = self._self_examples(inputs, show_progress=show_progress)
         study = self.study(show_progress=show_progress, with_index=False)
-        return StepInfluence.from_sums(*queries.self_influence(study, examples, by_step=True))
+        return queries.step_self_influence(study, examples)
 
     @log_usage(part_of_slo=True)
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False, test: bool = False) -> Tensor:

@@ -17,10 +17,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_sdi.features import Columns
+from captum_sdi.scores.checkpoint_shares import CheckpointShares
 from captum_sdi.scores.contract import Scores
+from captum_sdi.scores.hubs import Hubs, find_hubs
 from captum_sdi.whole_file import check_regular, write_whole
 
-_VERSION = {"format": "captum_sdi.StepInfluence", "version": "1"}
+_VERSION = {"format": "captum_sdi.StepInfluence", "version": "2"}
 _ROWS_SHOWN = 5
 """Of queries, and of examples of each, in a notebook."""
 
@@ -64,15 +66,24 @@ class StepInfluence:
     """
     trajectory_errors: Tensor
     """``(q, n, t)`` or ``(q, k, t)`` the sketch's standard error of each trajectory point."""
+    checkpoints: CheckpointShares | None = None
+    """Which checkpoint speaks: each one's share of the scores; None where it is not known, as in older files."""
 
     @classmethod
-    def from_sums(cls, scores: Scores, n_steps: Tensor, indices: Tensor | None = None) -> StepInfluence:
+    def from_sums(
+        cls,
+        scores: Scores,
+        n_steps: Tensor,
+        indices: Tensor | None = None,
+        checkpoints: CheckpointShares | None = None,
+    ) -> StepInfluence:
         """Build a result from columns of scores.
 
         Args:
             scores: Values and variances ``(..., b)`` in the order of `captum_sdi.features.Columns`.
             n_steps: ``(q,)`` how many loop steps each test example ran.
             indices: ``(q, k)`` the train examples; None when all are given in order.
+            checkpoints: What each checkpoint contributed.
 
         Returns:
             The result, its errors the square roots of the variances.
@@ -88,7 +99,32 @@ class StepInfluence:
             n_steps=n_steps.to(values.device),
             score_errors=errors[..., Columns.TOTAL],
             trajectory_errors=Columns.steps(errors),
+            checkpoints=checkpoints,
         )
+
+    def hubs(self, k: int | None = None) -> Hubs:
+        """Count which train examples fill the top lists of all test examples.
+
+        A few examples with large gradients can be the top proponents of everything: such hubs say little about any one
+        test example.
+
+        Args:
+            k: The length of the lists; None: that of the result, and 10 where it holds all train examples.
+
+        Returns:
+            The train examples in any list, those in most lists first.
+
+        Raises:
+            ValueError: If k is less than 1, or more than the result holds; or the result is of self-influence.
+
+        Example:
+            >>> steps = torch.tensor([[[3.0], [1.0], [2.0]], [[9.0], [5.0], [6.0]]])  # (q, n, t) = (2, 3, 1)
+            >>> zero = torch.zeros(2, 3)
+            >>> result = StepInfluence(None, steps.sum(-1), steps, zero, zero, torch.tensor([1, 1]), zero, 0 * steps)
+            >>> print(result.hubs(k=2))
+            2 of 3 training examples fill the top 2 of 2 test examples: #0 is in 2 lists, #2 in 2
+        """
+        return find_hubs(self.influence_scores, self.indices, k)
 
     def to(self, *args: object, **kwargs: object) -> StepInfluence:
         """Return the result on another device, or with its floating point fields in another dtype.
@@ -106,7 +142,8 @@ class StepInfluence:
             return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
 
         fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
-        return StepInfluence(**fields)
+        checkpoints = None if self.checkpoints is None else self.checkpoints.to(*args, **kwargs)
+        return StepInfluence(**fields, checkpoints=checkpoints)
 
     def save(self, path: str | os.PathLike[str], **notes: str) -> None:
         """Write every field to one safetensors file, whole or not at all, on the CPU and without pickle.
@@ -122,8 +159,14 @@ class StepInfluence:
         folder = Path(path).absolute().parent
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self._fields() if value is not None}
-        content = save({name: value.clone() for name, value in tensors.items()}, metadata={**notes, **_VERSION})
+        tensors = {name: value for name, value in self._fields() if value is not None}
+        metadata = {**notes, **_VERSION}
+        if self.checkpoints is not None:
+            further, names = self.checkpoints.as_saved()
+            tensors |= further
+            metadata |= names
+        copies = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+        content = save(copies, metadata=metadata)
         target = Path(os.path.realpath(path))
         if target.exists():
             check_regular(target)
@@ -159,14 +202,15 @@ class StepInfluence:
                 f"{name} was saved by a newer captum_sdi, in version {metadata['version']} of the format; this one "
                 f"reads {_VERSION['version']}. Update captum_sdi."
             )
-        names = {field.name for field in dataclasses.fields(cls)}
+        checkpoints = CheckpointShares.from_saved(tensors, metadata, name)
+        names = {field.name for field in dataclasses.fields(cls)} - {"checkpoints"}
         missing, unknown = sorted(names - {"indices"} - set(tensors)), sorted(set(tensors) - names)
         if missing or unknown or metadata.get("format") != _VERSION["format"]:
             raise ValueError(
                 f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
-        fields: dict[str, Any] = {"indices": None, **tensors}
+        fields: dict[str, Any] = {"indices": None, "checkpoints": checkpoints, **tensors}
         result = cls(**fields)
         _check_agreement(name, result)
         return result
@@ -189,7 +233,9 @@ class StepInfluence:
         return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
-        return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        """Yield the names and values of the fields that are tensors, or None."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "checkpoints"]
+        return ((name, getattr(self, name)) for name in names)
 
 
 def _check_agreement(name: str, result: StepInfluence) -> None:
