@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ScoredBlock:
-    """Influence of one block's train examples on all test examples, at one checkpoint, times its learning rate."""
+    """Influence of one block's train examples on all test examples, at one checkpoint, times its weight."""
 
     number: int
     """As `Block.number`."""
@@ -42,7 +42,7 @@ class ScoredBlock:
     """``(n,)`` of the train examples."""
     checkpoint: Checkpoint
     scores: Scores
-    """``(q, n, b)``, multiplied by the checkpoint's learning rate."""
+    """``(q, n, b)``, multiplied by the checkpoint's weight."""
     n_steps: Tensor
     """``(q,)`` how many loop steps each test example ran at this checkpoint."""
     test_norms: Tensor | None = None
@@ -56,8 +56,8 @@ def scored_block(
     n_steps: Tensor,
     test_norms: Tensor | None = None,
 ) -> ScoredBlock:
-    """Say of a block's scores what they are of, and multiply them by the checkpoint's learning rate."""
-    weighted = scores.times(checkpoint.rate)
+    """Say of a block's scores what they are of, and multiply them by the checkpoint's weight."""
+    weighted = scores.times(checkpoint.weight)
     return ScoredBlock(block.number, block.positions, checkpoint, weighted, n_steps, test_norms)
 
 

@@ -116,7 +116,7 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
     return Estimate(
         n_examples=n,
         n_batches=math.ceil(n / batch_size(typical)),
-        n_checkpoints=len(sdi.checkpoints),
+        n_checkpoints=len(study.checkpoints),
         device=str(device),
         batch_seconds=(timing.batch_ends[_REPEATS - 1] - timing.loaded) / _REPEATS,
         checkpoint_seconds=timing.loaded - timing.begun,

@@ -240,6 +240,12 @@ class StepFeatures:
         device = squares[0].device
         return torch.stack([square.to(device) for square in squares]).sum(0).sqrt()
 
+    def unit(self) -> StepFeatures:
+        """Divide every example by the norm of its whole gradient, over all parameters; a zero gradient stays zero."""
+        norms = self.summed().norms()
+        scales = torch.where(norms > 0, 1 / norms, 0)
+        return self.map(lambda row: row * scales.to(row).unsqueeze(-1))
+
     def aggregated(self) -> StepFeatures:
         """Sum over the examples: one is left, as deep as the deepest."""
         return self.map(lambda row: row.sum(0, keepdim=True), self.n_steps.amax().reshape(1))

@@ -26,14 +26,16 @@ from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
 from captum_sdi.passes import Engine, largest_batch
-from captum_sdi.preconditioners import Identity, Preconditioner
+from captum_sdi.preconditioners import Identity, Preconditioner, summed_checkpoints
+from captum_sdi.preconditioners.shelf import Shelf
 from captum_sdi.progress import Progress
 from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.scores.words import with_words, words_of
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
-from captum_sdi.study import Question, Study
+from captum_sdi.study import Normalize, Question, Study
 from captum_sdi.words import warn_user
 
 
@@ -74,7 +76,11 @@ class SDIInfluence(TracInCPBase):
         index_dtype: How a new index stores them: float32, or float16 or bfloat16 at half the size; None: as they
             are computed, float32 with `TensorSketch`.
         search: `Faiss` to find the top ``k`` of a large index; None compares every row.
-        preconditioner: A linear map on the test side's gradients (`captum_sdi.preconditioners`); None: the identity.
+        preconditioner: A linear map on the test side's gradients, such as ``Fisher()`` or ``Hessian()`` of
+            `captum_sdi.preconditioners`, which say what a score then is; None: the identity.
+        normalize: ``"train"``: divide every training example's gradient at each checkpoint by its norm, so that large
+            gradients do not win everything; ``"both"``: the test side's too, behind the preconditioner: cosines. Norms
+            are those of whole gradients, so that loop steps still sum.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -114,6 +120,7 @@ class SDIInfluence(TracInCPBase):
         index_dtype: torch.dtype | None = None,
         search: Faiss | None = None,
         preconditioner: Preconditioner | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
         self.preconditioner = Identity() if preconditioner is None else preconditioner
         arguments.check_model(model)
@@ -123,7 +130,8 @@ class SDIInfluence(TracInCPBase):
         loader = as_loader(train_dataset, first_size, self._collate, "train_dataset")
         super().__init__(model, loader, checkpoints, checkpoints_load_func, loss_fn, first_size, test_loss_fn)
         arguments.check_layers(layers)
-        self.layers, self.sketch = layers, sketch
+        arguments.check_normalize(normalize)
+        self.layers, self.sketch, self.normalize = layers, sketch, normalize
         train_loss = arguments.checked_loss(loss_fn, "loss_fn") or default_loss(model)
         test_loss = arguments.checked_loss(test_loss_fn, "test_loss_fn") or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
@@ -134,6 +142,7 @@ class SDIInfluence(TracInCPBase):
             model, self._load, layers, as_loop(loop), sketch, activation_checkpointing=activation_checkpointing
         )
         self._index = None if index is None else TrainIndex(index, index_dtype, sketch, self._train_side, search)
+        self._shelf = Shelf(self._index.path if self._index else None)
         if batch_size == "auto" and not isinstance(train_dataset, DataLoader):
             self.batch_size = largest_batch(self._engine, self._train_examples())
             self.train_dataloader = as_loader(train_dataset, self.batch_size, self._collate, "train_dataset")
@@ -220,6 +229,7 @@ class SDIInfluence(TracInCPBase):
         """Implement Captum's abstract method: `influence` with ``k``."""
         return self.influence(inputs, k, proponents, show_progress, aggregate)
 
+    @with_words
     @log_usage(part_of_slo=True)
     def step_influence(
         self,
@@ -307,7 +317,8 @@ class SDIInfluence(TracInCPBase):
         """
         examples = self._self_examples(inputs, show_progress=show_progress)
         study = self.study(show_progress=show_progress, with_index=False)
-        return queries.step_self_influence(study, examples)
+        result = queries.step_self_influence(study, examples)
+        return result.with_words(words_of(None, self.train_dataloader if inputs is None else inputs))
 
     @log_usage(part_of_slo=True)
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False, test: bool = False) -> Tensor:
@@ -332,7 +343,7 @@ class SDIInfluence(TracInCPBase):
 
     def study(self, *, show_progress: bool = False, with_index: bool = True) -> Study:
         """Return the train set, the checkpoints and the methods, as `captum_sdi.queries` takes them."""
-        checkpoints = listed_checkpoints(self.checkpoints)
+        checkpoints = summed_checkpoints(self.preconditioner, listed_checkpoints(self.checkpoints))
         if self.checkpoints_load_func is load_checkpoint:
             check_checkpoints(self.model, checkpoints)
         return Study(
@@ -341,6 +352,8 @@ class SDIInfluence(TracInCPBase):
             train=self._train_examples(),
             index=self._index if with_index else None,
             preconditioner=self.preconditioner,
+            normalize=self.normalize,
+            shelf=self._shelf,
             progress=Progress(self.get_name(), show_progress),
         )
 

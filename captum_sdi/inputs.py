@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,18 @@ def first_batch(model: nn.Module, batch: Any, n_rows: int) -> Any:
     """
     batches = as_batches(batch, n_rows, Collator(padding_token(model)), "batch")
     return Stream(batches, "batch").peek()
+
+
+def first_examples(model: nn.Module, batch: Any, at_most: int) -> Iterator[Any]:
+    """Return the first examples of anything that `SDIInfluence` takes, each as a batch of its own.
+
+    Args:
+        model: Whose padding token pads.
+        batch: A batch, or rows, a Dataset or a DataLoader.
+        at_most: How many examples are read.
+    """
+    batches = as_batches(batch, 1, Collator(padding_token(model)), "batch")
+    return Stream(batches, "batch").peek_examples(at_most)
 
 
 def padding_token(model: nn.Module) -> int:

@@ -28,6 +28,24 @@ def model_config(model: nn.Module) -> Any | None:
     return next(model_configs(model), None)
 
 
+LOOP_KEY = "captum_sdi_loop"
+"""Under which name a config holds how `captum_sdi.models.loop_layers` loops the model's layers."""
+
+
+def saved_loop(model: nn.Module) -> Any | None:
+    """Return what a config says of looped layers; None where none says anything.
+
+    Example:
+        >>> print(saved_loop(nn.Linear(2, 2)))
+        None
+    """
+    for config in model_configs(model):
+        record = getattr(config, LOOP_KEY, None)
+        if record is not None:
+            return record
+    return None
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Return the device of the first parameter; the CPU for a model without parameters.
 
@@ -51,3 +69,8 @@ def vocabulary_size(model: nn.Module) -> int | None:
     except (AttributeError, NotImplementedError):
         return None
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
+def has_children(module: nn.Module) -> bool:
+    """Say whether a module contains others, as a transformer layer does."""
+    return next(module.children(), None) is not None

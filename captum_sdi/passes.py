@@ -24,9 +24,10 @@ from captum_sdi.data.batch import batch_size, select
 from captum_sdi.data.examples import Examples
 from captum_sdi.data.side import Side
 from captum_sdi.features import Gradient, LoopSpec, StepFeatures
-from captum_sdi.loop.finding import find_loop
+from captum_sdi.loop.finding import N_EXAMPLES, loop_of_examples
 from captum_sdi.loop.parameters import target_parameters
 from captum_sdi.loop.presets import WHOLE_MODEL
+from captum_sdi.loop.saved import check_saved_loop
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.model_lock import exclusive
 from captum_sdi.pieces import Pieces
@@ -51,6 +52,8 @@ class Point:
     capture: Capture
     rehearsal: Rehearsal
     pieces: Pieces
+    trainable: frozenset[str] = frozenset()
+    """Names of the parameters that require a gradient outside the hooks, which freeze them all."""
 
     def batch(
         self,
@@ -176,6 +179,7 @@ class Engine:
         self._load = load
         self._prepared: Prepared | None = None
         self._pieces = Pieces()
+        check_saved_loop(model)
         if loop is not None or layers != "loop":
             self._checked_targets(loop or WHOLE_MODEL)
 
@@ -216,11 +220,13 @@ class Engine:
         """Load and hook the model at one checkpoint after the other."""
         for checkpoint in checkpoints:
             loaded = checkpoint.loaded(self.model, self._load)
+            trainable = frozenset(name for name, each in self.model.named_parameters() if each.requires_grad)
             with prepared.featurizer.installed(checkpoint.name) as capture:
-                yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces)
+                yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces, trainable)
 
     def _prepare(self, examples: Examples) -> Prepared:
         """Find the loop on the first batch, once, and the targets, anew where the model has others by now."""
+        check_saved_loop(self.model)
         loop = self.loop or self._found_loop(examples)
         targets = self._checked_targets(loop)
         if self._prepared is None or self._prepared.targets != targets:
@@ -230,13 +236,18 @@ class Engine:
 
     def _found_loop(self, examples: Examples) -> LoopSpec:
         """Find the loop, and remember it."""
-        raw, side = examples.stream.peek(), examples.side
-        check_length(raw, position_limit(self.model), side.name, range(batch_size(raw)))
-        n_ids = vocabulary_size(self.model)
-        if n_ids is not None and isinstance(raw, Mapping):
-            check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, range(batch_size(raw)))
-        self.loop = find_loop(self.model, raw, forward_kwargs=side.forward_kwargs)
+        checked = self._checked_examples(examples)
+        self.loop = loop_of_examples(self.model, checked, examples.side.forward_kwargs)
         return self.loop
+
+    def _checked_examples(self, examples: Examples) -> Iterator[Any]:
+        """Yield the first examples alone, after a look at their length and ids."""
+        limit, n_ids = position_limit(self.model), vocabulary_size(self.model)
+        for position, raw in enumerate(examples.stream.peek_examples(N_EXAMPLES)):
+            check_length(raw, limit, examples.side.name, [position])
+            if n_ids is not None and isinstance(raw, Mapping):
+                check_ids("input_ids", raw.get("input_ids"), n_ids, examples.side.name, [position])
+            yield raw
 
     def _checked_targets(self, loop: LoopSpec) -> list[str]:
         """Name the targeted parameters, all of which some rule may cover."""

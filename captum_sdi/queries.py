@@ -20,7 +20,6 @@ from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
 from captum_sdi.index.source import Indexed
 from captum_sdi.passes import Live, Point
-from captum_sdi.preconditioners import Identity, apply_to_rows
 from captum_sdi.progress import HIDDEN
 from captum_sdi.scores.checkpoint_sums import CheckpointSums
 from captum_sdi.scores.collect import (
@@ -209,10 +208,11 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> Reranke
         The winners, best first.
     """
     check_depth(question, ranking)
-    candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
-    candidates = candidates.sort(dim=1).values
     engine = question.study.engine.with_sketch(Exact())
     exact = replace(question, study=replace(question.study, engine=engine, index=None))
+    exact.study.check_rows()
+    candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
+    candidates = candidates.sort(dim=1).values
     checkpoint_sums = CheckpointSums()
     winners = exact_winners(exact, candidates, checkpoint_sums)
     sums = join_tests([each.result() for each in winners])
@@ -237,9 +237,9 @@ def exact_winners(question: Question, candidates: Tensor, checkpoint_sums: Check
                 own_candidates = candidates[start : start + batch.size]
                 start += batch.size
                 winners = collectors.setdefault(number, Winners(own_candidates))
-                tests = batch.with_total()
+                tests = question.study.as_tests(batch)
                 for block in train.blocks(point, own_candidates.unique().cpu()):
-                    scores = pair_values(tests, block.features)
+                    scores = pair_values(tests, question.study.as_train(block.features))
                     scored = scored_block(block, point.checkpoint, scores, tests.n_steps)
                     collect([scored], winners, checkpoint_sums)
     return list(collectors.values())
@@ -299,7 +299,9 @@ def self_blocks(
 ) -> Iterator[ScoredBlock]:
     """Score every example against itself at one checkpoint: ⟨g, P φ⟩ of the same example."""
     for block, test_features in both_sides(study, point, examples, by_step=by_step):
-        scores = self_scores(test_features, block.features)
+        if study.normalize == "both":
+            test_features = test_features.unit()
+        scores = self_scores(test_features, study.as_train(block.features))
         yield scored_block(block, point.checkpoint, scores, block.features.n_steps)
 
 
@@ -311,14 +313,13 @@ def both_sides(
     by_step: bool,
 ) -> Iterator[tuple[Block, StepFeatures]]:
     """Yield the features of each block of examples as train examples, g, and as test examples, P φ."""
-    preconditioner = study.preconditioner
-    fitted = preconditioner.fit(point, Live(study.train))
-    if preconditioner.acts_on == "gradient":
+    preconditioned = study.preconditioned(point)
+    if preconditioned.acts_on != "row":
         for number, (positions, raw) in enumerate(examples.batches()):
             side, places = examples.side, positions.tolist()
             alone = examples.collated_alone
             train = point.batch(raw, side, places, by_step=by_step, collated_alone=alone)
-            test = point.batch(raw, side, places, by_step=by_step, collated_alone=alone, transform=fitted)
+            test = preconditioned.batch(raw, side, places, by_step=by_step, collated_alone=alone)
             yield Block(number, positions, train), test
         return
     if study.index is None:
@@ -327,7 +328,7 @@ def both_sides(
         sketches = replace(study, progress=HIDDEN).complete_at(point, study.index)
         blocks = Indexed(sketches).blocks(point)
     for block in blocks:
-        yield block, apply_to_rows(fitted, block.features)
+        yield block, preconditioned.of_rows(block.features)
 
 
 def gradient_vectors(
@@ -351,13 +352,14 @@ def gradient_vectors(
     Raises:
         ValueError: If a learning rate is negative.
     """
-    preconditioner = study.preconditioner if as_tests else Identity()
-    question = Question(replace(study, preconditioner=preconditioner), examples, aggregate)
+    if not as_tests:
+        study = study.of_train_gradients()
+    question = Question(study, examples, aggregate)
     width = getattr(study.engine.sketch, "dim", 0)  # what is kept exactly is padded to it
     vectors: list[Tensor] = []
     with study.engine.points(study.checkpoints, examples) as points:
         for point in points:
-            rate = point.checkpoint.rate
+            rate = point.checkpoint.weight
             if rate < 0:
                 raise ValueError(f"A learning rate of {rate} has no square root; influence() takes it.")
             features = question.test_features(point, by_step=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,12 +16,17 @@ from captum_sdi.features import StepFeatures, join
 from captum_sdi.index import SketchIndex, TrainIndex
 from captum_sdi.index.search import Search
 from captum_sdi.passes import Engine, Live, Point
-from captum_sdi.preconditioners import Identity, Preconditioner, preconditioned_blocks
+from captum_sdi.preconditioners import Identity, Preconditioned, Preconditioner, check_rows
+from captum_sdi.preconditioners.shelf import Shelf
 from captum_sdi.progress import HIDDEN, Progress
 from captum_sdi.scores.contract import Scores, pair_scores
+from captum_sdi.train_side import TrainSide
 
 Contraction = Callable[[StepFeatures, StepFeatures], Scores]
 """``(test features with their total, train features)`` to scores: one of `captum_sdi.scores.contract`."""
+
+Normalize = Literal["train", "both"]
+"""Whose gradients are divided by their norms at each checkpoint: the train side's, or both sides'."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,10 @@ class Study:
     index: TrainIndex | None = None
     """Where the train side's features are read from; None: they are computed."""
     preconditioner: Preconditioner = field(default_factory=Identity)
+    normalize: Normalize | None = None
+    """Whose gradients have unit norm."""
+    shelf: Shelf = field(default_factory=Shelf)
+    """Where what preconditioners computed is kept."""
     progress: Progress = HIDDEN
 
     @contextmanager
@@ -53,6 +62,35 @@ class Study:
     def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
         """Write what an index lacks at one checkpoint."""
         return index.complete(point, self.train, thorough=thorough, progress=self.progress)
+
+    def preconditioned(self, point: Point) -> Preconditioned:
+        """Fit the preconditioner at a checkpoint."""
+        train = TrainSide(self.train, self.index, self.shelf, self.progress)
+        return Preconditioned.fitted_at(point, self.preconditioner, train)
+
+    def as_train(self, features: StepFeatures) -> StepFeatures:
+        """Return the train side's features as they are contracted."""
+        return features if self.normalize is None else features.unit()
+
+    def as_tests(self, features: StepFeatures) -> StepFeatures:
+        """Return the test side's features as they are contracted, totals first."""
+        if self.normalize == "both":
+            features = features.unit()
+        return features.with_total()
+
+    def of_train_gradients(self) -> Study:
+        """Return the study in which a question's examples have the features that they have as train examples."""
+        normalize: Normalize | None = None if self.normalize is None else "both"
+        return replace(self, preconditioner=Identity(), normalize=normalize)
+
+    def check_rows(self) -> None:
+        """Refuse rows that the preconditioner cannot take, before any work.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        with self.points() as points:
+            check_rows(self.preconditioner, next(points).capture.blank())
 
 
 @dataclass(frozen=True)
@@ -109,18 +147,17 @@ class Question:
             tests = self.test_features(point, by_step=by_step)
             norms = tests.norms()[:, 1:]  # behind that of the total
             for block in train.blocks(point, only):
-                scores = contract(tests, block.features)
+                scores = contract(tests, self.study.as_train(block.features))
                 yield scored_block(block, point.checkpoint, scores, tests.n_steps, norms)
 
     def test_features(self, point: Point, *, by_step: bool) -> StepFeatures:
         """Return P φ of all test examples at a checkpoint, totals first."""
         batches = self.test_batches(point, by_step=by_step)
-        return join(batches, aggregate=self.aggregate).with_total()
+        return self.study.as_tests(join(batches, aggregate=self.aggregate))
 
     def test_batches(self, point: Point, *, by_step: bool) -> Iterator[StepFeatures]:
         """Yield P φ of the test examples at a checkpoint, batch by batch."""
-        train = Live(self.study.train)
-        for block in preconditioned_blocks(self.study.preconditioner, point, train, self.tests, by_step=by_step):
+        for block in self.study.preconditioned(point).blocks(self.tests, by_step=by_step):
             yield block.features
 
     def searched(self, index: TrainIndex, *, by_step: bool) -> Search:
@@ -128,10 +165,11 @@ class Question:
         checkpoints, tests = [], []
         with index.one_build(len(self.study.checkpoints)), self.study.points() as points:
             for point in points:
+                # First the test examples: what is wrong with them, or with what they need, costs no pass.
+                tests.append(self.test_features(point, by_step=by_step))
                 sketches = self.study.complete_at(point, index)
                 checkpoints.append(point.checkpoint)
-                tests.append(self.test_features(point, by_step=by_step))
-        return index.search(sketches, checkpoints, tests)
+        return index.search(sketches, checkpoints, tests, unit=self.study.normalize is not None)
 
 
 def counted(blocks: Iterable[ScoredBlock], bar: Any) -> Iterator[ScoredBlock]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @dataclass(frozen=True)
@@ -194,3 +195,33 @@ def aliased_gradients(
         if grad is not None:
             result[name][bin] += grad.flatten()
     return result
+
+
+def damped_fisher_inverse(gradients: Tensor, sizes: Sequence[int], damping: float) -> Tensor:
+    """(F + λ)⁻¹ from gradients ``(n, entries)``, with F the mean of g gᵀ within each parameter's block and 0 elsewhere.
+
+    λ is `damping` times the mean of the eigenvalues that can differ from zero: of the block's trace by how many.
+    """
+    blocks = []
+    for block in gradients.split(list(sizes), dim=1):
+        n, width = block.shape
+        fisher = sum(torch.outer(gradient, gradient) for gradient in block) / n
+        shift = damping * fisher.diagonal().sum() / min(n, width)
+        blocks.append(torch.linalg.inv(fisher + shift * torch.eye(width).to(fisher)))
+    return torch.block_diag(*blocks)
+
+
+def damped_hessian_inverse(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], names: Sequence[str], damping: float
+) -> Tensor:
+    """(H₊ + λ)⁻¹ of the named parameters: H entry by entry, its negative eigenvalues 0, λ relative to the largest."""
+    model = copy.deepcopy(model).eval()
+    parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
+    with sdpa_kernel(SDPBackend.MATH):
+        first = torch.autograd.grad(loss(model), parameters, create_graph=True)
+    gradient = torch.cat([part.flatten() for part in first])
+    second = torch.autograd.grad(gradient, parameters, torch.eye(len(gradient)).to(gradient), is_grads_batched=True)
+    hessian = torch.cat([part.flatten(1) for part in second], dim=1)
+    values, vectors = torch.linalg.eigh(hessian)
+    shift = damping * values.max()
+    return vectors @ torch.diag(1 / (values.clamp(min=0) + shift)) @ vectors.T

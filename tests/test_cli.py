@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from captum_sdi import Exact, SDIInfluence, SketchIndex, StepInfluence, TensorSketch
 from captum_sdi.__main__ import main
-from captum_sdi.cli.encoder import Encoder
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.models import LoopedGPTForCausalLM, loop_layers
 from captum_sdi.passes import Engine, Point
+from captum_sdi.preconditioners import Hessian
 
 CASE = CASES[1]
 RATES = {5: 0.25, 10: 0.125}
@@ -125,7 +126,7 @@ def test_scores_are_those_of_python(here: Path) -> None:
         i = pair["index"]
         assert (pair["line"], pair["example"]) == (i + 1, {"id": f"t{i}", "text": TRAIN[i]})
     saved, arrays = StepInfluence.load("out/scores.safetensors"), np.load("out/scores.npz")
-    assert set(arrays) == set(vars(saved))
+    assert set(arrays) == {name for name, field in vars(saved).items() if field is not None}
     assert torch.equal(saved.indices, expected.indices)
     for name, array in arrays.items():
         assert np.array_equal(array, getattr(saved, name).numpy()), name
@@ -171,6 +172,25 @@ def test_exact_gradients_decide_among_candidates(here: Path, capsys: pytest.Capt
     model = LoopedGPTForCausalLM.from_pretrained("run/checkpoint-10")
     exact = SDIInfluence(model, _rows(TRAIN), sketch=Exact()).step_influence(_rows(QUERIES), k=4)
     _same_scores(_lines("out/scores.jsonl"), exact)
+
+
+def test_preconditioned_scores_are_those_of_python(here: Path) -> None:
+    assert run(INDEX, checkpoints="run") == 0
+    numbers = {"preconditioner_rank": "3", "preconditioner_damping": "0.5", "normalize": "train"}
+    assert run(SCORE, preconditioner="hessian", **numbers) == 0
+    expected = _python(preconditioner=Hessian(rank=3, damping=0.5), normalize="train")
+    _same_scores(_lines("out/scores.jsonl"), expected.step_influence(_rows(QUERIES), k=4))
+
+
+def test_numbers_that_a_preconditioner_does_not_have_are_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(INDEX) == 0
+    assert run(f"{SCORE} --preconditioner fisher --preconditioner-rank 3") == 1
+    sentence = "captum-sdi: error: --preconditioner-rank says nothing beside --preconditioner fisher.\n"
+    assert capsys.readouterr().err == sentence
+    assert run(f"{SCORE} --preconditioner-damping 0.1") == 1
+    assert capsys.readouterr().err.endswith("--preconditioner-damping says nothing beside no --preconditioner.\n")
+    assert run(f"{SCORE} --preconditioner adam") == 1
+    assert "reads second moments beside a checkpoint's weights; None is no path" in capsys.readouterr().err
 
 
 def test_token_ids_are_as_good_as_text(here: Path) -> None:
@@ -273,7 +293,7 @@ def test_a_failed_index_is_not_taken_for_another(
     assert run(INDEX) == 0
     before = Path("idx/command.json").read_text()
     assert run(INDEX, train="other.jsonl") == 1
-    assert "is of another train_dataset" in capsys.readouterr().err
+    assert "is of another training set" in capsys.readouterr().err
     assert Path("idx/command.json").read_text() == before
     monkeypatch.setattr(Engine, "points", lambda *_: (_ for _ in ()).throw(ValueError("nothing\nworks")).__next__())
     assert run(INDEX, index="idx2") == 1
@@ -449,7 +469,7 @@ def test_pictures_are_drawn_and_drawn_again(here: Path, capsys: pytest.CaptureFi
         "totals.png",
         "step-share.png",
     }
-    scores = {"scores.jsonl", "scores.npz", "scores.safetensors"}
+    scores = {"scores.jsonl", "scores.csv", "scores.npz", "scores.safetensors"}
     assert set(os.listdir("out")) == pictures | scores
     assert all(Path("out", name).stat().st_size > 10_000 for name in pictures)
     table = capsys.readouterr().out
@@ -491,7 +511,7 @@ def test_show_says_what_is_in_an_index(here: Path, capsys: pytest.CaptureFixture
         (f"{INDEX} --model no", r"--model no is no folder, and the Hub does not give it: "),
         (f"{INDEX} --train no.jsonl", r"no.jsonl: No such file or directory"),
         (f"{INDEX} --checkpoints no", r"There is no checkpoint at no; say with --checkpoints where it is\."),
-        (f"{INDEX} --layers core.9", r"layers= names 'core.9'"),
+        (f"{INDEX} --layers core.9", r"--layers names 'core.9'"),
         (f"{INDEX} --device nowhere", r"--device nowhere cannot be used: Expected one of cpu"),
         (f"{INDEX} --index run", r"run.* is no index, and holds other things"),
         (f"{INDEX} --loop-layers 0 1 2", r"has n_loops of its own"),
@@ -531,7 +551,7 @@ def test_a_warning_is_one_line(here: Path, capsys: pytest.CaptureFixture) -> Non
     assert re.fullmatch(r"captum-sdi: warning: A checkpoint in \S+ holds no learning rate: 1.0 is used.*\n", said), said
 
 
-@pytest.mark.parametrize("command", ["", "index", "score", "plot", "show", "demo"])
+@pytest.mark.parametrize("command", ["", "index", "score", "plot", "view", "show", "demo"])
 def test_help_explains_every_option(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

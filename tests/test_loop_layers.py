@@ -370,6 +370,99 @@ def test_compiled_afterwards() -> None:
         loop_layers(compiled, 1, 2, 2)
 
 
+# --- how the layers repeat: modes, anchors, and what a damped update adds to ---
+
+
+def spelled_out(
+    layers: list[Callable[[Tensor], Tensor]],
+    hidden: Tensor,
+    n_loops: int,
+    damping: float,
+    mode: str,
+    anchor: float,
+    remainder: str,
+) -> Tensor:
+    """The definitions: windows of all layers, or of one each, repeated and mixed with a single pass."""
+    windows = [layers] if mode == "block" else [[layer] for layer in layers]
+    for window in windows:
+        entered = state = hidden
+        outputs = []
+        for _ in range(n_loops):
+            output = state
+            for layer in window:
+                output = layer(output)
+            outputs.append(output)
+            kept = state if remainder == "state" else entered
+            state = damping * output + (1 - damping) * kept
+        hidden = anchor * outputs[0] + (1 - anchor) * state
+    return hidden
+
+
+MANNERS = list(itertools.product(("block", "layer"), (0.0, 0.5), ("state", "input"), (1.0, 0.3)))
+
+
+@pytest.mark.parametrize(("mode", "anchor", "remainder", "damping"), MANNERS)
+@pytest.mark.parametrize("answer", ["tensor", "tuple"])
+def test_every_manner_of_repeating(mode: str, anchor: float, remainder: str, damping: float, answer: str) -> None:
+    model, x = Own(answer), torch.randn(2, 3, 4)
+    once = model(x)
+    layers = [lambda h, i=i: torch.tanh(model.parts["stack"][i].linear(h)) + i for i in range(4)]
+    inner = spelled_out(layers[1:3], layers[0](x), 3, damping, mode, anchor, remainder)
+    looped: Any = loop_layers(model, 1, 3, 3, damping=damping, mode=mode, anchor=anchor, remainder=remainder)
+    torch.testing.assert_close(looped(x), layers[3](inner))
+    looped.damping = 1.0
+    assert torch.equal(looped(x, n_loops=1), once)
+
+
+def test_one_repetition_of_any_manner_is_the_untouched_model(family: str) -> None:
+    model = build(family)
+    before = model(**batch()).logits
+    for mode, anchor, remainder in itertools.product(("block", "layer"), (0.0, 0.5), ("state", "input")):
+        with loop_layers(model, START, STOP, 1, mode=mode, anchor=anchor, remainder=remainder) as looped:
+            assert torch.equal(looped(**batch()).logits, before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"], indirect=True)
+def test_layers_that_repeat_one_by_one_are_the_model_with_them_written_out(family: str) -> None:
+    model = build(family)
+    longer = copy.deepcopy(model)
+    layers = layers_of(longer, family)
+    order = [0, 1, 1, 1, 2, 2, 2, 3]
+    stack = [layers[i] for i in order]
+    layers._modules.clear()
+    layers.extend(stack)
+    if getattr(longer.config, "layer_types", None):
+        longer.config.layer_types = [longer.config.layer_types[i] for i in order]
+    longer.config.num_hidden_layers = len(order)
+    looped = loop_layers(model, START, STOP, 3, mode="layer")
+    assert torch.equal(looped(**batch()).logits, longer(**batch(), use_cache=False).logits)
+    with pytest.raises(ValueError, match="cache was passed to layer 1, which is looped"):
+        looped.generate(batch()["input_ids"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(("mode", "n_steps"), [("block", 3), ("layer", 6)])
+def test_the_loop_of_every_manner_is_found_and_exact(mode: str, n_steps: int) -> None:
+    """Conservation against ordinary gradients, and the steps' number: those of a layer are its calls."""
+    looped = loop_layers(build("gpt2").double(), START, STOP, 3, damping=0.5, mode=mode, anchor=0.5)
+
+    def gradient(row: dict[str, Tensor]) -> Tensor:
+        parameters = [p for layer in looped.transformer.h[START:STOP] for p in layer.parameters()]
+        loss = next_token_loss(looped(row["input_ids"].unsqueeze(0)).logits[0], row["labels"])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+
+    train, test = (torch.stack([gradient(row) for row in side]) for side in (TRAIN, TEST))
+    steps = SDIInfluence(looped, TRAIN, batch_size=2, sketch=Exact()).step_influence(TEST)
+    assert steps.trajectories.shape[-1] == n_steps
+    torch.testing.assert_close(steps.trajectories.sum(-1), test @ train.T)
+
+
+def test_every_manner_is_saved_in_the_config(tmp_path: Path) -> None:
+    looped = loop_layers(build("llama"), START, STOP, 3, damping=0.3, mode="layer", anchor=0.25, remainder="input")
+    looped.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loop_layers(loaded)(**batch()).logits, looped(**batch()).logits)
+
+
 # --- models of one's own ---
 
 
@@ -458,13 +551,19 @@ def test_a_model_that_cannot_be_looped_says_so(model: nn.Module, error: type[Exc
         ((1, 3, 2, 1.5), r"damping=1\.5 must be"),
         ((1, 3, 2, float("nan")), "damping=nan must be"),
         ((1, 3, 2, "half"), "damping='half' must be"),
+        ((1, 3, 2, 1.0, None, "spiral"), r"mode='spiral' is unknown; use one of \('block', 'layer'\)"),
+        ((1, 3, 2, 1.0, None, "layer", 1.0), r"anchor=1\.0 must be a number of at least 0 and below 1; 0\.0 is no"),
+        ((1, 3, 2, 1.0, None, "layer", True), "anchor=True must be a number"),
+        ((1, 3, 2, 1.0, None, "layer", 0.0, "past"), "remainder='past' is unknown"),
+        ((1, 3, None), "n_loops=None must be an integer of at least 1"),
         ((1, 3, 2, 1.0, "layers"), r"layers='layers' names no ModuleList of LlamaForCausalLM; use one of \['model\.l"),
     ],
 )
 def test_a_bad_argument_is_named_and_changes_nothing(arguments: tuple[Any, ...], match: str) -> None:
     model = build("llama")
     before = picture(model)
-    keywords = dict(zip(("start", "stop", "n_loops", "damping", "layers"), arguments, strict=False))
+    names = ("start", "stop", "n_loops", "damping", "layers", "mode", "anchor", "remainder")
+    keywords = dict(zip(names, arguments, strict=False))
     with pytest.raises(ValueError, match=match):
         loop_layers(model, **keywords)
     assert picture(model) == before

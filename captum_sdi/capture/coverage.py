@@ -18,6 +18,8 @@ from captum_sdi.features import Gradient, LoopSpec
 from captum_sdi.inputs import first_batch
 from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import as_loop, target_parameters
+from captum_sdi.loop.saved import check_saved_loop
+from captum_sdi.model_lock import exclusive
 from captum_sdi.sketch.exact import Exact
 
 
@@ -85,6 +87,7 @@ def coverage_check(
         >>> max(coverage_check(model, {"input_ids": ids, "labels": ids}).differences) < 1e-4
         True
     """
+    check_saved_loop(model)
     batch = first_batch(model, batch, 8)
     spec = as_loop(loop) or find_loop(model, batch, forward_kwargs=forward_kwargs)
     names = target_parameters(model, layers, spec)
@@ -97,8 +100,9 @@ def coverage_check(
         return example_losses(loss_fn, output, parsed.labels, parsed.size).sum()
 
     tape = Tape(model, targets, spec)
-    captured = captured_gradients(tape, summed_loss, parsed.size)
-    expected = ordinary_gradients(model, targets, summed_loss)
+    with exclusive(model):
+        captured = captured_gradients(tape, summed_loss, parsed.size)
+        expected = ordinary_gradients(model, targets, summed_loss)
     table = compare_gradients(captured, expected)
     dtypes = {parameter.dtype for parameter in targets.values()}
     tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 5e-2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, get_args
 
@@ -25,8 +25,9 @@ from captum_sdi.capture.tokens import Unit
 from captum_sdi.data.batch import BatchReader, run_model
 from captum_sdi.data.losses import check_gradient, example_losses
 from captum_sdi.data.side import Side
-from captum_sdi.features import POOLED, Bins, Gradient, LoopSpec, Noise, StepFeatures, canonical_name
+from captum_sdi.features import POOLED, Bins, Dense, Gradient, LoopSpec, Noise, StepFeatures, canonical_name
 from captum_sdi.sketch.base import Projection, Sketch
+from captum_sdi.sketch.exact import Exact
 
 Transform = Callable[[str, Gradient], Gradient]
 """A linear map of one parameter's per-example gradients, such as a preconditioner: (parameter name, gradients)."""
@@ -151,6 +152,33 @@ class Capture:
         self.check_finite(by_example.all(1), "gradient", side, positions)
         n_steps = torch.full((n_rows,), self.n_steps)
         return StepFeatures(rows, self._noise(), n_steps)
+
+    def exact(self) -> Capture:
+        """Return the same capture with every entry of every gradient; `sketched` sketches them afterwards."""
+        sketch = Exact()
+        projections = {}
+        for name, parameter in self.tape.targets.items():
+            projections[name] = sketch.projection(name, parameter, self.checkpoint)
+        return replace(self, sketch=sketch, projections=projections)
+
+    def sketched(self, exact: StepFeatures) -> StepFeatures:
+        """Sketch exact features, with the hashes that gradients are sketched with.
+
+        Args:
+            exact: ``(n, b, entries)`` for each parameter.
+
+        Returns:
+            ``(n, b, width)`` for each parameter.
+        """
+        first_row = next(iter(exact.rows.values()))
+        n, bins, _ = first_row.shape
+        rows = self._zeros(n, bins)
+        for name, projection in self.projections.items():
+            shape = self.tape.targets[name].shape
+            entries = exact.rows[name].reshape(n * bins, *shape)
+            row = rows[POOLED if self.sketch.pool else name]
+            row += projection(Dense(entries)).view_as(row)
+        return StepFeatures(rows, self._noise(), exact.n_steps).map(lambda row: row.to(first_row.dtype))
 
     def blank(self) -> StepFeatures:
         """Return features of no example: which rows there are, how wide and how noisy."""

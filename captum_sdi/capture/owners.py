@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from captum_sdi.capture import refusals
-from captum_sdi.capture.loop_clock import called_loop_modules
 from captum_sdi.capture.rules.choose import why_uncovered
 from captum_sdi.features import LoopSpec, canonical_name
+from captum_sdi.loop.clock import called_loop_modules
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from captum_sdi.borrow import evaluating, frozen, recomputed
 from captum_sdi.capture import refusals
 from captum_sdi.capture.heap import HeapTrimmer
 from captum_sdi.capture.identity import observed
-from captum_sdi.capture.loop_clock import LoopClock, Moment
 from captum_sdi.capture.owners import Owner, find_owners
 from captum_sdi.capture.rules.base import Rule
 from captum_sdi.capture.rules.choose import choose_rule
 from captum_sdi.capture.tokens import TokenAxes, Unit, token_gradients
 from captum_sdi.features import Gradient, LoopSpec
+from captum_sdi.loop.clock import LoopClock, Moment
+from captum_sdi.model_lock import exclusive, refuse_other_threads
 
 Consumer = Callable[[str, slice, int, Gradient], None]
 """Called in the backward pass with (parameter name, rows, bin, gradients): a row is an example, or a token."""
@@ -78,6 +79,7 @@ class Tape:
         self._dummy = torch.zeros((), device=device, requires_grad=True)
         self._heap = HeapTrimmer() if self._recomputed and device.type == "cpu" else None
         self._running_rule = _RunningRule()
+        self._thread = threading.get_ident()
         self._installed = ExitStack()
         self._forget()
 
@@ -114,6 +116,8 @@ class Tape:
 
     def __enter__(self) -> Tape:
         with ExitStack() as stack:
+            self._thread = threading.get_ident()
+            stack.enter_context(exclusive(self.model))
             stack.callback(self._forget)
             stack.enter_context(evaluating(self.model))
             stack.enter_context(frozen(self.model))
@@ -216,6 +220,7 @@ class Tape:
 
     def _on_anchor(self, module: nn.Module, args: object) -> None:
         if self._phase == "forward":
+            refuse_other_threads(self._thread, module, args)  # this hook is called before the lock's own
             self._clock.count_anchor()
 
     def _expand(
@@ -229,6 +234,7 @@ class Tape:
         # GPT-2 calls wpe once. The examples' gradients could not be told apart, and the model broadcasts the output of
         # such a layer in any case.
         # A call for one example alone looks the same: where `expanded` names new layers, the rehearsal compares.
+        refuse_other_threads(self._thread, module, args)
         activation = only_tensor(args, kwargs)
         if not self._listening or self._batch_size == 1 or activation is None:
             return None

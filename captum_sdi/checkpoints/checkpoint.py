@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ class Checkpoint:
     source: Any  # what the load function takes; None stands for the model's current weights
     rate: float = 1.0  # learning rate η, known once it was loaded
     number: int = 0  # position among the question's checkpoints
+    fixed_weight: float | None = field(default=None, repr=False)  # stands for η in scores of other units
+
+    @property
+    def weight(self) -> float:
+        """What scores at this checkpoint are multiplied by: its learning rate, unless their unit is another."""
+        return self.rate if self.fixed_weight is None else self.fixed_weight
 
     def loaded(self, model: nn.Module, load: Callable[[nn.Module, Any], Any]) -> Checkpoint:
         """Load the weights into the model, in place, and return the checkpoint with its rate.

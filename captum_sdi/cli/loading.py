@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from captum_sdi.checkpoints import find_checkpoints
-from captum_sdi.cli.encoder import Encoder
+from captum_sdi.cli.places import check_name
 from captum_sdi.cli.recipe import Recipe
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.influence import SDIInfluence
+from captum_sdi.model_facts import saved_loop
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
+from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 
 ADAPTER = "adapter_config.json"
@@ -22,6 +26,15 @@ CONFIGS = ("config.json", ADAPTER)
 """One of them is in every model's folder."""
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 """One of them is in every tokenizer's folder."""
+
+
+class ShellInfluence(SDIInfluence):
+    """`SDIInfluence` whose progress bars need not say whose they are: the shell shows no others."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return no name."""
+        return ""
 
 
 def load_model(recipe: Recipe, device_name: str, *, quiet: bool) -> Any:
@@ -46,11 +59,14 @@ def load_looped_model(recipe: Recipe) -> Any:
         from peft import PeftConfig, PeftModel  # optional: only adapters need it
 
         base = PeftConfig.from_pretrained(recipe.model).base_model_name_or_path
+        check_name("--model", base)
     model: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype=named_dtype(recipe.dtype), trust_remote_code=recipe.trust_remote_code
     )
     if recipe.loop_layers is not None:
         model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
+    elif saved_loop(model) is not None:
+        model = loop_layers(model)
     if is_adapter:
         model = PeftModel.from_pretrained(model, recipe.model, is_trainable=True)
     return model
@@ -83,6 +99,8 @@ def build_influence(
     train: Any,
     index: Path | None,
     n_loops: int | None = None,
+    preconditioner: Preconditioner | None = None,
+    normalize: Literal["train", "both"] | None = None,
 ) -> SDIInfluence:
     """Return the `SDIInfluence` of a recipe; `n_loops` sets the depth of the test side alone."""
     layers: Any = list(recipe.layers)
@@ -90,7 +108,7 @@ def build_influence(
         layers = "loop"
     elif layers == ["all"]:
         layers = None
-    return SDIInfluence(
+    return ShellInfluence(
         model,
         train,
         None if recipe.checkpoints is None else list(recipe.checkpoints),
@@ -103,7 +121,32 @@ def build_influence(
         activation_checkpointing=recipe.activation_checkpointing,
         index=index,
         index_dtype=None if recipe.index_dtype is None else named_dtype(recipe.index_dtype),
+        preconditioner=preconditioner,
+        normalize=normalize,
     )
+
+
+def preconditioner_of(options: Namespace) -> Preconditioner | None:
+    """Return the preconditioner that was typed.
+
+    Raises:
+        ValueError: If a number was typed that it does not have.
+    """
+    name = options.preconditioner
+    numbers = {}
+    if options.preconditioner_damping is not None:
+        numbers["damping"] = options.preconditioner_damping
+    if options.preconditioner_rank is not None:
+        numbers["rank"] = options.preconditioner_rank
+    known = {"fisher": {"damping"}, "hessian": {"damping", "rank"}}
+    strange = sorted(numbers.keys() - known.get(name, set()))
+    if strange:
+        typed = "no --preconditioner" if name is None else f"--preconditioner {name}"
+        raise ValueError(f"--preconditioner-{strange[0]} says nothing beside {typed}.")
+    if name is None:
+        return None
+    kinds: dict[str, Any] = {"fisher": Fisher, "hessian": Hessian, "adam": Adam}
+    return kinds[name](**numbers)
 
 
 def resolve_checkpoints(recipe: Recipe) -> tuple[str, ...] | None:
@@ -146,8 +189,7 @@ def check_model_folder(model: str) -> None:
     """Check that a path is a model's folder; a name on the Hub passes."""
     folder = Path(model)
     if not folder.exists():
-        if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-            raise ValueError(f"There is no folder {model}; say with --model where the model is.")
+        check_name("--model", model)  # a recipe named it
         return
     if any((folder / name).is_file() for name in CONFIGS):
         return

@@ -6,7 +6,7 @@ import os
 import sys
 from argparse import Namespace
 
-from captum_sdi.cli.rows import JsonLines
+from captum_sdi.cli.tables import AnyExamples
 
 
 def is_first_process() -> bool:
@@ -30,7 +30,7 @@ def print_unless_quiet(text: object, options: Namespace) -> None:
         print_line(text)
 
 
-def print_summary(examples: JsonLines, options: Namespace) -> None:
+def print_summary(examples: AnyExamples, options: Namespace) -> None:
     """Print what was read to standard error, so that a pipe takes the result alone."""
     if shows_progress(options):
         sys.stderr.write(f"{encodable(escaped(examples.summary()), sys.stderr.encoding)}\n")

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from captum_sdi.model_facts import model_device
 from captum_sdi.words import warn_user
@@ -176,14 +177,25 @@ def _select_rows(
     return map_tensors(rows, value)
 
 
-def run_model(model: nn.Module, batch: Batch) -> Any:
+def run_model(
+    model: nn.Module,
+    batch: Batch,
+    parameters: Mapping[str, Tensor] | None = None,
+) -> Any:
     """Return the model's output for a batch.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        parameters: By name, what stands in for the model's own; None: nothing does.
 
     Raises:
         TypeError: If the model's forward does not take the batch's arguments.
     """
     try:
-        return model(*batch.args, **batch.kwargs)
+        if parameters is None:
+            return model(*batch.args, **batch.kwargs)
+        return functional_call(model, dict(parameters), batch.args, batch.kwargs)
     except TypeError as error:
         if "argument" not in str(error):
             raise

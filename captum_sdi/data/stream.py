@@ -51,6 +51,27 @@ class Stream:
         first, _ = self._open()
         return first
 
+    def peek_examples(self, at_most: int) -> Iterator[Any]:
+        """Yield the first examples, each as a batch of its own; none is lost for a loader that can be read only once.
+
+        Args:
+            at_most: How many are read.
+        """
+        first, following = self._open()
+        others: list[Any] = []
+        raw: Any = first
+        n_seen = 0
+        while raw is not None and n_seen < at_most:
+            n_examples = min(batch_size(raw), at_most - n_seen)
+            for number in range(n_examples):
+                yield select(raw, [number])
+            n_seen += n_examples
+            if n_seen < at_most:
+                raw = next(following, None)
+                if raw is not None:
+                    others.append(raw)
+                self._opened = first, itertools.chain(others, following)
+
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Make one pass, and compare it with the first one.
 

@@ -179,6 +179,8 @@ class TrainIndex:
         index: SketchIndex,
         checkpoints: Sequence[Checkpoint],
         tests: Sequence[StepFeatures],
+        *,
+        unit: bool = False,
     ) -> Search:
         """Put test examples beside the index, which is complete at all checkpoints.
 
@@ -186,12 +188,13 @@ class TrainIndex:
             index: From `complete`.
             checkpoints: The checkpoints, with their learning rates.
             tests: The test examples' features at each, from `StepFeatures.with_total`.
+            unit: Divide every train example's row at each checkpoint by its norm.
 
         Returns:
             What scores them.
         """
         row = next(iter(tests[0].rows.values()))
-        return Search(index, Processes(row.device), checkpoints, tests, row.dtype, self.faiss)
+        return Search(index, Processes(row.device), checkpoints, tests, row.dtype, self.faiss, unit=unit)
 
     def _compared(self, build: Build) -> SketchIndex:
         """Read the index as it is on disk now, which agrees with the model; a new one where there is none."""
@@ -315,7 +318,8 @@ def check_folder(path: Path) -> None:
 
 def could_be_of_index(entry: Path) -> bool:
     """Say whether an entry of a folder without a manifest may be that of an index whose manifest was lost."""
-    if entry.suffix in (UNFINISHED, ".lock", ".json", ".faiss"):
+    is_kept = re.fullmatch(r"[a-z]+-[0-9a-f]{16}\.safetensors", entry.name, re.ASCII) is not None
+    if is_kept or entry.suffix in (UNFINISHED, ".lock", ".json", ".faiss"):
         return True
     if entry.is_symlink() or not entry.is_dir():
         return False
@@ -329,6 +333,7 @@ def unfinished_files(folder: Path) -> list[Path]:
 
 def is_unfinished(file: Path) -> bool:
     """Say whether a file is one of ours that was being written."""
-    written = r"(\d{12,}-\d{12,}\.safetensors|[0-9a-f]{16}\.faiss|manifest\.json|command\.json|builder\.json)"
+    derived = r"[0-9a-f]{16}\.faiss|[a-z]+-[0-9a-f]{16}\.safetensors"  # from rows: by FAISS, by preconditioners
+    written = rf"(\d{{12,}}-\d{{12,}}\.safetensors|{derived}|manifest\.json|command\.json|builder\.json)"
     is_named = re.fullmatch(rf"{written}\.\d+{re.escape(UNFINISHED)}", file.name, re.ASCII)
     return is_named is not None and file.is_file() and not file.is_symlink()

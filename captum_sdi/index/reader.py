@@ -31,9 +31,18 @@ class Reader:
         index: The index.
         checkpoint: The checkpoint's name.
         dtype: Of the rows that are handed out.
+        unit: Divide every row by its norm.
     """
 
-    def __init__(self, index: SketchIndex, checkpoint: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        index: SketchIndex,
+        checkpoint: str,
+        dtype: torch.dtype,
+        *,
+        unit: bool = False,
+    ) -> None:
+        self._unit = unit
         self._shards, self._dtype = index.shards[checkpoint], dtype
         self._starts = [shard.start for shard in self._shards]
         self._width = index.width
@@ -53,6 +62,18 @@ class Reader:
         return self.gather(positions)
 
     def read(self, start: int, stop: int) -> Tensor:
+        """Read the rows of consecutive examples, divided by their norms where that was asked for.
+
+        Returns:
+            As `read_stored`.
+        """
+        rows = self.read_stored(start, stop)
+        if not self._unit:
+            return rows
+        norms = rows.norm(dim=1, keepdim=True)
+        return rows * torch.where(norms > 0, 1 / norms, 0)
+
+    def read_stored(self, start: int, stop: int) -> Tensor:
         """Read the rows of consecutive examples.
 
         Args:

@@ -56,6 +56,7 @@ class Search:
         tests: The test examples' features at each checkpoint, from `StepFeatures.with_total`.
         dtype: Of the scores.
         faiss: Finds the top k; None compares every row.
+        unit: Divide every train example's row at each checkpoint by its norm.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class Search:
         tests: Sequence[StepFeatures],
         dtype: torch.dtype,
         faiss: Faiss | None = None,
+        *,
+        unit: bool = False,
     ) -> None:
         self._index, self._processes, self._faiss = index, processes, faiss
-        self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype)
+        self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype, unit=unit)
         searched = zip(checkpoints, tests, self._table.readers, strict=True)
         self._checkpoints = [SearchedCheckpoint(*each) for each in searched]
         first_row = next(iter(tests[0].rows.values()))
@@ -98,12 +101,12 @@ class Search:
         return positions.to(self._device), scores.to(self._device, self._dtype)
 
     def _queries(self, ranking: Ranking) -> list[Tensor]:
-        """Return what rows are multiplied by at each checkpoint, ``(q, D)`` times the learning rate."""
+        """Return what rows are multiplied by at each checkpoint, ``(q, D)`` times its weight."""
         queries = []
         for searched in self._checkpoints:
             rows = self._index.flat(searched.tests)
             query = ranking.column_of(rows.transpose(1, 2))
-            queries.append(searched.checkpoint.rate * query)
+            queries.append(searched.checkpoint.weight * query)
         return queries
 
     def _scanned(self, ranking: Ranking, queries: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -203,7 +206,7 @@ class Search:
             contract: Contracts the test side's features with a block's.
 
         Yields:
-            Blocks in order, in every process all of them, times their checkpoint's learning rate.
+            Blocks in order, in every process all of them, times their checkpoint's weight.
         """
         blocks = self._blocks(NUMBERS_AT_ONCE // self._index.width)
         n_processes = self._processes.count
@@ -242,11 +245,11 @@ class Search:
             yield [Scores(values.to(self._device), variances.to(self._device)) for values, variances in tensors]
 
     def _contracted(self, contract: Contract, positions: Sequence[int]) -> Iterator[Scores]:
-        """Contract all test examples with some train examples at each checkpoint, times its learning rate."""
+        """Contract all test examples with some train examples at each checkpoint, times its weight."""
         for searched in self._checkpoints:
             rows = searched.reader.rows(positions).to(self._device)
             scores = contract(searched.tests, self._index.features(rows))
-            yield scores.times(searched.checkpoint.rate)
+            yield scores.times(searched.checkpoint.weight)
 
     def _labelled(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +22,28 @@ class RowTable:
         index: A complete index.
         checkpoints: The checkpoints' names.
         dtype: Of the rows.
+        unit: Divide every row at each checkpoint by its norm.
     """
 
-    def __init__(self, index: SketchIndex, checkpoints: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        index: SketchIndex,
+        checkpoints: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        unit: bool = False,
+    ) -> None:
         self.folder = index.path
         """Where what is derived from the rows may be kept."""
         self.n_examples = index.n_examples
-        self.readers = [Reader(index, name, dtype) for name in checkpoints]
+        self.readers = [Reader(index, name, dtype, unit=unit) for name in checkpoints]
         """One per checkpoint."""
         self.width = index.width * len(self.readers)
         """Numbers per example, all checkpoints together."""
-        self.identity = [index.manifest.owner(name) for name in checkpoints] + [self.n_examples]
+        self.identity: list[Any] = [index.manifest.owner(name) for name in checkpoints] + [self.n_examples]
         """What the rows depend on, as JSON can hold it."""
+        if unit:
+            self.identity.append("unit norm")
 
     def blocks(self) -> Iterator[Tensor]:
         """Read all rows.

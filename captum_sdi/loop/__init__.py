@@ -1,6 +1,7 @@
 """What repeats in a model, and which parameters count.
 
-Imports go down this list: finding, presets, table, watch, parameters.
+Imports go down this list: finding, presets, table, repetition, tied, clock, watch, saved,
+parameters, kinds.
 """
 
 from captum_sdi.loop.finding import find_loop

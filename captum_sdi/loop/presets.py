@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from captum_sdi.features import LoopSpec
+from captum_sdi.loop.clock import LoopClock
 from captum_sdi.loop.parameters import called_names, canonical_modules
 from captum_sdi.loop.watch import Call
 from captum_sdi.model_facts import model_configs
@@ -45,8 +46,24 @@ def find_preset(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
         anchors = full_names(model, preset.anchors)
         # A model may only share its family's name, such as one with untied layers.
         if modules and called.intersection(called_names(model, anchors)):
-            return LoopSpec(modules, anchors)
+            loop = LoopSpec(modules, anchors)
+            return loop if fits(model, loop, calls) else None
     return None
+
+
+def fits(model: nn.Module, loop: LoopSpec, calls: Sequence[Call]) -> bool:
+    """Say whether each of the loop's modules was called at most once a step."""
+    modules = dict(canonical_modules(model))
+    looped = called_names(model, loop.modules)
+    clock = LoopClock(model, loop)
+    seen: set[tuple[int, str]] = set()
+    for call in calls:
+        moment = clock.replay_call(modules[call.name])
+        place = moment.step, call.name
+        if call.name in looped and place in seen:
+            return False
+        seen.add(place)
+    return True
 
 
 def full_names(model: nn.Module, short_names: Sequence[str]) -> tuple[str, ...]:

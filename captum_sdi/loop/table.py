@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from captum_sdi.features import LoopSpec
-from captum_sdi.loop.parameters import called_names
+from captum_sdi.features import Bins, LoopSpec
+from captum_sdi.loop.clock import LoopClock
+from captum_sdi.loop.parameters import called_names, canonical_modules
 from captum_sdi.loop.watch import Call
-
-PRELUDE, CODA = "prelude", "coda"
 
 
 @dataclass(frozen=True)
@@ -75,60 +74,59 @@ class FoundLoop(LoopSpec):
 
 def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> FoundLoop:
     """Add to a loop its table: a row for each outermost module, but for those that contain it."""
-    loop_names = set(called_names(model, spec.modules))
-    anchor_names = set(called_names(model, spec.anchors))
-    containing: set[str] = set()
-    last_position = 0
-    for position, call in enumerate(calls):
-        if call.name in loop_names:
-            containing.update(call.path)
-            last_position = position
-    containing -= loop_names
-    places: defaultdict[str, list[int | str]] = defaultdict(list)  # by module: where each of its calls was
-    has_gradient: list[bool] = []  # by loop step
-    for position, call in enumerate(calls):
-        in_loop = call.name in loop_names
-        if call.name in anchor_names:
-            has_gradient += [False]
-        if has_gradient and in_loop:
-            has_gradient[-1] |= call.with_gradient
-        place: int | str = CODA
-        if not has_gradient:
-            place = PRELUDE
-        elif in_loop or position < last_position:
-            place = len(has_gradient) - 1
+    modules = dict(canonical_modules(model))
+    clock = LoopClock(model, spec)
+    moments = []
+    has_gradient: defaultdict[int, bool] = defaultdict(bool)  # by loop step
+    for call in calls:
+        moment = clock.replay_call(modules[call.name])
+        moments.append(moment)
+        if moment.in_loop:
+            has_gradient[moment.step] |= call.with_gradient
+    containing = modules_around(calls, called_names(model, spec.modules))
+    places: defaultdict[str, list[int]] = defaultdict(list)  # by module: the bin of each of its calls
+    for call, moment in zip(calls, moments, strict=True):
         if call.name not in containing and containing.issuperset(call.path):
+            place = clock.bin(moment)
             places[call.name].append(place)
     rows = []
     for name, module_places in places.items():
         where = summary(module_places)
         rows.append(Row(name, len(module_places), where))
-    n_steps = len(has_gradient)
-    without_gradient = [step for step in range(n_steps) if not has_gradient[step]]
+    without_gradient = [step for step in range(clock.n_steps) if not has_gradient[step]]
     return FoundLoop(
         spec.modules,
         spec.anchors,
         rows=tuple(rows),
-        n_steps=n_steps,
+        n_steps=clock.n_steps,
         without_gradient=tuple(without_gradient),
     )
 
 
-def summary(places: Sequence[int | str]) -> str:
-    """Return the places of a module's calls in words.
+def modules_around(calls: Sequence[Call], names: Sequence[str]) -> set[str]:
+    """Return the modules in whose forward the modules of these names were called, without these themselves."""
+    containing: set[str] = set()
+    for call in calls:
+        if call.name in names:
+            containing.update(call.path)
+    return containing.difference(names)
+
+
+def summary(places: Sequence[int]) -> str:
+    """Return the bins of a module's calls in words.
 
     Example:
-        >>> summary(["prelude", 0, 1, 2, 5])
+        >>> summary([Bins.PRELUDE, *map(Bins.of_step, (0, 1, 2, 5))])
         'prelude, 0-2, 5'
     """
-    steps = {place for place in places if isinstance(place, int)}
+    steps = {step for step in range(max(places)) if Bins.of_step(step) in places}
     words = []
-    if PRELUDE in places:
-        words.append(PRELUDE)
+    if Bins.PRELUDE in places:
+        words.append("prelude")
     if steps:
         words.append(ranges(sorted(steps)))
-    if CODA in places:
-        words.append(CODA)
+    if Bins.CODA in places:
+        words.append("coda")
     return ", ".join(words)
 
 

@@ -21,25 +21,26 @@ class LoopedModel(nn.Module):
     @property
     def n_loops(self) -> int:
         """How often the layers are applied; assign to it to change that."""
-        return self._loop.n_loops
+        return self._loop.plan.n_loops
 
     @n_loops.setter
     def n_loops(self, value: int) -> None:
         check_n_loops(value)
-        self._loop.n_loops = value
+        self._loop.change(n_loops=value)
 
     @property
     def damping(self) -> float:
         """How much of the layers' update each repetition takes; assign to it to change that."""
-        return self._loop.damping
+        return self._loop.plan.damping
 
     @damping.setter
     def damping(self, value: float) -> None:
         check_damping(value)
-        self._loop.damping = float(value)
+        self._loop.change(damping=value)
 
     def unloop(self) -> None:
-        """Make the model exactly what it was before `loop_layers`."""
+        """Make the model exactly what it was before `loop_layers`; its config says nothing of a loop any more."""
+        self._loop.remove_record()
         for module in (self._loop.model, self._loop.owner):
             if isinstance(module, LoopedModel):  # false the second time when the model owns the layers itself
                 module.__class__ = untouched_class(type(module))

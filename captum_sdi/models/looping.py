@@ -1,10 +1,11 @@
 """Loops for models trained without one: training-free looping, arXiv 2605.23872.
 
-    h = layers[:start](h)
-    repeat n_loops times:  h = h + damping * (layers[start:stop](h) - h)
-    h = layers[stop:](h)
+    h_0 = layers[:start](...),    g = layers[start:stop]
+    h_t = h_(t-1) + damping * (g(h_(t-1)) - h_(t-1))    for t = 1 .. n_loops
+    h = anchor * g(h_0) + (1 - anchor) * h_n_loops,     and layers[stop:](h) goes on
 
-`repetition.py` repeats the layers; `looped_model.py` makes the class that the model has meanwhile.
+`repetition.py` repeats the layers; `looped_model.py` makes the class that the model has meanwhile; `loop_settings.py`
+keeps the loop in the model's config.
 """
 
 from __future__ import annotations
@@ -14,31 +15,39 @@ from typing import Any
 
 from torch import nn
 
-from captum_sdi.models.loop_settings import LoopSettings, check_damping, check_n_loops
+from captum_sdi.model_facts import saved_loop
+from captum_sdi.models.layer_lists import find_layers, find_owner, find_saved_layers
+from captum_sdi.models.loop_settings import LoopPlan, LoopSettings, check_plan, read_record
 from captum_sdi.models.looped_model import LoopedModel, looped_class
-from captum_sdi.words import is_integer
 
 
 def loop_layers(
     model: nn.Module,
-    start: int,
-    stop: int,
-    n_loops: int,
+    start: int | None = None,
+    stop: int | None = None,
+    n_loops: int | None = None,
     *,
     damping: float = 1.0,
+    mode: str = "block",
+    anchor: float = 0.0,
+    remainder: str = "state",
     layers: str | None = None,
 ) -> LoopedModel:
     """Make a Hugging Face model apply its layers `start` to `stop - 1` `n_loops` times.
 
     Every repetition uses the same weights. The model is changed in place and returned; it keeps its class's name and is
-    an instance of that class, and its parameters keep their names, so that ``save_pretrained`` saves the model without
-    the loop. Leaving ``with``, or `unloop`, makes the model what it was. ``model(..., n_loops=4)`` and
-    ``model.generate(..., n_loops=4)`` use another depth for one call.
+    an instance of that class, and its parameters keep their names. Leaving ``with``, or `unloop`, makes the model what
+    it was. ``model(..., n_loops=4)`` and ``model.generate(..., n_loops=4)`` use another depth for one call.
+
+    ``save_pretrained`` saves the model without the loop, and how it loops in its config. After ``from_pretrained``,
+    ``loop_layers(model)`` repeats the layers as the config says; until then `find_loop` and `SDIInfluence` refuse the
+    model, which is another one without its loop.
 
     Training-Free Looped Transformers takes as many sub-steps of an Euler scheme as there are repetitions, which is
-    ``damping=1 / n_loops`` here; it is not adapted when `n_loops` changes. (The paper's code also mixes the result
-    with that of a single pass, which this function does not.) Plain repetition, ``damping=1.0``, is what a model
-    trained with a loop does, and usually harms one that was not.
+    ``damping=1 / n_loops`` here; it is not adapted when `n_loops` changes. The authors' code then averages the result
+    with that of a single pass, as a Runge-Kutta scheme does with its stages: ``anchor=0.5``. Plain repetition,
+    ``damping=1.0``, is what a model trained with a loop does, and usually harms one that was not. One undamped
+    repetition is the untouched model, whatever the anchor.
 
     There is no key-value cache: the repetitions would append to the same entry of it. A forward pass has
     ``use_cache=False`` unless it is told otherwise, and raises ValueError where it is handed a cache, so pass
@@ -47,17 +56,23 @@ def loop_layers(
 
     Args:
         model: The model, frozen or not, with a head or without one.
-        start: The first looped layer, counted from 0.
+        start: The first looped layer, counted from 0; without it, `stop` and `n_loops`, the config says everything.
         stop: The layer after the last looped one.
         n_loops: How often the looped layers are applied.
         damping: How much of the layers' update each repetition takes, above 0 and at most 1.
+        mode: "block" repeats the looped layers together, ``a b a b``; "layer" each by itself, ``a a b b``, where
+            `n_loops`, `damping` and `anchor` are those of every layer, and each of its calls is a loop step.
+        anchor: The weight of a single pass's output in the final one, at least 0 and below 1.
+        remainder: To what a damped update adds: "state", that before the repetition, or "input", what came into the
+            window first, ``h_0 + damping * (g(h_(t-1)) - h_0)``.
         layers: Name of the `torch.nn.ModuleList` that holds the layers, for a model that has several.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If an argument has an impossible value, the layers are not found, or the model is looped already.
+        ValueError: If an argument has an impossible value, the layers are not found, the model is looped already, or
+            its config is to say how it loops and does not.
 
     Example:
         >>> import torch
@@ -73,22 +88,51 @@ def loop_layers(
         (True, False)
     """
     check_loopable(model)
-    list_name = find_layers(model, layers)
+    if start is None and stop is None and n_loops is None:
+        check_no_changes(damping=(damping, 1.0), mode=(mode, "block"), anchor=(anchor, 0.0))
+        check_no_changes(remainder=(remainder, "state"), layers=(layers, None))
+        list_name, plan = plan_of_config(model)
+    else:
+        plan = LoopPlan(start, stop, n_loops, damping, mode, anchor, remainder)  # type: ignore[arg-type]
+        list_name = find_layers(model, layers)
     n_layers = len(model.get_submodule(list_name))  # type: ignore[arg-type]
-    has_layers = f"{list_name!r} has {n_layers}"
-    check_between("start", start, 0, n_layers - 1, reason=f"{has_layers} layers")
-    check_between("stop", stop, start + 1, n_layers, reason=f"it is the layer after the last one, and {has_layers}")
-    check_n_loops(n_loops)
-    check_damping(damping)
+    check_plan(plan, list_name, n_layers)
     owner, path = find_owner(model, list_name)
-    settings = LoopSettings(model, owner, start, stop, n_loops, float(damping))
+    settings = LoopSettings(model, owner, list_name, plan)
     for module in dict.fromkeys((model, owner)):  # once when the model owns the layers itself
         untouched: Any = type(module)
         module.__class__ = looped_class(untouched)
         vars(module)["_loop"] = settings
     vars(owner)["_looped_list"] = path
+    settings.write_record()
     assert isinstance(model, LoopedModel)
     return model
+
+
+def plan_of_config(model: nn.Module) -> tuple[str, LoopPlan]:
+    """Return the list that a loaded model's config says is looped, and the plan.
+
+    Raises:
+        ValueError: If the config says nothing, or nothing that makes sense.
+    """
+    record = saved_loop(model)
+    if record is None:
+        raise ValueError(
+            f"the config of {type(model).__name__} does not say how its layers are looped: pass start=, stop= and "
+            "n_loops=."
+        )
+    saved_name, plan = read_record(record)
+    return find_saved_layers(model, saved_name), plan
+
+
+def check_no_changes(**arguments: tuple[Any, Any]) -> None:
+    """Raise ValueError naming the first argument, a value and its default, that would change what the config says."""
+    for name, (value, default) in arguments.items():
+        if value != default:
+            raise ValueError(
+                f"{name}={value!r} without start=, stop= and n_loops=: these come from the config together. Pass all "
+                f"of them, or set model.n_loops or model.damping afterwards."
+            )
 
 
 def check_loopable(model: nn.Module) -> None:
@@ -105,57 +149,3 @@ def check_loopable(model: nn.Module) -> None:
             raise ValueError("model is compiled: loop the layers first, then call torch.compile.")
     if "n_loops" in inspect.signature(model.forward).parameters:
         raise ValueError(f"model={type(model).__name__} has n_loops of its own; pass it to forward instead.")
-
-
-def find_layers(model: nn.Module, layers: str | None) -> str:
-    """Return the name of the list of layers: `layers`, or that of the only list there is."""
-    model_class = type(model).__name__
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            lists[name] = module
-    if layers is not None:
-        if layers not in lists:
-            raise ValueError(f"layers={layers!r} names no ModuleList of {model_class}; use one of {[*lists]}.")
-        return layers
-    candidates: list[str] = []
-    for name, module_list in lists.items():
-        # A list comes before the lists inside it, which hold experts or the like.
-        is_inside = any(name.startswith(f"{outer}.") for outer in candidates)
-        if not is_inside and all(has_children(layer) for layer in module_list):
-            candidates.append(name)
-    if len(candidates) == 1:
-        return candidates[0]
-    problem = "several lists" if candidates else "no list"
-    choices = [f"{name!r} of {len(lists[name])}" for name in candidates or lists]
-    raise ValueError(
-        f"{model_class} has {problem} of layers, so layers=None does not say which to loop; "
-        f"pass the name of a ModuleList in layers=. There is: {', '.join(choices) or 'none'}."
-    )
-
-
-def has_children(module: nn.Module) -> bool:
-    """Return whether a module contains others, as a transformer layer does."""
-    return next(module.children(), None) is not None
-
-
-def find_owner(model: nn.Module, list_name: str) -> tuple[nn.Module, str]:
-    """Return the module whose forward iterates over the list, and the list's name in it."""
-    *parents, path = list_name.split(".")
-    owner = model.get_submodule(".".join(parents))
-    while isinstance(owner, nn.ModuleDict | nn.ModuleList):  # containers are not called
-        path = f"{parents.pop()}.{path}"
-        owner = model.get_submodule(".".join(parents))
-    return owner, path
-
-
-def check_between(
-    name: str,
-    value: Any,
-    lowest: int,
-    highest: int,
-    reason: str,
-) -> None:
-    """Raise ValueError naming the argument unless it is an integer from `lowest` to `highest`."""
-    if not is_integer(value) or not lowest <= value <= highest:
-        raise ValueError(f"{name}={value!r} must be an integer from {lowest} to {highest}: {reason}.")

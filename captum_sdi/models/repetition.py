@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from captum_sdi.models.loop_settings import LoopSettings
+from captum_sdi.models.loop_settings import LoopPlan, LoopSettings
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 """How decoder layers call a key-value cache, or the state that takes its place."""
@@ -35,7 +36,7 @@ def call_looped(
     if settings is None:  # a wrapper kept the forward of a model that is no longer looped
         return forward(*args, **kwargs)
     with settings.depth(kwargs.pop("n_loops", None)):
-        if settings.n_loops == 1 and settings.damping == 1.0:  # nothing to repeat: the model as it was
+        if settings.plan.changes_nothing:
             return forward(*args, **kwargs)
         keyword_parameters = parameter_names(type(module))[len(args) :]
         if kwargs.get("use_cache") is None and "use_cache" in keyword_parameters:
@@ -57,9 +58,9 @@ def replace_layers(module: nn.Module, settings: LoopSettings) -> Iterator[None]:
         yield
         return
     layers = list(holder._modules[name])
-    looped = slice(settings.start, settings.stop)
-    repetition = Repetition(layers[looped], settings)
-    layers[looped] = repetition.stand_ins()
+    repetitions = [Repetition(layers[start:stop], start, settings.plan) for start, stop in windows(settings.plan)]
+    looped = slice(settings.plan.start, settings.plan.stop)
+    layers[looped] = [stand_in for repetition in repetitions for stand_in in repetition.stand_ins()]
     # An entry in the instance's own dictionary hides the submodule of that name from `self.layers`, and from nothing
     # else: parameters, state_dict and get_submodule look in `_modules`.
     vars(holder)[name] = layers
@@ -67,13 +68,25 @@ def replace_layers(module: nn.Module, settings: LoopSettings) -> Iterator[None]:
         yield
     finally:
         del vars(holder)[name]
-    if not repetition.finished:
+    if not all(repetition.finished for repetition in repetitions):
         model_class = type(module).__name__
-        last = settings.stop - 1
+        last = settings.plan.stop - 1
         raise RuntimeError(
-            f"{model_class} did not call the layers {settings.start} to {last} through self.{path}: "
+            f"{model_class} did not call the layers {settings.plan.start} to {last} through self.{path}: "
             "nothing was looped. loop_layers cannot loop this model; call unloop()."
         )
+
+
+def windows(plan: LoopPlan) -> list[tuple[int, int]]:
+    """Return the first layer, and the one after the last, of what is repeated together.
+
+    Example:
+        >>> windows(LoopPlan(1, 3, 4, 1.0, "layer", 0.0, "state"))
+        [(1, 2), (2, 3)]
+    """
+    if plan.mode == "block":
+        return [(plan.start, plan.stop)]
+    return [(layer, layer + 1) for layer in range(plan.start, plan.stop)]
 
 
 class StandIn:
@@ -92,14 +105,19 @@ class StandIn:
 
 
 class Repetition:
-    """The looped layers in one forward pass: called once by the model, then repeated."""
+    """Layers that repeat together in one forward pass: called once by the model, then again.
 
-    def __init__(self, layers: list[nn.Module], settings: LoopSettings) -> None:
+    Args:
+        layers: The layers.
+        start: The place of the first one among the model's.
+        plan: How they repeat.
+    """
+
+    def __init__(self, layers: list[nn.Module], start: int, plan: LoopPlan) -> None:
         self.layers = layers
         self.finished = False
-        self._start = settings.start
-        self._n_loops = settings.n_loops
-        self._damping = settings.damping
+        self._start = start
+        self._plan = plan
         self._calls: list[LayerCall] = []
         self._previous_output: Any = None
 
@@ -154,19 +172,23 @@ class Repetition:
         """Repeat the layers, given the last one's first output, and return its final output."""
         calls, self._calls = self._calls, []
         self.finished = True
-        state = calls[0].hidden
-        for _ in range(self._n_loops - 1):
-            state = hidden = self._dampen(state, output)
+        window_input = calls[0].hidden
+        single_pass = output
+        state = window_input
+        for _ in range(self._plan.n_loops - 1):
+            state = hidden = self._advance(window_input, state, output)
             for call in calls:
                 output = call.repeat(hidden)
                 hidden = hidden_state(output)
-        if self._damping == 1.0:
+        state = self._advance(window_input, state, output)
+        if self._plan.anchor:
+            state = torch.lerp(state, hidden_state(single_pass), self._plan.anchor)
+        if state is hidden_state(output):
             return output
-        damped = self._dampen(state, output)
-        return (damped, *output[1:]) if isinstance(output, tuple) else damped
+        return (state, *output[1:]) if isinstance(output, tuple) else state
 
-    def _dampen(self, state: Tensor, output: Any) -> Tensor:
-        """Return ``state + damping * (hidden - state)`` for the hidden state in `output`."""
+    def _advance(self, window_input: Tensor, state: Tensor, output: Any) -> Tensor:
+        """Return the state after a repetition: part of the update, added to the state before it or to the input."""
         hidden = hidden_state(output)
         if hidden.shape != state.shape:
             shape = tuple(state.shape)
@@ -175,9 +197,10 @@ class Repetition:
                 f"the looped layers turn a tensor of shape {shape} into one of {new_shape}, "
                 "which cannot be their input again; choose other start and stop."
             )
-        if self._damping == 1.0:
+        if self._plan.damping == 1.0:
             return hidden
-        return state + self._damping * (hidden - state)
+        kept = state if self._plan.remainder == "state" else window_input
+        return kept + self._plan.damping * (hidden - kept)
 
 
 @dataclass(eq=False)

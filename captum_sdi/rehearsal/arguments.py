@@ -67,6 +67,16 @@ def check_methods(
         raise TypeError(f"search= must be Faiss(...), beside index=; got {search!r}, index={index!r}.")
 
 
+def check_normalize(normalize: Any) -> None:
+    """Refuse anything but "train", "both" or None.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if normalize not in (None, "train", "both"):
+        raise ValueError(f'normalize= must be "train", "both" or None, got {normalize!r}.')
+
+
 def check_layers(layers: Any) -> None:
     """Refuse anything but "loop", None, or a list of names.
 

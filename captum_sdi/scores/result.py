@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captum_sdi.features import Columns
+from captum_sdi.scores import result_tables
 from captum_sdi.scores.checkpoint_shares import CheckpointShares
 from captum_sdi.scores.contract import Scores
 from captum_sdi.scores.hubs import Hubs, find_hubs
+from captum_sdi.scores.words import Example, Words, as_note, from_note
 from captum_sdi.whole_file import check_regular, write_whole
 
 _VERSION = {"format": "captum_sdi.StepInfluence", "version": "2"}
-_ROWS_SHOWN = 5
-"""Of queries, and of examples of each, in a notebook."""
+_NOT_TENSORS = {"words", "checkpoints"}
+"""Fields that a file keeps beside its tensors."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one truth value, and too many numbers
@@ -68,6 +69,8 @@ class StepInfluence:
     """``(q, n, t)`` or ``(q, k, t)`` the sketch's standard error of each trajectory point."""
     checkpoints: CheckpointShares | None = None
     """Which checkpoint speaks: each one's share of the scores; None where it is not known, as in older files."""
+    words: Words | None = None
+    """What the examples say, where their data sets remember it (`captum_sdi.texts`)."""
 
     @classmethod
     def from_sums(
@@ -143,7 +146,24 @@ class StepInfluence:
 
         fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
         checkpoints = None if self.checkpoints is None else self.checkpoints.to(*args, **kwargs)
-        return StepInfluence(**fields, checkpoints=checkpoints)
+        return StepInfluence(**fields, words=self.words, checkpoints=checkpoints)
+
+    def with_words(self, words: Words | None) -> StepInfluence:
+        """Return the result with the words of its examples; those of a side of another length are left out.
+
+        Args:
+            words: Of both sides; None for none.
+
+        Returns:
+            A new result.
+        """
+        if words is None or self.influence_scores.dim() != 2:
+            test_words = None
+        else:
+            is_whole = words.test is not None and len(words.test) == len(self.influence_scores)
+            test_words = words.test if is_whole else None
+        known = None if words is None else Words(test_words, words.train)
+        return dataclasses.replace(self, words=known)
 
     def save(self, path: str | os.PathLike[str], **notes: str) -> None:
         """Write every field to one safetensors file, whole or not at all, on the CPU and without pickle.
@@ -160,7 +180,7 @@ class StepInfluence:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
         tensors = {name: value for name, value in self._fields() if value is not None}
-        metadata = {**notes, **_VERSION}
+        metadata = {**notes, **self._words_note(), **_VERSION}
         if self.checkpoints is not None:
             further, names = self.checkpoints.as_saved()
             tensors |= further
@@ -203,14 +223,15 @@ class StepInfluence:
                 f"reads {_VERSION['version']}. Update captum_sdi."
             )
         checkpoints = CheckpointShares.from_saved(tensors, metadata, name)
-        names = {field.name for field in dataclasses.fields(cls)} - {"checkpoints"}
+        names = {field.name for field in dataclasses.fields(cls)} - _NOT_TENSORS
         missing, unknown = sorted(names - {"indices"} - set(tensors)), sorted(set(tensors) - names)
         if missing or unknown or metadata.get("format") != _VERSION["format"]:
             raise ValueError(
                 f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
-        fields: dict[str, Any] = {"indices": None, "checkpoints": checkpoints, **tensors}
+        further = {"checkpoints": checkpoints, "words": from_note(metadata)}
+        fields: dict[str, Any] = {"indices": None, **tensors, **further}
         result = cls(**fields)
         _check_agreement(name, result)
         return result
@@ -219,23 +240,44 @@ class StepInfluence:
         shapes = (f"{name}={value if value is None else tuple(value.shape)}" for name, value in self._fields())
         return f"StepInfluence({', '.join(shapes)})"
 
+    def to_pandas(
+        self,
+        texts: Sequence[Example] | None = None,
+        test_texts: Sequence[Example] | None = None,
+    ) -> Any:
+        """Return a DataFrame with a row for each pair: tidy, for sorting, grouping and writing to other files.
+
+        Args:
+            texts: The training examples' texts by index, or mappings whose fields become columns, such as an ``id``;
+                None: ``words``, if the result has any.
+            test_texts: The test examples', likewise; their columns begin with ``test_``.
+
+        Returns:
+            Columns ``test``, ``rank``, ``train``, ``total``, ``error``, ``prelude``, ``coda``, ``step_0`` and so on,
+            ``step_0_error`` and so on, counted from 0 as ``rank_by`` is, and those of the texts. Of self-influence
+            there is no ``test`` and no ``rank``.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        words = self.words or Words(test=None, train=None)
+        train_texts = words.train if texts is None else texts
+        return result_tables.data_frame(self, train_texts, words.test if test_texts is None else test_texts)
+
     def _repr_html_(self) -> str:
-        """Return the totals as a table, for notebooks; steps count from 0, as ``rank_by`` does."""
-        totals, steps = self.influence_scores.detach().cpu(), self.trajectories.detach().cpu()
-        lines = [repr(self), "", "query  example       total  largest step (from 0)"]
-        if totals.dim() != 2 or 0 in steps.shape:
-            return f"<pre>{html.escape(lines[0])}</pre>"
-        for q, row in enumerate(totals[:_ROWS_SHOWN]):
-            for place in row.argsort(descending=True)[:_ROWS_SHOWN].tolist():
-                index = place if self.indices is None else int(self.indices[q, place])
-                step = int(steps[q, place].abs().argmax())
-                lines.append(f"{q:>5}  {index:>7}  {float(row[place]):>+10.3e}  {step:>21}")
-        return f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+        """Return the strongest examples as a table, for notebooks."""
+        return result_tables.html_table(self)
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
         """Yield the names and values of the fields that are tensors, or None."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "checkpoints"]
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _NOT_TENSORS]
         return ((name, getattr(self, name)) for name in names)
+
+    def _words_note(self) -> dict[str, str]:
+        """Return the words of the examples in the result, as `save` writes them."""
+        if self.indices is None:
+            return as_note(self.words, range(self.influence_scores.shape[-1]))
+        return as_note(self.words, self.indices.unique().tolist())
 
 
 def _check_agreement(name: str, result: StepInfluence) -> None:

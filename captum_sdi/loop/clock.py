@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from captum_sdi.features import Bins, LoopSpec
+from captum_sdi.loop.kinds import only_embeds_or_normalises
 from captum_sdi.loop.parameters import called_modules, find_module
 
 
@@ -26,6 +27,10 @@ class Moment:
 class LoopClock:
     """Counts the loop steps of one forward pass at a time.
 
+    An anchor's call starts a step. So does the call of a looped module before any anchor's: some loops leave their
+    anchor out in the first iteration, as an adapter that has no state to mix in yet. Embeddings and norms start none,
+    nor do modules with an anchor inside.
+
     Raises:
         ValueError: If the loop names a module the model does not have.
     """
@@ -36,6 +41,7 @@ class LoopClock:
         self._inside: set[int] = set()
         for module in self.modules:
             self._inside.update(id(submodule) for submodule in module.modules())
+        self._early_starters = {id(module) for module in self.modules if may_start_early(module, self.anchors)}
         self.restart()
 
     def restart(self) -> None:
@@ -53,6 +59,8 @@ class LoopClock:
         """Count a call of a looped module; without anchors, the first one called starts steps."""
         self._calls += 1
         if self.anchors:
+            if self.step < 0 and id(module) in self._early_starters:
+                self.step = 0
             return
         if self._first_called is None:
             self._first_called = module
@@ -67,6 +75,14 @@ class LoopClock:
         """Return the moment of a call of ``layer``."""
         return Moment(self.step, id(layer) in self._inside, self._calls)
 
+    def replay_call(self, module: nn.Module) -> Moment:
+        """Count a call that was watched earlier, of any module, as the hooks would have, and return its moment."""
+        if any(module is anchor for anchor in self.anchors):
+            self.count_anchor()
+        if any(module is looped for looped in self.modules):
+            self.count_call(module)
+        return self.moment_of(module)
+
     def bin(self, moment: Moment) -> int:
         """Return the bin of a moment of the forward pass that has ended."""
         if moment.step < 0:
@@ -76,6 +92,13 @@ class LoopClock:
         if moment.in_loop or moment.loop_calls < self._calls:
             return Bins.of_step(moment.step)
         return Bins.CODA
+
+
+def may_start_early(module: nn.Module, anchors: Iterable[nn.Module]) -> bool:
+    """Say whether a looped module's call before any anchor's starts a step."""
+    inside = set(map(id, module.modules()))
+    holds_an_anchor = any(id(anchor) in inside for anchor in anchors)
+    return not holds_an_anchor and not only_embeds_or_normalises(module)
 
 
 def called_loop_modules(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
