@@ -12,6 +12,7 @@ from nbclient import NotebookClient
 
 # Which of a notebook's pictures, counted from 0, the gallery of the README shows.
 GALLERY = {
+    "01_which_document_which_hop": 0,
     "01_first_trajectory": 1,
     "02_sudoku": 0,
     "03_your_own_model": 0,
