@@ -149,38 +149,48 @@ def aliased_gradients(
     """Gradients of one example's loss by bin, for models that deep copies would not untie: ``(2 + t, entries)`` each.
 
     Before each call of a module that owns parameters, every one of them is replaced by a fresh alias, and the gradient
-    of that alias is that use's. Needs no list of what lies outside the loop, and follows tied parameters, whoever
-    owns them. The first row is the prelude, the second the coda, the others are the steps that calls of the anchors
-    start.
+    of that alias is that use's. Those of a module that is never called are replaced before the calls of the closest one
+    around it that is. Needs no list of what lies outside the loop, and follows tied parameters, whoever owns them. The
+    first row is the prelude, the second the coda, the others are the steps that calls of the anchors start.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tracked = {id(parameters[name]): name for name in names}
     inside = {id(part) for name in loop for part in model.get_submodule(name).modules()}
-    owned = {
-        module: {k: p for k, p in module._parameters.items() if p is not None and id(p) in tracked}
-        for module in model.modules()
-    }
+    called: set[nn.Module] = set()
+    spies = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
+    loss(model.eval())
+    for spy in spies:
+        spy.remove()
+    owned: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {module: [] for module in called}
+    for prefix, module in model.named_modules():
+        around = prefix
+        while (caller := model.get_submodule(around)) not in called:
+            around = around.rpartition(".")[0]
+        mine = [(module, k, p) for k, p in module._parameters.items() if p is not None and id(p) in tracked]
+        owned[caller] += mine
     log: list[tuple[str, Any]] = []  # ("step", None), ("loop", None) or ("use", (name, alias, inside))
 
     def note(kind: str) -> Callable[..., None]:
         return lambda *_: log.append((kind, None))
 
     def alias(module: nn.Module, args: object) -> None:
-        for local, parameter in owned[module].items():
+        for holder, local, parameter in owned[module]:
             fresh = parameter.detach().requires_grad_(True)
-            module._parameters[local] = fresh  # type: ignore[assignment]
+            holder._parameters[local] = fresh  # type: ignore[assignment]
             log.append(("use", (tracked[id(parameter)], fresh, id(module) in inside)))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note("step"), prepend=True) for name in anchors]
+    # A step begins first; then come the aliases, before any hook of the model's own that computes from parameters.
+    hooks = [module.register_forward_pre_hook(alias, prepend=True) for module, own in owned.items() if own]
+    hooks += [model.get_submodule(name).register_forward_pre_hook(note("step"), prepend=True) for name in anchors]
     hooks += [model.get_submodule(name).register_forward_pre_hook(note("loop")) for name in loop]
-    hooks += [module.register_forward_pre_hook(alias) for module, own in owned.items() if own]
     try:
         value = loss(model.eval())
     finally:
         for hook in hooks:
             hook.remove()
-        for module, own in owned.items():
-            module._parameters.update(own)
+        for own in owned.values():
+            for holder, local, parameter in own:
+                holder._parameters[local] = parameter
 
     last = max(i for i, (kind, _) in enumerate(log) if kind == "loop")
     uses, step = [], -1

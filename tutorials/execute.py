@@ -19,6 +19,7 @@ GALLERY = {
     "05_first_trajectory": 1,
     "06_sudoku": 0,
     "07_how_big_a_sketch": 0,
+    "08_a_known_answer": 0,
 }
 
 path = Path(sys.argv[1])

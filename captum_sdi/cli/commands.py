@@ -20,7 +20,7 @@ from captum_sdi.cli.output import (
     written_whole,
 )
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
-from captum_sdi.cli.recipe import NAME, Recipe
+from captum_sdi.cli.recipe import NAME, Recipe, seen_from_here
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.scoring import open_queries, score_queries
 from captum_sdi.cli.tables import AnyExamples, check_files, open_examples
@@ -187,7 +187,7 @@ def open_train(
 ) -> AnyExamples:
     """Open the training examples of a recipe; with a digest, they must be those that were indexed."""
     return open_examples(
-        [Path(path) for path in recipe.train],
+        [seen_from_here(Path(path)) for path in recipe.train],
         encoder,
         digest,
         split=recipe.split,

@@ -66,7 +66,12 @@ class StepInfluence:
     (93% at dim 128, 91% at 32, where measured).
     """
     trajectory_errors: Tensor
-    """``(q, n, t)`` or ``(q, k, t)`` the sketch's standard error of each trajectory point."""
+    """``(q, n, t)`` or ``(q, k, t)`` the sketch's standard error of each trajectory point.
+
+    The best by one step (``k=``, ``rank_by=``) are chosen for being high: two errors cover 86% to 95% of them, and
+    their scores exceed the exact ones by 4% at dim 2048 (13% pooled), 16% (50%) at 512, where measured; ``rerank=`` is
+    the cure.
+    """
     checkpoints: CheckpointShares | None = None
     """Which checkpoint speaks: each one's share of the scores; None where it is not known, as in older files."""
     words: Words | None = None
