@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from captum_sdi.cost import readable_time
 from captum_sdi.unrolled.backward import SEEDS_AT_ONCE, visited
 from captum_sdi.unrolled.replay import Replay
-from captum_sdi.words import readable_size, readable_time
+from captum_sdi.words import readable_size
 
 
 @dataclass(frozen=True)
