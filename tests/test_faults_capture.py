@@ -631,7 +631,7 @@ def test_the_adoption_holds_for_later_checkpoints() -> None:
 
 
 def test_what_is_checked_costs_two_examples_alone_and_two_forward_passes_of_one() -> None:
-    """Once for all that is run alike: features of two examples alone, and the first example's loss with and without stray uses."""
+    """Once for all that is run alike: two examples alone, and the first one's loss with and without stray uses."""
     model = Base()
     seen: list[int] = []
     model.register_forward_pre_hook(
