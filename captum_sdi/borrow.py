@@ -292,6 +292,29 @@ def is_floating(leaf: Any) -> bool:
 
 
 @contextmanager
+def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let tensors stand in for the parameters of these names, tied ones and modules under several names included.
+
+    `torch.func.functional_call` leaves a module that has several names, as looped blocks do, with the tensors in it.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> with standing_in(model, {"weight": torch.zeros(1, 2), "bias": torch.ones(1)}):
+        ...     model(torch.ones(1, 2))
+        tensor([[1.]])
+    """
+    tensor_of = {id(model.get_parameter(name)): tensor for name, tensor in tensors.items()}
+    with ExitStack() as stack:
+        for module in model.modules():
+            own = dict(module._parameters)
+            stack.callback(module._parameters.update, own)
+            for name, parameter in own.items():
+                if id(parameter) in tensor_of:
+                    module._parameters[name] = tensor_of[id(parameter)]  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
 def observable() -> Iterator[None]:
     """Run outside the user's inference mode and compiler, and call every layer."""
     # Hooks capture nothing inside compiled code, without any error; the fast path of nn.TransformerEncoderLayer goes

@@ -230,10 +230,17 @@ class StepFeatures:
 
     def unit(self) -> StepFeatures:
         """Divide every example by the norm of its whole gradient, over all parameters; a zero gradient stays zero."""
+        return self.scaled(self.inverse_norms())
+
+    def inverse_norms(self) -> Tensor:
+        """Return one over the norm of each example's whole gradient, over all parameters ``(n,)``; zero of zero."""
         squares = [row.sum(1).square().sum(-1) for row in self.rows.values()]
         device = squares[0].device
         norms = torch.stack([square.to(device) for square in squares]).sum(0).sqrt()
-        scales = torch.where(norms > 0, 1 / norms, 0)
+        return torch.where(norms > 0, 1 / norms, 0)
+
+    def scaled(self, scales: Tensor) -> StepFeatures:
+        """Multiply every example by a number of its own, ``(n,)``."""
         return self.map(lambda row: row * scales.to(row)[:, None, None])
 
     def aggregated(self) -> StepFeatures:

@@ -35,7 +35,7 @@ from captum_sdi.scores.contract import Scores, pair_values, self_scores, step_ma
 from captum_sdi.scores.ranking import Ranking, gather_pairs
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
-from captum_sdi.study import Question, Study, counted
+from captum_sdi.study import Contraction, Question, Study, counted
 
 
 def collect(blocks: Iterable[ScoredBlock], collector: Collector) -> None:
@@ -174,15 +174,24 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[S
     exact.study.check_rows()
     candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
     candidates = candidates.sort(dim=1).values
-    sums = join_tests([winners.result() for winners in exact_winners(exact, candidates)])
+    sums = join_tests([winners.result() for winners in winners_by_batch(exact, candidates, pair_values)])
     values = sums.scores.values
     order, _ = ranking.best(ranking.column_of(values))
     best = gather_pairs(values, order)
     return Sums(Scores(best, torch.zeros_like(best)), sums.n_steps), candidates.gather(1, order)
 
 
-def exact_winners(question: Question, candidates: Tensor) -> list[Winners]:
-    """Score each test batch's candidates alone: exact gradients of one batch are held at a time."""
+def winners_by_batch(question: Question, candidates: Tensor, contract: Contraction) -> list[Winners]:
+    """Score each test batch's candidates alone: features of one batch are held at a time.
+
+    Args:
+        question: The test examples.
+        candidates: ``(q, k)`` positions of train examples, whose features are computed anew.
+        contract: What two sides' features are contracted to.
+
+    Returns:
+        One collector for each test batch.
+    """
     collectors: dict[int, Winners] = {}
     train = Live(question.study.train)
     with question.study.points() as points:
@@ -197,7 +206,7 @@ def exact_winners(question: Question, candidates: Tensor) -> list[Winners]:
                 winners = collectors.setdefault(number, Winners(own_candidates))
                 tests = question.study.as_tests(batch)
                 for block in train.blocks(point, own_candidates.unique().cpu()):
-                    scores = pair_values(tests, question.study.as_train(block.features))
+                    scores = contract(tests, question.study.as_train(block.features))
                     winners.add(scored_block(block, point.checkpoint, scores, tests.n_steps))
     return list(collectors.values())
 

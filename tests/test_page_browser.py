@@ -245,6 +245,28 @@ def test_tokens_and_layers_of_a_map(visit: Any) -> None:
     assert page.cards("proponents") == [[3, 7, 9][place] for place in strongest(by_layer, largest=True)]
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "in_place", "pieces"),
+    [
+        ("a bb  a", ["a", " bb", " a", ""], True, ["a", "bb", "a"]),
+        ("a bb", ["\u2581a", "\u0120bb"], True, ["a", "bb"]),
+        ("a bb", ["<s>", "a", "bb", "</s>"], True, ["<s>", "a", "bb", "</s>"]),
+        ("0 = 0", [" 0"], True, ["0"]),
+        ("say 0 0 = 0 1", ["0", " 1"], True, ["0", "1"]),  # a completion stands last
+        ("10010=0", ["1", "1", "1", "0", "0", "0", "0"], False, ["1", "1", "1", "0", "0", "0", "0"]),
+    ],
+)
+def test_tokens_stand_where_they_are_in_the_text(
+    visit: Any, text: str, tokens: list[str], in_place: bool, pieces: list[str]
+) -> None:
+    placed = visit().tab.evaluate("([text, tokens]) => placedTokens(text, tokens)", [text, tokens])
+    assert placed["isInPlace"] == in_place
+    assert [piece["piece"] for piece in placed["pieces"] if piece["token"] is not None] == pieces
+    if in_place:
+        shown = [piece["piece"] for piece in placed["pieces"] if not piece.get("isLoose")]
+        assert "".join(shown) == text  # nothing of it is lost
+
+
 def test_the_whole_set(visit: Any) -> None:
     page = visit("#view=set")
     page.expect(".shares .bar").to_have_count(STEPS + 2)

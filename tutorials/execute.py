@@ -18,6 +18,7 @@ GALLERY = {
     "04_from_tracin_to_sdi": 1,
     "05_how_big_a_sketch": 0,
     "06_test_by_removal": 0,
+    "08_a_known_answer": 0,
 }
 
 path = Path(sys.argv[1])

@@ -24,11 +24,12 @@ from captum_sdi.cli.recipe import NAME, Recipe, seen_from_here
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.scoring import open_queries, score_queries
 from captum_sdi.cli.tables import AnyExamples, check_files, open_examples
-from captum_sdi.cost import estimate, readable_size
+from captum_sdi.cost import estimate
 from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
+from captum_sdi.words import readable_size
 
 # --- the commands ---
 
@@ -100,7 +101,7 @@ def score(options: Namespace) -> None:
     with written_whole(options.out, overwrite=options.overwrite) as unfinished:
         if options.pictures:
             drawn = range(len(queries))[: options.pictures]
-            files += pictures.draw(results, drawn, 5, unfinished, options.format)
+            files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
     print_unless_quiet(f"{results.table(options.columns)}\n{options.out}: {', '.join(files)}", options)
 
@@ -120,7 +121,7 @@ def plot(options: Namespace) -> None:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
     listed = listed_files(folder)
     with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
-        files = pictures.draw(results, queries, options.k, unfinished, options.format)
+        files = pictures.draw(results, queries, options.k, unfinished, options.format, options.width)
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)

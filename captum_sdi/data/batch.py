@@ -15,14 +15,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from captum_sdi.borrow import standing_in
 from captum_sdi.model_facts import model_device
 from captum_sdi.words import warn_user
 
@@ -200,10 +201,10 @@ def run_model(
         RuntimeError: If it fails otherwise.
         IndexError: If it fails otherwise.
     """
+    stand_ins = nullcontext() if parameters is None else standing_in(model, parameters)
     try:
-        if parameters is None:
+        with stand_ins:
             return model(*batch.args, **batch.kwargs)
-        return functional_call(model, dict(parameters), batch.args, batch.kwargs)
     except (RuntimeError, ValueError, IndexError) as error:
         is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
         remedy = None if is_out_of_memory else _remedy(model, batch)

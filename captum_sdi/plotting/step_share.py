@@ -23,6 +23,7 @@ def plot_step_share(
     tests: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     *,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the share of absolute influence at each loop step, over groups of test examples.
@@ -63,7 +64,7 @@ def plot_step_share(
 
     named = isinstance(tests, Mapping)
     height = legend_height([len(groups)], stacked=True) if named else 0
-    ax = column_axes(ax, 2.1 + height)
+    ax = column_axes(ax, 2.1 + height, width)
     block = LegendBlock()
     middle = (len(groups) - 1) / 2
     for rank, (name, group) in enumerate(groups.items()):

@@ -103,10 +103,16 @@ function StepMatrix({ matrix }) {
       rowTitle="of training" columnTitle="loop step of the test example" unit=${unitFor(largestOf(matrix.flat()))} />`;
 }
 
-/** A pair's influence by layer and loop step, where a map has both. */
+/** A pair's influence by layer and loop step, where a map has both; without a prelude and a coda that are empty. */
 function layerTable(shown, pair) {
   const map = shown.maps.find(({ axes }) => axes.includes("layer") && axes.includes("step"));
   const rows = map && axisTable(map, pair.train, "layer", "step");
   if (!rows) return null;
-  return { rows, rowNames: map.labels[map.axes.indexOf("layer")], columnNames: map.labels[map.axes.indexOf("step")] };
+  const steps = map.labels[map.axes.indexOf("step")];
+  const kept = steps.map((_, place) => place).filter((place) => stepNumber(steps[place]) || rows.some((row) => row[place]));
+  return {
+    rows: rows.map((row) => kept.map((place) => row[place])),
+    rowNames: map.labels[map.axes.indexOf("layer")],
+    columnNames: kept.map((place) => steps[place]),
+  };
 }
