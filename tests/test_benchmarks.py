@@ -40,6 +40,24 @@ def test_the_readme_shows_the_recorded_results(script) -> None:
     assert script("tables").tables(results, sections) in (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_on_coverage_shows_the_recorded_results(script) -> None:
+    recorded = json.loads((BENCHMARKS / "coverage.json").read_text())
+    table = script("coverage").table(recorded["found"])
+    assert table in (BENCHMARKS / "coverage.md").read_text(encoding="utf-8")
+    assert recorded["environment"]["packages"]["torch"]
+
+
+def test_coverage_is_counted_of_the_winners_alone(script) -> None:
+    """One test example, a total and a step: the ten highest of twelve, of which the two highest are too high."""
+    coverage = script("coverage")
+    exact = torch.arange(12.0)[None, :, None].expand(1, 12, 2)
+    scores = exact + torch.tensor([0.0] * 10 + [3.0] * 2)[None, :, None]
+    judged = coverage.judged(coverage.Estimate(scores, torch.ones(1, 12, 2)), exact)
+    assert judged["all pairs, totals"] == pytest.approx(10 / 12)
+    assert judged["winners by total"] == judged["winners by one step"] == pytest.approx(0.8)
+    assert judged["overstated by one step"] == pytest.approx(6 / exact[0, 2:, 0].sum().item())
+
+
 def test_the_picture_can_be_drawn_again(script, tmp_path: Path) -> None:
     results = json.loads((BENCHMARKS / "results.json").read_text())
     assert results.keys() >= script("run").PICTURED
