@@ -20,6 +20,7 @@ from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.features import StepFeatures
 from captum_sdi.passes import Point
 from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
+from captum_sdi.preconditioners.moments import named_groups
 from captum_sdi.train_side import TrainSide
 
 TRAIN, TEST = rows(7, seed=1), rows(3, seed=2)
@@ -456,6 +457,32 @@ def test_moments_are_found_by_group_and_shape(groups: str, tmp_path: Path) -> No
         assert_close(influence(Adam(), **at(source)).influence(TEST), given)
 
 
+class Gated(nn.Module):
+    """Parameters that the Trainer's rule alone tells apart: a norm that is no `nn.LayerNorm`, and a decayed vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm = nn.RMSNorm(4)
+        self.fc = nn.Linear(4, 3)
+        self.gate = nn.Parameter(torch.ones(5))
+
+
+@pytest.mark.parametrize("frozen", ["", "fc.bias"])
+def test_the_trainers_groups_are_known_by_its_own_rule(frozen: str) -> None:
+    model = Gated()
+    trainable = [name for name, _ in model.named_parameters() if name != frozen]
+    model.get_parameter(frozen or "gate").requires_grad_(not frozen)
+    groups = decay_groups(model)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(groups)
+    sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+    optimizer.step()
+    spared = [name for name in ("q_norm.weight", "fc.bias") if name != frozen]
+    expected = [[name for name in trainable if name not in spared], spared]
+    assert named_groups(optimizer.state_dict(), model, trainable) == expected
+
+
 def at(source: Path) -> dict[str, Any]:
     from captum_sdi import load_checkpoint
 
@@ -515,9 +542,9 @@ def test_missing_moments_are_refused_before_the_work(tmp_path: Path) -> None:
     checkpoint = saved_as_folder(tmp_path, model, optimizer)
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"There is no .*optimizer\.pt, which Adam\(\) reads second moments from"):
-        influence(Adam(), **at(checkpoint)).influence(TEST)
+        influence(Adam(), **at(checkpoint)).study()
     with pytest.raises(ValueError, match=r"reads second moments beside a checkpoint's weights; None is no path"):
-        influence(Adam(), checkpoints=None).influence(TEST)
+        influence(Adam(), checkpoints=None).study()
     wrong = {name: torch.ones(2) for name in SIZES}
     zeros = {name: 0 * moment for name, moment in squares(0).items()}
     with pytest.raises(ValueError, match=r"moments= has second moments of shape \(2,\) for 'wte\.weight'"):
