@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from captum_sdi.index import Faiss, SketchIndex
     from captum_sdi.influence import SDIInfluence
     from captum_sdi.loop.finding import find_loop
-    from captum_sdi.scores import StepInfluence
+    from captum_sdi.scores import InfluenceMap, StepInfluence
     from captum_sdi.sketch import Exact, TensorSketch
 
 __all__ = [
     "Exact",
     "Faiss",
+    "InfluenceMap",
     "LoopSpec",
     "SDIInfluence",
     "SketchIndex",
@@ -62,6 +63,7 @@ _SUBPACKAGES = ("evaluate", "models", "plotting", "report", "tasks")
 _MODULE_OF = {
     "Exact": "captum_sdi.sketch",
     "Faiss": "captum_sdi.index",
+    "InfluenceMap": "captum_sdi.scores",
     "LoopSpec": "captum_sdi.features",
     "SDIInfluence": "captum_sdi.influence",
     "SketchIndex": "captum_sdi.index",

@@ -20,6 +20,7 @@ from captum_sdi.influence import SDIInfluence
 from captum_sdi.model_facts import model_device
 from captum_sdi.passes import Point
 from captum_sdi.study import Study
+from captum_sdi.words import readable_size
 
 
 @dataclass(frozen=True)
@@ -124,24 +125,6 @@ def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int |
         peak_bytes=peak_bytes,
         row_bytes=timing.row_bytes,
     )
-
-
-def readable_size(n_bytes: int) -> str:
-    """Write a number of bytes with three digits and a decimal unit.
-
-    Returns:
-        Such as "56.7 GB".
-
-    Example:
-        >>> readable_size(999), readable_size(1_234), readable_size(56_700_000_000)
-        ('999 B', '1.23 kB', '56.7 GB')
-    """
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} PB"
 
 
 def readable_time(seconds: float) -> str:

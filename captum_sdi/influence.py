@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from captum.influence import TracInCPBase
@@ -25,21 +25,24 @@ from captum_sdi.features import Columns, LoopSpec
 from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
 from captum_sdi.loop.parameters import as_loop
-from captum_sdi.passes import Engine, largest_batch
+from captum_sdi.maps.asking import AsksForMaps
+from captum_sdi.maps.per_checkpoint import checkpoint_step_influence
+from captum_sdi.maps.per_token import token_step_influence
+from captum_sdi.passes import Engine, largest_batch, most_examples
 from captum_sdi.preconditioners import Identity, Preconditioner, summed_checkpoints
 from captum_sdi.preconditioners.shelf import Shelf
-from captum_sdi.progress import Progress
+from captum_sdi.progress import Progress, warn_of_unknown_length
 from captum_sdi.rehearsal import arguments
+from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.scores.words import with_words, words_of
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 from captum_sdi.study import Normalize, Question, Study
-from captum_sdi.words import warn_user
 
 
-class SDIInfluence(TracInCPBase):
+class SDIInfluence(AsksForMaps, TracInCPBase):
     """Step-Decomposed Influence: which training examples shaped an output, and at which loop step.
 
     For checkpoints c with learning rates η_c, a test example z' and a training example z,
@@ -126,7 +129,7 @@ class SDIInfluence(TracInCPBase):
         arguments.check_model(model)
         arguments.check_methods(sketch, self.preconditioner, search, index)
         self._collate = collate_fn or Collator(padding_token(model))
-        first_size = _most_examples(model) if batch_size == "auto" else batch_size
+        first_size = most_examples(model) if batch_size == "auto" else batch_size
         loader = as_loader(train_dataset, first_size, self._collate, "train_dataset")
         super().__init__(model, loader, checkpoints, checkpoints_load_func, loss_fn, first_size, test_loss_fn)
         arguments.check_layers(layers)
@@ -211,8 +214,8 @@ class SDIInfluence(TracInCPBase):
         ranking = Ranking(k, proponents)
         if rerank is None:
             return KMostInfluentialResults(*queries.top_examples(question, ranking))
-        sums, indices = queries.reranked(question, ranking, rerank)
-        return KMostInfluentialResults(indices, sums.scores.values[..., Columns.TOTAL])
+        best = queries.reranked(question, ranking, rerank)
+        return KMostInfluentialResults(best.indices, best.sums.scores.values[..., Columns.TOTAL])
 
     def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
         """Implement Captum's abstract method: `influence` without ``k``."""
@@ -229,6 +232,10 @@ class SDIInfluence(TracInCPBase):
         """Implement Captum's abstract method: `influence` with ``k``."""
         return self.influence(inputs, k, proponents, show_progress, aggregate)
 
+    @overload
+    def step_influence(self, inputs: Any, *args: Any, per: Literal["checkpoint"], **kwargs: Any) -> InfluenceMap: ...
+    @overload
+    def step_influence(self, inputs: Any, *args: Any, **kwargs: Any) -> StepInfluence: ...
     @with_words
     @log_usage(part_of_slo=True)
     def step_influence(
@@ -240,7 +247,8 @@ class SDIInfluence(TracInCPBase):
         aggregate: bool = False,
         rank_by: int | None = None,
         rerank: int | None = None,
-    ) -> StepInfluence:
+        per: Literal["token", "checkpoint"] | None = None,
+    ) -> StepInfluence | InfluenceMap:
         """Compute the influence of training on test examples, one number per loop step, with standard errors.
 
         Args:
@@ -251,6 +259,8 @@ class SDIInfluence(TracInCPBase):
             aggregate: As for `influence`.
             rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
             rerank: As for `influence`; what is returned is then exact, its errors zero.
+            per: "token": a row for every target token of the test examples, which ``token_of`` names, from one pass
+                over the train set. "checkpoint": every checkpoint's share, as an `InfluenceMap`.
 
         Returns:
             Totals, trajectories, their standard errors; ``(q, n, t)`` or ``(q, k, t)``.
@@ -260,14 +270,18 @@ class SDIInfluence(TracInCPBase):
         """
         question = self._question(inputs, aggregate=aggregate, show_progress=show_progress)
         arguments.check_top_k(k, rerank, proponents, rank_by)
-        if k is None:
-            return queries.step_influence(question)
+        arguments.check_per(per, rerank, aggregate=aggregate)
         column = Columns.TOTAL if rank_by is None else Columns.of_step(rank_by)
-        ranking = Ranking(k, proponents, column)
+        ranking = None if k is None else Ranking(k, proponents, column)
+        if per == "token":
+            return token_step_influence(question, ranking)
+        if per == "checkpoint":
+            return checkpoint_step_influence(question, ranking)
+        if ranking is None:
+            return queries.step_influence(question)
         if rerank is None:
             return queries.top_step_influence(question, ranking)
-        sums, indices = queries.reranked(question, ranking, rerank)
-        return StepInfluence.from_sums(*sums, indices)
+        return queries.reranked_step_influence(question, ranking, rerank)
 
     @log_usage(part_of_slo=True)
     def step_matrix(self, inputs: Any, indices: Sequence[int] | None = None) -> Tensor:
@@ -318,7 +332,7 @@ class SDIInfluence(TracInCPBase):
         """
         examples = self._self_examples(inputs, show_progress=show_progress)
         study = self.study(show_progress=show_progress, with_index=False)
-        result = StepInfluence.from_sums(*queries.self_influence(study, examples, by_step=True))
+        result = queries.step_self_influence(study, examples)
         return result.with_words(words_of(None, self.train_dataloader if inputs is None else inputs))
 
     @log_usage(part_of_slo=True)
@@ -372,17 +386,8 @@ class SDIInfluence(TracInCPBase):
     def _self_examples(self, inputs: Any, *, show_progress: bool) -> Examples:
         examples = self._train_examples() if inputs is None else self._examples(inputs, self._train_side)
         if show_progress and examples.n_batches is None:
-            warn_user(  # Captum's sentence
-                "Unable to determine the number of batches in `inputs`. Therefore, if showing the progress of the "
-                "computation of self influence scores, only the number of batches processed can be displayed, and not "
-                "the percentage completion of the computation, nor any time estimates."
-            )
+            warn_of_unknown_length()
         return examples
 
     def _load(self, model: nn.Module, checkpoint: Any) -> float:
         return self.checkpoints_load_func(model, checkpoint)
-
-
-def _most_examples(model: nn.Module) -> int:
-    """Return where the search for a batch size begins."""
-    return 256 if any(parameter.is_cuda for parameter in model.parameters()) else 16

@@ -19,6 +19,7 @@ from captum_sdi.blocks import Block
 from captum_sdi.borrow import preserved
 from captum_sdi.capture.featurizer import Capture, Featurizer
 from captum_sdi.capture.owners import check_targets
+from captum_sdi.capture.tokens import Unit
 from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.data.batch import batch_size, select
 from captum_sdi.data.examples import Examples
@@ -84,9 +85,38 @@ class Point:
 
         self.rehearsal.before_batch(self.capture, raw, side, positions)
         features = features_of(raw, positions)
-        called_once = frozenset(self.capture.tape.expanded)
+        called_once = frozenset(self.capture.tape.state.expanded)
         self.rehearsal.after_batch(
             RunBatch(self.capture, raw, side, positions, features, called_once, features_of, collated_alone)
+        )
+        dtype = score_dtype(self.model)
+        return features.map(lambda row: row.to(dtype))
+
+    def rows(
+        self,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+        *,
+        by_step: bool,
+        unit: Unit,
+        transform: Transform | None = None,
+    ) -> StepFeatures:
+        """Compute the features of a batch whose examples have been through `batch` before, as they are or in parts.
+
+        Args:
+            raw: The batch.
+            side: How it is run.
+            positions: Of its examples.
+            by_step: Keep loop steps apart.
+            unit: "token" gives every token position a row of its own; see `Capture`.
+            transform: As for `batch`.
+
+        Returns:
+            ``(n, b, width)`` for each parameter, or ``(n * p, b, width)``.
+        """
+        features = self.pieces.features(
+            self.capture, raw, side, positions, by_step=by_step, unit=unit, transform=transform
         )
         dtype = score_dtype(self.model)
         return features.map(lambda row: row.to(dtype))
@@ -254,6 +284,11 @@ class Engine:
         names = target_parameters(self.model, self.layers, loop)
         check_targets(self.model, names, loop)
         return names
+
+
+def most_examples(model: nn.Module) -> int:
+    """Return where the search for a batch size begins."""
+    return 256 if any(parameter.is_cuda for parameter in model.parameters()) else 16
 
 
 def largest_batch(engine: Engine, examples: Examples) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from captum_sdi.capture.featurizer import Capture
+from captum_sdi.capture.tokens import Unit
 from captum_sdi.data.batch import batch_size, select
 from captum_sdi.data.side import Side
 from captum_sdi.features import Gradient, StepFeatures, concatenate
@@ -29,6 +30,7 @@ class Pieces:
         positions: Sequence[int],
         *,
         by_step: bool,
+        unit: Unit = "example",
         transform: Callable[[str, Gradient], Gradient] | None = None,
     ) -> StepFeatures:
         """Compute the features of a batch, as `captum_sdi.passes.Point.batch` does."""
@@ -39,8 +41,9 @@ class Pieces:
             is_whole = stop - n_done == len(positions)
             piece = raw if is_whole else select(raw, range(n_done, stop))
             try:
+                own_positions = positions[n_done:stop]
                 pieces.append(
-                    capture(piece, side, by_step=by_step, positions=positions[n_done:stop], transform=transform)
+                    capture(piece, side, by_step=by_step, positions=own_positions, unit=unit, transform=transform)
                 )
                 n_done = stop
                 continue

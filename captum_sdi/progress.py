@@ -8,6 +8,8 @@ from typing import Any
 
 from captum._utils.progress import NullProgress, progress
 
+from captum_sdi.words import warn_user
+
 LONGEST = 40
 """Characters before a bar that does not say whose it is."""
 
@@ -35,3 +37,12 @@ class Progress:
 
 HIDDEN = Progress("", is_shown=False)
 """No bar at all."""
+
+
+def warn_of_unknown_length() -> None:
+    """Warn, in Captum's words, that a bar over batches has no end."""
+    warn_user(
+        "Unable to determine the number of batches in `inputs`. Therefore, if showing the progress of the "
+        "computation of self influence scores, only the number of batches processed can be displayed, and not "
+        "the percentage completion of the computation, nor any time estimates."
+    )

@@ -28,6 +28,24 @@ def first_few(names: Sequence[object], at_most: int = 5) -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
+def readable_size(n_bytes: int) -> str:
+    """Write a number of bytes with three digits and a decimal unit.
+
+    Returns:
+        Such as "56.7 GB".
+
+    Example:
+        >>> readable_size(999), readable_size(1_234), readable_size(56_700_000_000)
+        ('999 B', '1.23 kB', '56.7 GB')
+    """
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} PB"
+
+
 def warn_user(message: str) -> None:
     """Warn at the line that called this library, however deep inside it the cause was seen."""
     frame, level = sys._getframe(1), 2

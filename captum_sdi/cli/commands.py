@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import webbrowser
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,15 +19,16 @@ from captum_sdi.cli.output import (
     written_whole,
 )
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
-from captum_sdi.cli.recipe import NAME, Recipe
+from captum_sdi.cli.recipe import NAME, Recipe, seen_from_here
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.scoring import open_queries, score_queries
 from captum_sdi.cli.tables import AnyExamples, check_files, open_examples
-from captum_sdi.cost import estimate, readable_size
+from captum_sdi.cost import estimate
 from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
+from captum_sdi.words import readable_size
 
 # --- the commands ---
 
@@ -100,7 +100,7 @@ def score(options: Namespace) -> None:
     with written_whole(options.out, overwrite=options.overwrite) as unfinished:
         if options.pictures:
             drawn = range(len(queries))[: options.pictures]
-            files += pictures.draw(results, drawn, 5, unfinished, options.format)
+            files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
     print_unless_quiet(f"{results.table(options.columns)}\n{options.out}: {', '.join(files)}", options)
 
@@ -120,24 +120,10 @@ def plot(options: Namespace) -> None:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
     listed = listed_files(folder)
     with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
-        files = pictures.draw(results, queries, options.k, unfinished, options.format)
+        files = pictures.draw(results, queries, options.k, unfinished, options.format, options.width)
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)
-
-
-def view(options: Namespace) -> None:
-    """Run ``captum-sdi view``: write the page of saved results, if it is not there, and open it."""
-    folder = options.results
-    listed = listed_files(folder)
-    if PAGE not in listed or not (folder / PAGE).is_file():
-        results = Results.read(folder)
-        with written_whole(folder, overwrite=False, keep=True) as unfinished:
-            results.write_page(unfinished / PAGE)
-            results.write_tensors(unfinished, [*listed, PAGE])
-    print_line(folder / PAGE)
-    if not options.no_open:
-        webbrowser.open((folder / PAGE).absolute().as_uri())
 
 
 def show(options: Namespace) -> None:
@@ -187,7 +173,7 @@ def open_train(
 ) -> AnyExamples:
     """Open the training examples of a recipe; with a digest, they must be those that were indexed."""
     return open_examples(
-        [Path(path) for path in recipe.train],
+        [seen_from_here(Path(path)) for path in recipe.train],
         encoder,
         digest,
         split=recipe.split,

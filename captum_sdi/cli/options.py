@@ -361,8 +361,11 @@ def add_device_option(group: argparse._ArgumentGroup) -> None:
 
 
 def add_format_option(group: argparse._ArgumentGroup) -> None:
-    """Add ``--format``."""
+    """Add ``--format`` and ``--width``."""
     group.add_argument("--format", choices=FORMATS, default="png", help="of the pictures")
+    group.add_argument(
+        "--width", type=inches, default=3.4, metavar="INCHES", help="of the pictures: a wider one shows more of a text"
+    )
 
 
 def add_running_options(command: ArgumentParser, *, has_quiet: bool) -> None:
@@ -400,6 +403,17 @@ def positive_number(text: str) -> float:
 def batch_size(text: str) -> int | str:
     """Return ``auto``, or the number that was typed, of at least 1."""
     return text if text == "auto" else positive_integer(text)
+
+
+def inches(text: str) -> float:
+    """Return the width that was typed, from 1 to 100 inches, or raise argparse's error."""
+    try:
+        width = float(text)
+    except ValueError:
+        width = 0.0
+    if not 1 <= width <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no width from 1 to 100 inches")
+    return width
 
 
 def integer_from(minimum: int, text: str) -> int:

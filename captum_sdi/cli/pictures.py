@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -23,10 +24,11 @@ def draw(
     k: int,
     folder: Path,
     format: str,
+    width: float,
 ) -> list[str]:
-    """Draw and save the pictures of the queries at these positions; return the files' names."""
+    """Draw and save the pictures of the queries at these positions, so many inches wide; return the files' names."""
     files = []
-    for name, axes in drawn_axes(results, queries, k):
+    for name, axes in drawn_axes(results, queries, k, width):
         file = f"{name}.{format}"
         figure = axes.figure
         figure.savefig(folder / file, dpi=200)  # type: ignore[union-attr]
@@ -35,17 +37,23 @@ def draw(
     return files
 
 
-def drawn_axes(results: Results, queries: Sequence[int], k: int) -> Iterator[tuple[str, Axes]]:
+def drawn_axes(
+    results: Results,
+    queries: Sequence[int],
+    k: int,
+    width: float,
+) -> Iterator[tuple[str, Axes]]:
     """Yield the name of each picture and its axes, one picture at a time."""
     scores = results.scores
     train_texts, query_texts = results.train_texts, [printable(text) for text in results.query_texts]
+    settings: dict[str, Any] = {"texts": train_texts, "width": width}
     for q in queries:
         title = clip(f"query {q}: {query_texts[q]}", TITLE)
-        yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, texts=train_texts, title=title)
-        yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=HEATMAP_EXAMPLES, texts=train_texts, title=title)
+        yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, title=title, **settings)
+        yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=HEATMAP_EXAMPLES, title=title, **settings)
     first = queries[:TOTALS_QUERIES]
-    yield "totals", plotting.plot_totals(scores, first, k=2, texts=train_texts, test_texts=query_texts)
+    yield "totals", plotting.plot_totals(scores, first, k=2, test_texts=query_texts, **settings)
     n_queries, n_examples = scores.influence_scores.shape
     noun = "query" if n_queries == 1 else "queries"
     title = f"{n_queries} {noun}, top {n_examples} of each"
-    yield "step-share", plotting.plot_step_share(scores, title=title)
+    yield "step-share", plotting.plot_step_share(scores, title=title, width=width)

@@ -196,6 +196,12 @@ def absolute_path(path: Any) -> str:
     return os.path.abspath(path) if is_local else path
 
 
+def seen_from_here(path: Path) -> Path:
+    """Return an absolute path as messages should name it: from the working folder, where it lies in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def stored_path(folder: Path, path: str) -> Any:
     """Return a path both from the index's folder and from the root; a name on the Hub as it is."""
     if not os.path.isabs(path):

@@ -59,6 +59,28 @@ class TokenCrossEntropy:
         Raises:
             ValueError: If there are no labels, or they do not fit the logits.
         """
+        token_losses, n_targets = self._undivided(output, labels)
+        return token_losses.sum(1) / n_targets
+
+    def token_losses(self, output: Any, labels: Any) -> Tensor:
+        """Compute what each target adds to its example's loss.
+
+        Args:
+            output: As for a call.
+            labels: As for a call.
+
+        Returns:
+            ``(n, p)`` by the label's position; rows sum to the losses.
+
+        Raises:
+            ValueError: As a call does.
+        """
+        token_losses, n_targets = self._undivided(output, labels)
+        n_unpredicted = labels.flatten(1).shape[1] - token_losses.shape[1] if labels.ndim > 1 else 0
+        return F.pad(token_losses / n_targets.unsqueeze(1), (n_unpredicted, 0))
+
+    def _undivided(self, output: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropies of all labels that could be predicted, and by how many each row is divided."""
         logits = token_logits(output)
         if not isinstance(labels, Tensor):
             raise ValueError(
@@ -80,8 +102,7 @@ class TokenCrossEntropy:
         n = len(labels)
         is_target = labels != IGNORED
         n_targets = is_target.view(n, -1).sum(1)
-        summed_losses = token_losses.view(n, -1).sum(1)
-        return summed_losses / n_targets.clamp(min=1)
+        return token_losses.view(n, -1), n_targets.clamp(min=1)
 
 
 def token_logits(output: Any) -> Tensor:

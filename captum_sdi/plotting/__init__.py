@@ -16,6 +16,7 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
   an ellipsis where room ends. Scripts that the default font lacks need another in ``rcParams["font.family"]``.
 * ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value drawn.
 * ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.
+* ``width``: of a new figure, in inches; None = one column, 3.4. Twice as wide shows thrice the text.
 * ``ax``: the Axes to draw on; None makes a figure. A figure of your own should have ``layout="constrained"``, which
   finds room for labels, and for legends below the picture. Without it legends cover part of the picture, and long
   labels may reach into its neighbours.
@@ -27,20 +28,27 @@ from captum_sdi.plotting.agreement import plot_agreement
 from captum_sdi.plotting.comparison import plot_comparison
 from captum_sdi.plotting.groups import plot_groups
 from captum_sdi.plotting.heatmap import plot_heatmap
+from captum_sdi.plotting.map import plot_map
 from captum_sdi.plotting.self_influence import plot_self_influence
 from captum_sdi.plotting.step_matrix import plot_step_matrix
 from captum_sdi.plotting.step_share import plot_step_share
+from captum_sdi.plotting.tokens import plot_token_steps, plot_tokens
 from captum_sdi.plotting.totals import plot_totals
 from captum_sdi.plotting.trajectories import plot_trajectories
+from captum_sdi.plotting.trajectory_panels import plot_trajectory_panels
 
 __all__ = [
     "plot_agreement",
     "plot_comparison",
     "plot_groups",
     "plot_heatmap",
+    "plot_map",
     "plot_self_influence",
     "plot_step_matrix",
     "plot_step_share",
+    "plot_token_steps",
+    "plot_tokens",
     "plot_totals",
     "plot_trajectories",
+    "plot_trajectory_panels",
 ]

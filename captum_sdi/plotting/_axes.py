@@ -12,17 +12,29 @@ from matplotlib.ticker import FuncFormatter
 
 from captum_sdi.plotting._text import FONT, SMALL, clip
 
-_COLUMN = 3.4  # inches: one column of a two-column paper
+COLUMN = 3.4  # inches: one column of a two-column paper
 _POWERS = 10 ** np.arange(9)
 _ROUND = np.outer(_POWERS, [1, 2, 4, 5, 8])
 _STRIDES = np.union1d(_ROUND, [16, 32])
 
 
-def column_axes(ax: Axes | None, height: float) -> Axes:
-    """Return the given Axes, or that of a new figure of column width and this height in inches."""
+def column_axes(ax: Axes | None, height: float, width: float | None = None) -> Axes:
+    """Return the given Axes, or that of a new figure of this size in inches; None: as wide as a column."""
+    inches = checked_width(width) or COLUMN
     if ax is None:
-        _, ax = plt.subplots(figsize=(_COLUMN, height), layout="constrained")
+        _, ax = plt.subplots(figsize=(inches, height), layout="constrained")
     return small_print(ax)
+
+
+def checked_width(width: float | None) -> float | None:
+    """Return a width in inches, or None for one column.
+
+    Raises:
+        ValueError: If it is below 1 or above 100.
+    """
+    if width is not None and not 1 <= width <= 100:
+        raise ValueError(f"width must be from 1 to 100 inches, or None for one column ({COLUMN}); got {width!r}.")
+    return width
 
 
 def small_print(ax: Axes) -> Axes:

@@ -11,25 +11,49 @@ from captum_sdi.plotting._arguments import Array
 from captum_sdi.plotting._axes import height_in_points, number_steps, scale_ticks, small_print, width_in_points
 from captum_sdi.plotting._text import FONT, text_width
 
+_OUTLYING = 4.0
+"""How many times as large as the 95th percentile a value is that may not set the colours of all others."""
+
 
 def draw_colours(ax: Axes, values: Array, limit: float | None) -> None:
-    """Draw ``(rows, t)``, the first row on top, in colours that are symmetric about zero.
+    """Draw ``(rows, t)``, the first row on top, in colours that are symmetric about zero."""
+    draw_cells(ax, values, limit)
+    number_steps(ax, values.shape[1])
 
-    NaN, a step that did not run, is grey: no diverging colour map contains it.
+
+def draw_cells(ax: Axes, values: Array, limit: float | None) -> None:
+    """Draw ``(rows, columns)``, the first row on top and columns from 1 on, in colours symmetric about zero.
+
+    NaN, a step that did not run, is grey: no diverging colour map contains it. Values beyond the limit are marked with
+    a dot.
     """
-    largest = float(np.nanmax(np.abs(values)))
-    bound = float(limit or largest or 1.0)  # all zero: the colour of zero, on a scale that has a centre
-    n_rows, n_steps = values.shape
+    bound = float(limit or robust_bound(values) or 1.0)  # all zero: the colour of zero, on a scale that has a centre
+    n_rows, n_columns = values.shape
     image = ax.imshow(
         np.ma.masked_invalid(values),
         cmap=matplotlib.colormaps["RdBu"].with_extremes(bad="0.82"),
         vmin=-bound,
         vmax=bound,
         aspect="auto",
-        extent=(0.5, n_steps + 0.5, n_rows - 0.5, -0.5),
+        extent=(0.5, n_columns + 0.5, n_rows - 0.5, -0.5),
     )
-    _draw_colour_bar(ax, image, bound, extend="both" if largest > bound else "neither")
-    number_steps(ax, n_steps)
+    with np.errstate(invalid="ignore"):
+        rows, columns = np.nonzero(np.abs(values) > bound)
+    if len(rows):
+        ax.scatter(columns + 1, rows, s=4, color="white", linewidths=0)
+    _draw_colour_bar(ax, image, bound, extend="both" if len(rows) else "neither")
+
+
+def robust_bound(values: Array) -> float:
+    """Return the largest absolute value, or where a few outliers would hide all others the largest of those."""
+    sizes = np.abs(values[np.isfinite(values)])
+    largest = float(sizes.max(initial=0))
+    if sizes.size < 20:
+        return largest
+    usual = float(np.quantile(sizes, 0.95))
+    if largest <= _OUTLYING * usual or usual == 0:
+        return largest
+    return float(sizes[sizes <= _OUTLYING * usual].max())
 
 
 def _draw_colour_bar(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 from captum_sdi.plotting._arguments import Array
@@ -38,7 +39,7 @@ OPPONENT = [
     LineStyle("#CC79A7", "--", "X"),
 ]
 CATEGORY = list(chain(*zip(PROPONENT, OPPONENT, strict=True)))  # for lines without a sign
-NEUTRAL = "#444444"
+NEUTRAL = "#7A7A7A"  # as far from white as from black
 
 
 def draw_examples(
@@ -77,7 +78,7 @@ def draw_line(
     hollow = repeats % 2 == 1
     steps = np.arange(1.0, n_steps + 1)
     if n_steps > 1:
-        draw_band(ax, steps, lower, upper, style.colour, 0.18)
+        draw_band(ax, steps, lower, upper, style.colour, 0.12, edge=0.5)
     else:  # one step is no line, and its band would have no width: bars, moved apart
         direction = -1 if styles is OPPONENT else 1
         steps += 0.06 * (rank + 0.5) * direction
@@ -103,10 +104,12 @@ def draw_band(
     upper: Array,
     colour: str,
     alpha: float,
+    edge: float = 0.0,
 ) -> None:
-    """Draw a band over steps; nothing where scores are exact."""
+    """Draw a band over steps, with edges this wide where several overlap; nothing where scores are exact."""
     if (upper > lower).any():
-        ax.fill_between(steps, lower, upper, color=colour, alpha=alpha, linewidth=0)
+        edges = to_rgba(colour, 0.6)
+        ax.fill_between(steps, lower, upper, facecolor=to_rgba(colour, alpha), edgecolor=edges, linewidth=edge)
 
 
 def finish_lines(ax: Axes, n_steps: int, label: str) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import font_manager
+from matplotlib import font_manager, ft2font
 from matplotlib.font_manager import FontProperties
 
 from captum_sdi.plotting._arguments import Array
 
 FONT, SMALL = 8, 7  # points: labels; ticks and legends
+FIRST_STRONG, POP = "\u2068", "\u2069"  # Unicode's isolate: what is inside orders nothing outside
+_REORDERS = hasattr(ft2font, "__libraqm_version__")  # from 3.11 on; before, matplotlib draws as it stands
 _MOST_CHARACTERS = 500  # more than any label holds: a book costs no more than a line
 
 
@@ -24,6 +27,7 @@ def clip(text: str, room: float, size: float = SMALL) -> str:
         room_before_ellipsis = room - text_width("…", size)
         fitting = int(np.searchsorted(ends, room_before_ellipsis, side="right"))
         line = line[:fitting].rstrip() + "…"
+    line += POP * (line.count(FIRST_STRONG) - line.count(POP))  # the end was cut off
     return line.replace("$", r"\$")
 
 
@@ -36,12 +40,42 @@ def example_name(index: int, texts: Sequence[str] | None) -> str:
     """Return a training example's index in the training set and, if there are texts, its text."""
     if texts is None:
         return f"#{index}"
-    return f"#{index}: {texts[index]}"
+    return f"#{index}: {isolated(texts[index])}"
+
+
+def isolated(text: str) -> str:
+    """Keep a text that is put between other words apart: written from right to left, it would reorder their numbers.
+
+    Returns:
+        The text, in Unicode's isolate where it needs one.
+
+    Example:
+        >>> isolated("left to right")
+        'left to right'
+    """
+    if not (_REORDERS and reads_leftwards(text)):
+        return text
+    return FIRST_STRONG + text + POP
+
+
+def reads_leftwards(text: str) -> bool:
+    """Say whether a text has letters that are written from right to left.
+
+    Returns:
+        False for numbers and signs alone.
+
+    Example:
+        >>> reads_leftwards("שלום"), reads_leftwards("hello")
+        (True, False)
+    """
+    return any(unicodedata.bidirectional(character) in ("R", "AL") for character in text[:_MOST_CHARACTERS])
 
 
 def signed_numbers(totals: Array) -> list[str]:
     """Return signed numbers of one format, so that a column of them can be compared at a glance."""
     largest = float(np.abs(totals).max(initial=0))
+    if largest == 0:
+        return ["0"] * len(totals)
     if 0 < largest < 1e-2 or largest >= 1e4:
         style = "+.2e"
     elif largest < 10:
@@ -53,7 +87,7 @@ def signed_numbers(totals: Array) -> list[str]:
 
 
 def _printable(character: str) -> str:
-    return character if character.isprintable() else "\ufffd"
+    return character if character.isprintable() or character in FIRST_STRONG + POP else "\ufffd"
 
 
 def _advances(text: str, size: float) -> Array:
@@ -66,6 +100,8 @@ def _advances(text: str, size: float) -> Array:
 @functools.lru_cache(maxsize=4096)
 def _advance(character: str, path: str) -> float:
     """Return a character's width over the font size."""
+    if character in FIRST_STRONG + POP:
+        return 0.0
     font = font_manager.get_font(path)
     if not font.get_char_index(ord(character)):
         return 1.15  # of the box that is drawn in its place

@@ -25,6 +25,7 @@ def plot_comparison(
     *,
     train: int,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw what several results say of one pair, side by side at each step.
@@ -53,7 +54,7 @@ def plot_comparison(
     n_steps = _common_steps(pairs)
 
     height = legend_height([len(pairs)], stacked=True)
-    ax = column_axes(ax, 2.05 + height)
+    ax = column_axes(ax, 2.05 + height, width)
     has_outer_bins = any(pair.has_outer_bins for pair in pairs.values())
     block = LegendBlock("total incl. prelude, coda" if has_outer_bins else "total")
     totals = signed_numbers(np.array([pair.totals for pair in pairs.values()]))

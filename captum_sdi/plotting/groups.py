@@ -25,6 +25,7 @@ def plot_groups(
     groups: Mapping[str, ArrayLike | Tensor],
     *,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw mean influence by loop step over groups of pairs, beside that of all pairs.
@@ -54,7 +55,7 @@ def plot_groups(
     members = {name: _read_group(name, group, shape) for name, group in groups.items()}
     points = _scale_points(scores)
     height = legend_height([1 + len(members)], stacked=True)
-    ax = column_axes(ax, 2.05 + height)
+    ax = column_axes(ax, 2.05 + height, width)
     block = LegendBlock()
     all_pairs = np.ones(shape, dtype=bool)
     dotted = LineStyle(NEUTRAL, ":", "")

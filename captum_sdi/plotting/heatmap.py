@@ -24,6 +24,7 @@ def plot_heatmap(
     texts: Sequence[str] | None = None,
     limit: float | None = None,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw influence on one test example as a heat map, training examples by loop steps.
@@ -57,7 +58,7 @@ def plot_heatmap(
         scores = scores.select(np.lexsort((-largest, strongest_step)))
     n_rows = len(scores.totals)
     height = max(2.1, 0.7 + 0.135 * n_rows) if n_rows <= 40 else 2.8
-    ax = column_axes(ax, height)
+    ax = column_axes(ax, height, width)
     room = label_room(ax)
     n_steps = scores.n_steps[0]
     draw_colours(ax, scores.trajectories[:, :n_steps], limit)

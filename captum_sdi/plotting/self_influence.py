@@ -22,6 +22,7 @@ def plot_self_influence(
     k: int = 3,
     texts: Sequence[str] | None = None,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw self-influence by loop step: its distribution, and the k strongest examples as lines.
@@ -43,7 +44,7 @@ def plot_self_influence(
     totals = signed_numbers(strongest.totals)
     stacked = texts is not None
     height = legend_height([3, len(totals)], stacked=stacked)
-    ax = column_axes(ax, 2.05 + height)
+    ax = column_axes(ax, 2.05 + height, width)
     distribution = _draw_distribution(ax, scores.steps_run)
     examples = draw_examples(ax, "strongest: total", strongest, totals, PROPONENT, texts)
     finish_lines(ax, scores.trajectories.shape[1], "self-influence\n(drop in own loss)")

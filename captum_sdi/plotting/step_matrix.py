@@ -18,6 +18,7 @@ def plot_step_matrix(
     *,
     limit: float | None = None,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw which loop step of the training example acts on which loop step of the test example.
@@ -36,7 +37,7 @@ def plot_step_matrix(
     """
     values, default_title = _pick_matrix(finite_array("matrix", matrix), pair)
     check_limit(limit)
-    ax = column_axes(ax, 2.7)
+    ax = column_axes(ax, 2.7, width)
     draw_colours(ax, values, limit)
     train_steps, test_steps = values.shape
     margin = 0.0

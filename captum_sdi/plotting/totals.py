@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -38,6 +39,7 @@ def plot_totals(
     test_texts: Sequence[str] | None = None,
     limit: float | None = None,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw totals as bars and, beside them, the trajectories they are made of.
@@ -75,7 +77,7 @@ def plot_totals(
     example_rows = np.setdiff1d(np.arange(n_rows), headings)
     examples = Scores.concatenate(groups)
 
-    ax = column_axes(ax, max(2.2, 0.85 + 0.135 * n_rows))
+    ax = column_axes(ax, max(2.2, 0.85 + 0.135 * n_rows), width)
     room = label_room(ax)
     bar_axes, heat_axes = _split_axes(ax)
     _draw_bars(bar_axes, example_rows, examples, has_outer_bins=scores.has_outer_bins)
@@ -140,7 +142,9 @@ def _draw_bars(
     orange = OPPONENT[0].colour
     ax.barh(rows, totals, height=0.7, color=np.where(totals >= 0, blue, orange))
     if errors.any():
-        ax.errorbar(totals, rows, xerr=errors, fmt="none", ecolor="black", elinewidth=0.8, capsize=1.5)
+        ax.errorbar(
+            totals, rows, xerr=errors, fmt="none", ecolor=matplotlib.rcParams["text.color"], elinewidth=0.8, capsize=1.5
+        )
     ax.axvline(0, color=NEUTRAL, linewidth=0.6)
     if not totals.any() and not errors.any():
         ax.set_xlim(-1, 1)

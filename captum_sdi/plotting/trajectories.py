@@ -22,6 +22,7 @@ def plot_trajectories(
     k: int = 3,
     texts: Sequence[str] | None = None,
     title: str | None = None,
+    width: float | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw influence by loop step for the top proponents and opponents of one test example.
@@ -43,12 +44,13 @@ def plot_trajectories(
     n_proponents = len(proponents)
     stacked = texts is not None or scores.has_outer_bins
     height = legend_height([n_proponents, len(opponents)], stacked=stacked)
-    ax = column_axes(ax, 2.05 + height)
+    ax = column_axes(ax, 2.05 + height, width)
     drawn = np.concatenate([proponents, opponents])
     totals = signed_numbers(scores.totals[drawn])
     meaning = "total incl. prelude, coda" if scores.has_outer_bins else "total"
+    sign = "proponents" if scores.totals[proponents].any() else "no influence"
     blocks = [
-        draw_examples(ax, f"proponents: {meaning}", scores.select(proponents), totals[:n_proponents], PROPONENT, texts),
+        draw_examples(ax, f"{sign}: {meaning}", scores.select(proponents), totals[:n_proponents], PROPONENT, texts),
         draw_examples(ax, f"opponents: {meaning}", scores.select(opponents), totals[n_proponents:], OPPONENT, texts),
     ]
     finish_lines(ax, int(scores.n_steps[0]), "influence\n(drop in test loss)")

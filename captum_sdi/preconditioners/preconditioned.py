@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from captum_sdi.blocks import Block
+from captum_sdi.capture.tokens import Unit
 from captum_sdi.data.examples import Examples
 from captum_sdi.data.side import Side
 from captum_sdi.features import StepFeatures
@@ -44,19 +45,53 @@ class Preconditioned:
         Returns:
             ``(q, b, width)`` for each parameter.
         """
-        point, transform = self.point, None
-        if self.acts_on == "whole":
-            point = replace(point, capture=point.capture.exact())
-        elif self.acts_on == "gradient":
-            transform = self.fitted
-        features = point.batch(
+        features = self._source.batch(
             raw,
             side,
             positions,
             by_step=by_step,
-            transform=transform,
+            transform=self._transform,
             collated_alone=collated_alone,
         )
+        return self._mapped(features)
+
+    def rows(
+        self,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+        *,
+        by_step: bool,
+        unit: Unit,
+    ) -> StepFeatures:
+        """Compute P φ of a batch in parts; the arguments are those of `captum_sdi.passes.Point.rows`.
+
+        Returns:
+            ``(q, b, width)`` for each parameter, or ``(q * p, b, width)``.
+        """
+        features = self._source.rows(
+            raw,
+            side,
+            positions,
+            by_step=by_step,
+            unit=unit,
+            transform=self._transform,
+        )
+        return self._mapped(features)
+
+    @property
+    def _source(self) -> Point:
+        """The model, with exact features where the preconditioner wants these."""
+        if self.acts_on != "whole":
+            return self.point
+        return replace(self.point, capture=self.point.capture.exact())
+
+    @property
+    def _transform(self) -> Fitted | None:
+        return self.fitted if self.acts_on == "gradient" else None
+
+    def _mapped(self, features: StepFeatures) -> StepFeatures:
+        """Apply a preconditioner that acts behind the gradients."""
         if self.acts_on == "row":
             return self.of_rows(features)
         if self.acts_on == "whole":

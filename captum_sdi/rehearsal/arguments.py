@@ -59,12 +59,21 @@ def check_methods(
     Raises:
         TypeError: If one is not.
     """
-    if not isinstance(sketch, Sketch) or isinstance(sketch, type):
-        raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
+    check_sketch(sketch)
     if not isinstance(preconditioner, Preconditioner) or isinstance(preconditioner, type):
         raise TypeError(f"preconditioner= must have acts_on and fit(point, train), got {preconditioner!r}.")
     if search is not None and (index is None or not isinstance(search, Faiss)):
         raise TypeError(f"search= must be Faiss(...), beside index=; got {search!r}, index={index!r}.")
+
+
+def check_sketch(sketch: Any) -> None:
+    """Refuse what is no sketch.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(sketch, Sketch) or isinstance(sketch, type):
+        raise TypeError(f"sketch= must be TensorSketch(...) or Exact(), got {sketch!r}.")
 
 
 def check_normalize(normalize: Any) -> None:
@@ -155,6 +164,21 @@ def check_top_k(
         )
 
 
+def check_per(per: Any, rerank: int | None, *, aggregate: bool) -> None:
+    """Refuse what the test examples cannot be taken apart by.
+
+    Raises:
+        ValueError: If per is unknown, or does not go with the other arguments.
+    """
+    if per is None:
+        return
+    if per not in ("token", "checkpoint"):
+        raise ValueError(f'per must be "token", "checkpoint" or None; got {per!r}.')
+    if aggregate or rerank is not None:
+        other = "aggregate=True" if aggregate else f"rerank={rerank}"
+        raise ValueError(f"per={per!r} and {other} do not go together: pass one of them.")
+
+
 def checked_positions(indices: Any) -> Tensor | None:
     """Return positions in the train set as a tensor ``(n,)``; None for all.
 
@@ -167,3 +191,22 @@ def checked_positions(indices: Any) -> Tensor | None:
     if positions.ndim != 1 or positions.is_floating_point() or len(positions) == 0 or bool((positions < 0).any()):
         raise ValueError(f"indices must be a list of positions in train_dataset, 0 or more; got {indices!r}.")
     return positions
+
+
+def checked_pairs(indices: Any) -> Tensor:
+    """Return positions in the train set as a tensor ``(k,)``, or ``(q, k)`` where they differ by test example.
+
+    Raises:
+        ValueError: If they are neither.
+    """
+    try:
+        pairs = torch.as_tensor(indices).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        pairs = torch.empty(0)
+    is_wrong = pairs.ndim not in (1, 2) or pairs.numel() == 0 or pairs.is_floating_point() or pairs.dtype == torch.bool
+    if is_wrong or bool((pairs < 0).any()):
+        raise ValueError(
+            f"indices must be positions in train_dataset, 0 or more, (k,) for all test examples or (q, k); got "
+            f"{indices!r}."
+        )
+    return pairs.long()

@@ -164,6 +164,9 @@ class TopTrajectories:
 class Winners:
     """The trajectories of chosen train examples, others for each test example.
 
+    Their variances are those of any pair. That they were chosen for being high is not in them; see
+    `captum_sdi.StepInfluence.trajectory_errors`.
+
     Args:
         indices: ``(q, k)`` positions of train examples.
     """
@@ -200,14 +203,23 @@ def join_tests(parts: Sequence[Sums]) -> Sums:
 
 
 class PerCheckpoint:
-    """Every pair at each checkpoint alone, times its learning rate."""
+    """Pairs at each checkpoint alone, times its learning rate.
 
-    def __init__(self) -> None:
-        self._collectors: dict[str, AllPairs] = {}
+    Args:
+        indices: ``(q, k)`` the train examples of each test example; None: all.
+    """
+
+    def __init__(self, indices: Tensor | None = None) -> None:
+        self._indices = indices
+        self._collectors: dict[str, AllPairs | Winners] = {}
 
     def add(self, block: ScoredBlock) -> None:
         """Take one block at one checkpoint."""
-        self._collectors.setdefault(block.checkpoint.name, AllPairs()).add(block)
+        collector = self._collectors.get(block.checkpoint.name)
+        if collector is None:
+            collector = AllPairs() if self._indices is None else Winners(self._indices)
+            self._collectors[block.checkpoint.name] = collector
+        collector.add(block)
 
     def result(self) -> dict[str, Sums]:
         """Return the sums ``(q, n, b)`` by the checkpoint's name."""

@@ -61,7 +61,7 @@ function Page({ tests }) {
     return () => { isCurrent = false; };
   }, [state.search, state.isDeep]);
   useEffect(() => {
-    const press = (event) => pressed(event, { state, go, listed, shown });
+    const press = (event) => pressed(event, { go, listed, shown });
     addEventListener("keydown", press);
     return () => removeEventListener("keydown", press);
   });
@@ -120,7 +120,7 @@ function listedTests(tests, state, deepFound) {
   return found.sort(ORDERS[state.order].compare);
 }
 
-function pressed(event, { state, go, listed, shown }) {
+function pressed(event, { go, listed, shown }) {
   const isTyping = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName) && event.target.type !== "checkbox";
   if (event.key === "Escape") {
     event.target.blur();
@@ -133,29 +133,34 @@ function pressed(event, { state, go, listed, shown }) {
     return;
   }
   if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
-  const act = keyActions({ state, go, listed, shown })[event.key];
+  const act = keyActions({ go, listed, shown })[event.key];
   if (!act) return;
   event.preventDefault();
   act();
 }
 
-function keyActions({ state, go, listed, shown }) {
-  const place = listed.findIndex(({ test }) => test === state.test);
-  const goToPlace = (next) => listed[next] && go({ test: listed[next].test, train: null, view: "tests" });
+/** What each key does, from the state as it is when the key arrives: a second one may come before the page is drawn. */
+function keyActions({ go, listed, shown }) {
+  const goToTest = (offset) => go((now) => {
+    const place = listed.findIndex(({ test }) => test === now.test);
+    const next = listed[place + offset];
+    return next ? { test: next.test, train: null, view: "tests" } : {};
+  });
   const depth = shown ? largestOf(shown.pairs.map(({ steps }) => steps.length)) : 0;
-  const goToStep = (step) => go({ rank: step > 0 ? `step:${Math.min(depth, step)}` : "total", isPlaying: false });
-  const openNext = (offset) => go({ train: neighbour(shown, state, offset) });
+  const rankOf = (step) => (step > 0 ? `step:${Math.min(depth, step)}` : "total");
+  const goByStep = (offset) => go((now) => ({ rank: rankOf(rankStep(now.rank) + offset), isPlaying: false }));
+  const openNext = (offset) => go((now) => ({ train: neighbour(shown, now, offset) }));
   return {
-    j: () => goToPlace(place + 1),
-    k: () => goToPlace(place - 1),
-    ArrowRight: () => goToStep(rankStep(state.rank) + 1),
-    ArrowLeft: () => goToStep(rankStep(state.rank) - 1),
+    j: () => goToTest(1),
+    k: () => goToTest(-1),
+    ArrowRight: () => goByStep(1),
+    ArrowLeft: () => goByStep(-1),
     n: () => openNext(1),
     b: () => openNext(-1),
-    0: () => goToStep(0),
-    p: () => go({ isPlaying: !state.isPlaying }),
+    0: () => go({ rank: "total", isPlaying: false }),
+    p: () => go((now) => ({ isPlaying: !now.isPlaying })),
     "/": () => document.getElementById("search").focus(),
-    "?": () => go({ view: state.view === "about" ? "tests" : "about" }),
+    "?": () => go((now) => ({ view: now.view === "about" ? "tests" : "about" })),
   };
 }
 
@@ -163,8 +168,9 @@ function keyActions({ state, go, listed, shown }) {
 function neighbour(shown, state, offset) {
   if (!shown) return null;
   const { proponents, opponents } = sides(shown, state.rank);
-  const trains = [...proponents, ...opponents].map(({ pair }) => pair.train);
-  const place = trains.indexOf(state.train);
+  const cards = [...withoutCopies(proponents), ...withoutCopies(opponents)];
+  const trains = cards.map(({ pair }) => pair.train);
+  const place = cards.findIndex((card) => standsFor(card, state.train));
   return trains[place < 0 && offset < 0 ? trains.length - 1 : place + offset] ?? state.train;
 }
 

@@ -45,34 +45,42 @@ function sideColour(value) {
   return value < 0 ? "var(--opponent)" : "var(--proponent)";
 }
 
-/** Where tokens stand in their text. Those that do not, such as the beginning of a sequence, stand there by name; where
-    most do not, the tokens stand one behind the other, below the text. */
+/** Where tokens stand in their text: from its beginning, or, of a completion, where they stand last. Tokens that are not
+    those of the text, such as targets of another kind, stand one behind the other below it. */
 function placedTokens(text, labels) {
-  const pieces = [];
-  let [start, nAbsent] = [0, 0];
-  for (const [token, label] of labels.entries()) {
-    if (!label) continue; // beyond the end of this text, or the first part of a letter
-    const place = placeOfToken(text, label, start);
-    if (!place) {
-      nAbsent += 1;
-      pieces.push({ piece: label, token, isLoose: true });
-      continue;
-    }
-    if (place.start > start) pieces.push({ piece: text.slice(start, place.start), token: null });
-    pieces.push({ piece: text.slice(place.start, place.end), token });
-    start = place.end;
+  const joined = labels.map(readable).join("").trim();
+  const starts = [0, joined ? text.lastIndexOf(joined) : -1].filter((start) => start >= 0);
+  for (const start of starts) {
+    const pieces = piecesFrom(text, labels, start);
+    if (pieces) return { pieces, isInPlace: true };
   }
-  if (nAbsent > labels.length / 3) return { pieces: looseTokens(labels), isInPlace: false };
-  return { pieces: [...pieces, { piece: text.slice(start), token: null }], isInPlace: true };
+  return { pieces: looseTokens(labels), isInPlace: false };
 }
 
-/** Where a token stands next, without the blanks before it; null where it does not. */
-function placeOfToken(text, label, start) {
-  const word = label.replace(/[Ġ▁]/g, " ").replace(/Ċ/g, "\n");
-  const bare = word.trimStart() || word;
-  const found = text.indexOf(bare, start);
-  const isNear = found >= 0 && found - start <= 40;
-  return isNear ? { start: found, end: found + bare.length } : null;
+/** The pieces of a text whose tokens stand one behind the other from a place on; null where they do not. */
+function piecesFrom(text, labels, start) {
+  const pieces = [{ piece: text.slice(0, start), token: null }];
+  for (const [token, label] of labels.entries()) {
+    if (!label) continue; // beyond the end of this text, or the first part of a letter
+    const word = readable(label);
+    const bare = word.trimStart() || word;
+    const blanks = text.slice(start).length - text.slice(start).trimStart().length;
+    const place = text.startsWith(bare, start) ? start : start + blanks;
+    if (text.startsWith(bare, place)) {
+      pieces.push({ piece: text.slice(start, place), token: null }, { piece: bare, token });
+      start = place + bare.length;
+    } else if (/^[<[|].*[>\]|]$/.test(label)) {
+      pieces.push({ piece: label, token, isLoose: true }); // a special token, which the text does not show
+    } else {
+      return null;
+    }
+  }
+  return [...pieces, { piece: text.slice(start), token: null }].filter(({ piece }) => piece);
+}
+
+/** A token without the signs that some tokenizers write for blanks and line breaks. */
+function readable(label) {
+  return label.replace(/[Ġ▁]/g, " ").replace(/Ċ/g, "\n");
 }
 
 function looseTokens(labels) {

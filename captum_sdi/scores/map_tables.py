@@ -1,0 +1,81 @@
+"""An `InfluenceMap` in words and as a table of pandas or xarray, both of which are imported where they are used."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from captum_sdi.scores.influence_map import InfluenceMap
+
+_SHOWN = 4
+"""Places of an axis that are printed."""
+
+
+def summary(split: InfluenceMap) -> str:
+    """Write a map's pairs, its total, and the sums at the first places of each axis."""
+    q, k = split.indices.shape
+    tests, trains = _counted(q, "test example"), _counted(k, "train example")
+    lines = [f"InfluenceMap of {tests} x {trains}, total {float(split.values.sum()):+.4f}"]
+    widest = max(map(len, split.axes), default=0)
+    for axis in split.axes:
+        others = [other for other in split.axes if other != axis]
+        alone = split.sum(*others) if others else split
+        sums = alone.values.sum((0, 1)).tolist()
+        labels = split.labels[axis]
+        shown = [f"{label} {total:+.4f}" for label, total in zip(labels, sums, strict=True)]
+        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        lines.append(f"  {axis:<{widest}}  {len(labels)}: {', '.join(shown[:_SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def few(labels: Sequence[object]) -> str:
+    """Write the first labels, and the last one where there are more."""
+    if len(labels) <= _SHOWN:
+        return ", ".join(map(repr, labels)) or "nothing"
+    first = ", ".join(map(repr, labels[:_SHOWN]))
+    return f"{first} ... {labels[-1]!r}"
+
+
+def data_frame(split: InfluenceMap) -> Any:
+    """Return a DataFrame with a row for each number; see `InfluenceMap.to_pandas`.
+
+    Raises:
+        ImportError: If pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas: pip install pandas.") from error
+    q, k = split.indices.shape
+    places = [split.labels[axis] for axis in split.axes]
+    records = []
+    for test, pair in itertools.product(range(q), range(k)):
+        train = int(split.indices[test, pair])
+        records += [(test, train, *labels) for labels in itertools.product(*places)]
+    frame = pandas.DataFrame.from_records(records, columns=["test", "train", *split.axes])
+    frame["influence"] = split.values.detach().cpu().flatten().numpy()
+    if split.errors is not None:
+        frame["error"] = split.errors.detach().cpu().flatten().numpy()
+    return frame
+
+
+def data_array(split: InfluenceMap) -> Any:
+    """Return a DataArray; see `InfluenceMap.to_xarray`.
+
+    Raises:
+        ImportError: If xarray is not installed.
+    """
+    try:
+        import xarray
+    except ImportError as error:
+        raise ImportError("to_xarray() needs xarray: pip install xarray.") from error
+    coordinates: dict[str, Any] = {axis: list(split.labels[axis]) for axis in split.axes}
+    coordinates["train"] = (("test", "pair"), split.indices.cpu().numpy())
+    dimensions = ("test", "pair", *split.axes)
+    return xarray.DataArray(split.values.detach().cpu().numpy(), coordinates, dimensions, name="influence")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
