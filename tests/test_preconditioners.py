@@ -20,6 +20,7 @@ from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.features import StepFeatures
 from captum_sdi.passes import Point
 from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
+from captum_sdi.preconditioners.lanczos import ritz_pairs
 from captum_sdi.preconditioners.moments import named_groups
 from captum_sdi.train_side import TrainSide
 
@@ -336,6 +337,26 @@ def test_a_hessian_of_some_examples_and_of_a_part_of_the_parameters() -> None:
     wanted = truth([(1.0, train, [bins @ inverse for bins in test])])
     hessian = Hessian(rank=n_core, damping=DAMPING, examples=3)
     assert_close(influence(hessian, layers="loop").step_influence(TEST).trajectories, wanted.trajectories)
+
+
+def test_few_vectors_are_those_of_the_krylov_space() -> None:
+    """From the definition: H on the span of its powers times the start, an orthonormal basis of which QR gives."""
+    factor = torch.randn(40, 40, dtype=torch.float64)
+    matrix = factor @ torch.diag(torch.linspace(-2, 9, 40).double()) @ factor.T
+    rank = 6
+    basis = torch.empty(rank, 40, dtype=torch.float64)
+    values = ritz_pairs(lambda vector: matrix @ vector, basis, torch.Generator().manual_seed(0))
+    power = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    powers = []
+    for _ in range(rank):
+        powers.append(power / power.norm())
+        power = matrix @ powers[-1]
+    span, _ = torch.linalg.qr(torch.stack(powers, dim=1))
+    wanted, rotation = torch.linalg.eigh(span.T @ matrix @ span)
+    torch.testing.assert_close(values, wanted, rtol=1e-7, atol=1e-7 * float(wanted.abs().max()))
+    projections = torch.einsum("ri,rj->rij", basis, basis)
+    vectors = (span @ rotation).T
+    torch.testing.assert_close(projections, torch.einsum("ri,rj->rij", vectors, vectors), rtol=1e-5, atol=1e-6)
 
 
 def test_few_vectors_already_hold_the_largest_curvatures(hessian_inverse: Tensor, gradients: list[Gradients]) -> None:
