@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from captum_sdi.cli.places import check_places
 from captum_sdi.cli.shell_words import in_shell_words
 
 ERROR, INTERRUPTED = 1, 130  # what shells expect; argparse itself exits with 2
+MODULES = {"view": "viewing"}
+"""Commands that are not in `captum_sdi.cli.commands`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with one_line_warnings():
             check_places(options)
-            from captum_sdi.cli import commands  # imports torch, which --help and wrong usage need not wait for
-
-            run_command = getattr(commands, options.command)
+            # Imports torch, which --help, wrong usage and a page that is there need not wait for.
+            module = import_module(f"captum_sdi.cli.{MODULES.get(options.command, 'commands')}")
+            run_command = getattr(module, options.command)
             run_command(options)
     except KeyboardInterrupt:
         advice = ": the same command goes on from here" if options.command == "index" else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +59,16 @@ def test_a_mistyped_name_is_said_without_waiting_for_anything(
 
 
 def test_a_name_that_cannot_be_looked_up_in_time(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = threading.Event()
+
+    def wait(address: Any, timeout: float) -> Any:
+        end.wait(20)
+        raise OSError("too late")
+
     monkeypatch.setattr(places, "PATIENCE", 0.01)
-    monkeypatch.setattr(socket, "create_connection", lambda *_: __import__("threading").Event().wait(5))
+    monkeypatch.setattr(socket, "create_connection", wait)
     assert not places.is_reachable("somewhere", 443)
+    end.set()
 
 
 def test_what_was_downloaded_needs_no_network(online: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +84,9 @@ def test_the_reason_is_found_before_torch_is_imported() -> None:
         "import sys; from captum_sdi.__main__ import main; code = main(sys.argv[1:]); "
         "print(code, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", program, *INDEX.split(), "./no"], capture_output=True, text=True)
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program, *INDEX.split(), "./no"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.stdout == "1 False False\n"
     assert done.stderr == "captum-sdi: error: There is no folder ./no; say with --model where the model is.\n"
 

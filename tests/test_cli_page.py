@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import webbrowser
 import zlib
 from pathlib import Path
@@ -151,3 +153,16 @@ def test_the_width_of_a_line_can_be_said(here: Path, capsys: pytest.CaptureFixtu
     table = capsys.readouterr().out
     assert LONG[:300].replace("\n", " ").replace("\t", " ") in table
     assert max(map(len, table.splitlines())) <= 400
+
+
+def test_a_page_that_is_there_opens_without_torch(here: Path) -> None:
+    assert run(f"{SCORE} --html") == 0
+    program = """
+import sys
+from captum_sdi.__main__ import main
+print(main(sys.argv[1:]), "torch" in sys.modules)
+"""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program, "view", "out", "--no-open"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("out/page.html\n0 False\n", "")

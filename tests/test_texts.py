@@ -43,6 +43,8 @@ def test_of_a_completion_its_tokens_are_learned() -> None:
     data = captum_sdi.texts([{"prompt": "a b ", "completion": "c d"}], make_tokenizer())
     assert data[0]["input_ids"].tolist() == [0, 5, 6, 7, 8, 1]
     assert learned(data[0]) == ["c", "d", "[EOS]"]  # what the tokenizer puts behind it, too
+    blank_behind = captum_sdi.texts([{"prompt": "a b", "completion": " c d"}], make_tokenizer())
+    assert torch.equal(blank_behind[0]["labels"], data[0]["labels"])
     bare = captum_sdi.texts([{"prompt": "", "completion": "c d"}], make_tokenizer(), special_tokens=False)
     assert learned(bare[0]) == ["c", "d"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import webbrowser
 from argparse import Namespace
 from pathlib import Path
 
@@ -125,20 +124,6 @@ def plot(options: Namespace) -> None:
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)
-
-
-def view(options: Namespace) -> None:
-    """Run ``captum-sdi view``: write the page of saved results, if it is not there, and open it."""
-    folder = options.results
-    listed = listed_files(folder)
-    if PAGE not in listed or not (folder / PAGE).is_file():
-        results = Results.read(folder)
-        with written_whole(folder, overwrite=False, keep=True) as unfinished:
-            results.write_page(unfinished / PAGE)
-            results.write_tensors(unfinished, [*listed, PAGE])
-    print_line(folder / PAGE)
-    if not options.no_open:
-        webbrowser.open((folder / PAGE).absolute().as_uri())
 
 
 def show(options: Namespace) -> None:

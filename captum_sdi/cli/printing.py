@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
-from captum_sdi.cli.tables import AnyExamples
+if TYPE_CHECKING:
+    from captum_sdi.cli.tables import AnyExamples
 
 
 def is_first_process() -> bool:

@@ -18,6 +18,7 @@ from captum_sdi.cli.result_lines import ROLES, describe_pairs, json_line, pairs_
 from captum_sdi.cli.rows import clip
 from captum_sdi.cli.spreadsheet import write_spreadsheet
 from captum_sdi.cli.tables import AnyExamples
+from captum_sdi.data.texts import SOURCES
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.whole_file import write_whole
 
@@ -137,14 +138,15 @@ class Results:
         """What is known of each training example: its text, its other fields and its line."""
         known: dict[int, dict[str, Any]] = {}
         for pairs in self.pairs:
-            known |= {pair["index"]: {**pair["example"], "line": pair.get("line", "")} for pair in pairs}
+            for pair in pairs:
+                known[pair["index"]] = {**shown_fields(pair["example"]), "line": pair.get("line", "")}
         return Known(known, {"text": ""})
 
     def write_page(self, file: Path) -> None:
         """Write the page to explore the scores in."""
         from captum_sdi.report import write_page  # only where one is wanted
 
-        examples = [line["example"] for line in self.lines]
+        examples = [shown_fields(line["example"]) for line in self.lines]
         write_page(self.scores, file, texts=self.train_examples, test_texts=examples)
 
     def table(self, width: int | None = None) -> str:
@@ -165,6 +167,11 @@ class Results:
         if n_more > 0:
             table.append(f"... and {n_more:,} more queries in {LINES}")
         return "\n".join(table)
+
+
+def shown_fields(example: dict[str, Any]) -> dict[str, Any]:
+    """Return an example as a page shows it: without the parts that its text is made of."""
+    return {name: value for name, value in example.items() if name not in SOURCES}
 
 
 def table_row(pair: dict[str, Any]) -> str:

@@ -5,15 +5,16 @@ const LONG_TEXT = 900; // characters, beyond which a text is folded until somebo
 
 function Column({ title, note, cards, shown, state, unit, range, largest, go }) {
   const [nCards, setNCards] = useState(CARDS_AT_FIRST);
-  const openPlace = cards.findIndex(({ pair }) => pair.train === state.train);
+  const groups = useMemo(() => withoutCopies(cards), [cards]);
+  const openPlace = groups.findIndex((card) => standsFor(card, state.train));
   const nShown = Math.max(nCards, openPlace + 1);
-  const nMore = cards.length - nShown;
+  const nMore = groups.length - nShown;
   return html`<section class=${`column-of-cards ${title.toLowerCase()}`}>
     <h2>${title} <span class="count">${cards.length}</span></h2>
     <p class="note">${note}</p>
     ${cards.length === 0 && html`<p class="empty">None among the training examples in this file.</p>`}
     <ol>
-      ${cards.slice(0, nShown).map(
+      ${groups.slice(0, nShown).map(
         (card, place) => html`<${Card}
           key=${card.pair.train} card=${card} place=${place} shown=${shown} state=${state} unit=${unit} range=${range} largest=${largest} go=${go}
         />`,
@@ -25,7 +26,7 @@ function Column({ title, note, cards, shown, state, unit, range, largest, go }) 
 
 function Card({ card, place, shown, state, unit, range, largest, go }) {
   const { pair, value, error } = card;
-  const isOpen = state.train === pair.train;
+  const isOpen = standsFor(card, state.train);
   const isFaint = isWithinError(card);
   const ownRange = state.ownScale ? rangeOf([pair]) : range;
   const toggle = () => go({ train: isOpen ? null : pair.train });
@@ -45,10 +46,20 @@ function Card({ card, place, shown, state, unit, range, largest, go }) {
     <footer>
       <button class="name" aria-expanded=${isOpen} onClick=${toggle}>#${pair.train}</button>
       <${Fields} entry=${pair.entry} />
+      <${Copies} copies=${card.copies} unit=${unit} />
       ${state.rank !== "total" && html`<span class="total">total ${signed(pair.total, unit)}</span>`}
     </footer>
     ${isOpen && html`<${Details} pair=${pair} shown=${shown} state=${state} unit=${unit} go=${go} />`}
   </li>`;
+}
+
+/** The training examples behind a card that say the same. */
+function Copies({ copies, unit }) {
+  if (!copies.length) return null;
+  const names = copies.map(({ train, total }) => `#${train} ${signed(total, unit)}`).join(", ");
+  const few = copies.slice(0, 5).map(({ train }) => `#${train}`).join(", ");
+  const more = copies.length > 5 ? ` and ${copies.length - 5} more` : "";
+  return html`<span class="copies" title=${`totals: ${names}`}>the same text: ${few}${more}</span>`;
 }
 
 /** A training example's text: tinted where a map knows its tokens, folded where it is long. */

@@ -168,8 +168,9 @@ function keyActions({ go, listed, shown }) {
 function neighbour(shown, state, offset) {
   if (!shown) return null;
   const { proponents, opponents } = sides(shown, state.rank);
-  const trains = [...proponents, ...opponents].map(({ pair }) => pair.train);
-  const place = trains.indexOf(state.train);
+  const cards = [...withoutCopies(proponents), ...withoutCopies(opponents)];
+  const trains = cards.map(({ pair }) => pair.train);
+  const place = cards.findIndex((card) => standsFor(card, state.train));
   return trains[place < 0 && offset < 0 ? trains.length - 1 : place + offset] ?? state.train;
 }
 

@@ -40,6 +40,23 @@ function sides(shown, rank) {
   return { proponents, opponents };
 }
 
+/** Cards in their order, those behind each other with the same text as one: they would fill the page with copies. */
+function withoutCopies(cards) {
+  const groups = [];
+  for (const card of cards) {
+    const last = groups[groups.length - 1];
+    const isCopy = last && card.pair.entry && last.pair.entry && card.pair.entry[0] === last.pair.entry[0];
+    if (isCopy) last.copies.push(card.pair);
+    else groups.push({ ...card, copies: [] });
+  }
+  return groups;
+}
+
+/** Whether a card is of a training example, or of a copy of it. */
+function standsFor({ pair, copies }, train) {
+  return pair.train === train || copies.some((copy) => copy.train === train);
+}
+
 function isWithinError({ value, error }) {
   return error !== null && Math.abs(value) < error;
 }
