@@ -17,7 +17,8 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-faults test-page lint format docs docs-links tutorials tutorials-full test-captum test-oldest clean
+.PHONY: help venv demo bench truth test test-faults test-page lint format docs docs-links tutorials tutorials-full \
+	test-captum test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +57,9 @@ docs-links: $(VENV)/.stamp  ## ask the network whether every link in the documen
 
 bench: $(VENV)/.stamp  ## measure time, memory and error beside the reference package (ARGS="memory accuracy")
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+truth: $(VENV)/.stamp  ## what predicts retraining: all methods on models trained again (ARGS=--small)
+	$(BIN)/python benchmarks/truth.py $(ARGS)
 
 tutorials: $(VENV)/.stamp  ## execute the notebooks in small; their files stay as they are
 	SMOKE_TEST=1 $(call PYTEST,$(VENV)) --nbmake --nbmake-timeout=300 $(NOTEBOOKS)

@@ -90,6 +90,17 @@ def step_gradients(
     )
 
 
+def with_block_swapped(model: nn.Module, other: nn.Module, untying: Untying, step: int) -> nn.Module:
+    """A copy of the model whose loop has another model's modules in one step."""
+    swapped = copy.deepcopy(model).eval()
+    clock = {"step": -1}
+    for name in untying.loop:
+        copies = _Copies(model.get_submodule(name), clock, untying.n_steps, name in untying.anchors)
+        copies.copies[step] = copy.deepcopy(other.get_submodule(name))
+        swapped.set_submodule(name, copies.eval())
+    return swapped
+
+
 @dataclass
 class Truth:
     """Everything the library reports, from the definitions."""

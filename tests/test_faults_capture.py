@@ -628,3 +628,18 @@ def test_the_adoption_holds_for_later_checkpoints() -> None:
                 capture(Collator()(ROWS), side, True, range(len(ROWS)))
         counts.append(len(calls))
     assert counts == [1, 1]
+
+
+def test_what_is_checked_costs_two_examples_alone_and_two_forward_passes_of_one() -> None:
+    """Once for all that is run alike: two examples alone, and the first one's loss with and without stray uses."""
+    model = Base()
+    seen: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    influence = sdi(model, batch_size=5)
+    influence.influence(ROWS)
+    assert sorted(seen) == [1] * 4 + [5] * 2  # both sides are run alike here
+    seen.clear()
+    influence.influence(ROWS)
+    assert seen == [5, 5]

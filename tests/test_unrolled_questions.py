@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from captum_sdi.data import Collator
 from captum_sdi.data.losses import default_loss
 from captum_sdi.unrolled import SGD, AdamW, Gauge, TrainingRun, UnrolledInfluence
+from captum_sdi.unrolled.estimate import UnrolledEstimate
 from captum_sdi.unrolled.gauge import noise_share, warn_unless_trusted
 from captum_sdi.unrolled.updates import Updates
 
@@ -254,6 +256,21 @@ def test_the_share_of_noise_counts_small_moments_but_none_of_zero() -> None:
     state = torch.zeros(4), torch.zeros(4), second_moment
     assert noise_share(state, TrainingRun(AdamW(), [0.1], [[0]])) == 0.25
     assert noise_share(state[:2], TrainingRun(SGD(), [0.1], [[0]])) == 0
+
+
+def test_an_estimate_counts_updates_and_seeds_and_says_when_retraining_is_cheaper() -> None:
+    _, unrolled = setup()
+    cost = unrolled.estimate(n_seeds=8)
+    expected = len(BATCHES) * (2 * cost.update_seconds + 8 * cost.seed_seconds)
+    assert cost.seconds == pytest.approx(expected)
+    assert cost.memory_bytes > 8 * 3 * sum(parameter.nbytes for parameter in TIED.model().parameters())
+    cheap = UnrolledEstimate(
+        n_seeds=8, n_updates=3, n_examples=4, update_seconds=1.0, seed_seconds=1.0, memory_bytes=1000
+    )
+    assert "Training again without each of 4 examples is cheaper: 12 s." in str(cheap)
+    assert "cheaper" not in str(dataclasses.replace(cheap, n_examples=100))
+    with pytest.raises(ValueError, match="n_seeds must be an int of at least 1, got 0"):
+        unrolled.estimate(0)
 
 
 # --- what is refused ---

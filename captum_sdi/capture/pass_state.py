@@ -39,6 +39,7 @@ class PassState:
         self.clock = clock
         self.dummy = torch.zeros((), device=device, requires_grad=True)
         self.running_rule = RunningRule()
+        self.thread = threading.get_ident()
         self._heap = HeapTrimmer() if trims_heap else None
         self.restart()
 

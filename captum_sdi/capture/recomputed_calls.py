@@ -20,6 +20,7 @@ from captum_sdi.capture.pass_state import PassState
 from captum_sdi.capture.rules.recompute import Call, aliases_of, differentiable, masked_gradients, recorded
 from captum_sdi.capture.rules.trial import Digest, tried
 from captum_sdi.loop.clock import Moment
+from captum_sdi.model_lock import refuse_other_threads
 
 
 class RecomputedCalls:
@@ -42,6 +43,7 @@ class RecomputedCalls:
 
     def before(self, module: nn.Module, args: object) -> None:
         """Keep the random state that a call begins with."""
+        refuse_other_threads(self._state.thread, module, args)  # this hook is called before the lock's own
         if self._state.is_listening:
             self._random_states.append(RandomState.now())
 

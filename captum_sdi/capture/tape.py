@@ -80,7 +80,6 @@ class Tape:
         device = next(iter(targets.values())).device
         trims_heap = bool(self._recomputed) and device.type == "cpu"
         self.state = PassState(self._clock, device, trims_heap=trims_heap)
-        self._thread = threading.get_ident()
         self._installed = ExitStack()
         self._watching = ExitStack()
 
@@ -110,7 +109,7 @@ class Tape:
 
     def __enter__(self) -> Tape:
         with ExitStack() as stack:
-            self._thread = threading.get_ident()
+            self.state.thread = threading.get_ident()
             stack.enter_context(exclusive(self.model))
             stack.callback(self.state.restart)
             stack.enter_context(evaluating(self.model))
@@ -258,7 +257,7 @@ class Tape:
 
     def _on_anchor(self, module: nn.Module, args: object) -> None:
         if self.state.phase == "forward":
-            refuse_other_threads(self._thread, module, args)  # this hook is called before the lock's own
+            refuse_other_threads(self.state.thread, module, args)  # this hook is called before the lock's own
             self._clock.count_anchor()
 
     def _expand(
@@ -272,7 +271,7 @@ class Tape:
         # GPT-2 calls wpe once. The examples' gradients could not be told apart, and the model broadcasts the output of
         # such a layer in any case.
         # A call for one example alone looks the same: where `expanded` names new layers, the rehearsal compares.
-        refuse_other_threads(self._thread, module, args)
+        refuse_other_threads(self.state.thread, module, args)
         activation = only_tensor(args, kwargs)
         if not self.state.is_listening or self.state.batch_size == 1 or activation is None:
             return None

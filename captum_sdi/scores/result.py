@@ -13,12 +13,16 @@ from torch import Tensor
 
 from captum_sdi.features import Columns
 from captum_sdi.scores import result_tables
+from captum_sdi.scores.checkpoint_shares import CheckpointShares
 from captum_sdi.scores.contract import Scores
 from captum_sdi.scores.files import read_tensors, write_tensors
+from captum_sdi.scores.hubs import Hubs, find_hubs
 from captum_sdi.scores.words import Example, Words, as_note, from_note
 
 _FORMAT, _NEWEST = "captum_sdi.StepInfluence", "2"
 _OPTIONAL = {"indices", "token_of"}
+_NOT_TENSORS = {"words", "checkpoints"}
+"""Fields that a file keeps beside its tensors."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)  # tensors have no one truth value, and too many numbers
@@ -65,6 +69,8 @@ class StepInfluence:
     their scores exceed the exact ones by 4% at dim 2048 (13% pooled), 16% (50%) at 512, where measured; ``rerank=`` is
     the cure.
     """
+    checkpoints: CheckpointShares | None = None
+    """Which checkpoint speaks: each one's share of the scores; None where it is not known, as in older files."""
     words: Words | None = None
     """What the examples say, where their data sets remember it (`captum_sdi.texts`)."""
     token_of: Tensor | None = None
@@ -72,13 +78,20 @@ class StepInfluence:
     None where a row is a whole example."""
 
     @classmethod
-    def from_sums(cls, scores: Scores, n_steps: Tensor, indices: Tensor | None = None) -> StepInfluence:
+    def from_sums(
+        cls,
+        scores: Scores,
+        n_steps: Tensor,
+        indices: Tensor | None = None,
+        checkpoints: CheckpointShares | None = None,
+    ) -> StepInfluence:
         """Build a result from columns of scores.
 
         Args:
             scores: Values and variances ``(..., b)`` in the order of `captum_sdi.features.Columns`.
             n_steps: ``(q,)`` how many loop steps each test example ran.
             indices: ``(q, k)`` the train examples; None when all are given in order.
+            checkpoints: What each checkpoint contributed.
 
         Returns:
             The result, its errors the square roots of the variances.
@@ -94,7 +107,32 @@ class StepInfluence:
             n_steps=n_steps.to(values.device),
             score_errors=errors[..., Columns.TOTAL],
             trajectory_errors=Columns.steps(errors),
+            checkpoints=checkpoints,
         )
+
+    def hubs(self, k: int | None = None) -> Hubs:
+        """Count which train examples fill the top lists of all test examples.
+
+        A few examples with large gradients can be the top proponents of everything: such hubs say little about any one
+        test example.
+
+        Args:
+            k: The length of the lists; None: that of the result, and 10 where it holds all train examples.
+
+        Returns:
+            The train examples in any list, those in most lists first.
+
+        Raises:
+            ValueError: If k is less than 1, or more than the result holds; or the result is of self-influence.
+
+        Example:
+            >>> steps = torch.tensor([[[3.0], [1.0], [2.0]], [[9.0], [5.0], [6.0]]])  # (q, n, t) = (2, 3, 1)
+            >>> zero = torch.zeros(2, 3)
+            >>> result = StepInfluence(None, steps.sum(-1), steps, zero, zero, torch.tensor([1, 1]), zero, 0 * steps)
+            >>> print(result.hubs(k=2))
+            2 of 3 training examples fill the top 2 of 2 test examples: #0 is in 2 lists, #2 in 2
+        """
+        return find_hubs(self.influence_scores, self.indices, k)
 
     def to(self, *args: object, **kwargs: object) -> StepInfluence:
         """Return the result on another device, or with its floating point fields in another dtype.
@@ -112,7 +150,8 @@ class StepInfluence:
             return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
 
         fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
-        return StepInfluence(**fields, words=self.words)
+        checkpoints = None if self.checkpoints is None else self.checkpoints.to(*args, **kwargs)
+        return StepInfluence(**fields, words=self.words, checkpoints=checkpoints)
 
     def with_words(self, words: Words | None) -> StepInfluence:
         """Return the result with the words of its examples; those of a side of another length are left out.
@@ -144,8 +183,14 @@ class StepInfluence:
             ValueError: If the path is a folder, a pipe or a device.
         """
         tensors = {name: value for name, value in self._fields() if value is not None}
-        version = "1" if self.token_of is None else _NEWEST  # older ones read all that they know
-        write_tensors(path, tensors, {**notes, **self._words_note(), "format": _FORMAT, "version": version})
+        metadata = {**notes, **self._words_note(), "format": _FORMAT}
+        if self.checkpoints is not None:
+            further, names = self.checkpoints.as_saved()
+            tensors |= further
+            metadata |= names
+        is_old = self.token_of is None and self.checkpoints is None  # an older library reads all that it knows
+        metadata["version"] = "1" if is_old else _NEWEST
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StepInfluence:
@@ -162,14 +207,16 @@ class StepInfluence:
         """
         name = os.fspath(path)
         tensors, metadata = read_tensors(path, cls.__name__, _NEWEST)
-        names = {field.name for field in dataclasses.fields(cls)} - {"words"}
+        checkpoints = CheckpointShares.from_saved(tensors, metadata, name)
+        names = {field.name for field in dataclasses.fields(cls)} - _NOT_TENSORS
         missing, unknown = sorted(names - _OPTIONAL - set(tensors)), sorted(set(tensors) - names)
         if missing or unknown or metadata.get("format") != _FORMAT:
             raise ValueError(
                 f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
-        fields: dict[str, Any] = {"indices": None, **tensors, "words": from_note(metadata)}
+        further = {"checkpoints": checkpoints, "words": from_note(metadata)}
+        fields: dict[str, Any] = {"indices": None, **tensors, **further}
         result = cls(**fields)
         _check_agreement(name, result)
         return result
@@ -207,7 +254,9 @@ class StepInfluence:
         return result_tables.html_table(self)
 
     def _fields(self) -> Iterator[tuple[str, Any]]:
-        return ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self) if field.name != "words")
+        """Yield the names and values of the fields that are tensors, or None."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _NOT_TENSORS]
+        return ((name, getattr(self, name)) for name in names)
 
     def _words_note(self) -> dict[str, str]:
         """Return the words of the examples in the result, as `save` writes them."""

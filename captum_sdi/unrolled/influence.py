@@ -30,6 +30,7 @@ from captum_sdi.scores.ranking import Ranking, gather_pairs
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
 from captum_sdi.unrolled.derivative import Derivative, load_vector
+from captum_sdi.unrolled.estimate import UnrolledEstimate, estimated
 from captum_sdi.unrolled.gauge import Gauge
 from captum_sdi.unrolled.replay import Keep, Replay
 from captum_sdi.unrolled.run import TrainingRun
@@ -38,6 +39,7 @@ from captum_sdi.unrolled.seeds import Seeds, loss_gradients
 from captum_sdi.unrolled.train_steps import StepMatrices
 from captum_sdi.unrolled.updates import TrainRows, Updates
 from captum_sdi.weighted_loss import BatchLoss
+from captum_sdi.words import is_integer
 
 _TESTS_AT_ONCE = 8
 
@@ -135,7 +137,23 @@ class UnrolledInfluence(DataInfluence):
         replay = Replay(updates, start_vector(start, updates), keep, states)
         self._derivative = Derivative(replay, engine, loader, is_gauged=check, owner=self.get_name())
 
-    # --- questions ---
+    # --- before the work ---
+
+    def estimate(self, n_seeds: int) -> UnrolledEstimate:
+        """Measure one update, and multiply: how long will a question take, and how much memory?
+
+        Args:
+            n_seeds: Test examples, for `step_influence` times their loop steps and two, for prelude and coda.
+
+        Returns:
+            The estimate, which says where retraining without each example is cheaper; ``print`` shows it.
+
+        Raises:
+            ValueError: If ``n_seeds`` is below 1.
+        """
+        if not is_integer(n_seeds) or n_seeds < 1:
+            raise ValueError(f"n_seeds must be an int of at least 1, got {n_seeds!r}.")
+        return estimated(self._derivative.replay, n_seeds)
 
     def check(self, show_progress: bool = False) -> Gauge:
         """Measure when this run's influence can be believed, once: a replay, two further trainings, one way back.
@@ -150,6 +168,8 @@ class UnrolledInfluence(DataInfluence):
             ValueError: If the replay does not end at the model's weights.
         """
         return self._derivative.measure_gauge(show_progress=show_progress)
+
+    # --- questions ---
 
     @log_usage(part_of_slo=True)
     def influence(
