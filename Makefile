@@ -17,14 +17,15 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench test test-faults lint format docs docs-links tutorials tutorials-full test-captum test-oldest clean
+.PHONY: help venv demo bench truth test test-faults test-page lint format docs docs-links tutorials tutorials-full \
+	test-captum test-oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.stamp  ## make .venv from constraints.txt (the others do this themselves)
 
-demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write pictures to OUT=demo
+demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write a page and pictures to OUT=demo
 	$(BIN)/python -m captum_sdi demo --out "$(OUT)"
 
 test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS="-k sketch")
@@ -32,6 +33,12 @@ test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS=
 
 test-faults: $(VENV)/.stamp  ## kill the builder of an index at 20 random moments, twice; `make test` does it at 3
 	OMP_NUM_THREADS=1 CAPTUM_SDI_KILLS=20 $(BIN)/python -m pytest -n $(WORKERS) tests/test_index_faults.py $(ARGS)
+
+test-page: $(VENV)/.stamp  ## look at the page in a browser; as root, installs Debian's chromium where there is none
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null; } || { \
+		echo "no chromium here: install it (Debian: apt-get install chromium), then run this again"; exit 1; }
+	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_page_browser.py $(ARGS)
 
 lint: $(VENV)/.stamp  ## check layout, style, docstrings and types; changes nothing
 	$(BIN)/ruff format --check .
@@ -50,6 +57,9 @@ docs-links: $(VENV)/.stamp  ## ask the network whether every link in the documen
 
 bench: $(VENV)/.stamp  ## measure time, memory and error beside the reference package (ARGS="memory accuracy")
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+truth: $(VENV)/.stamp  ## what predicts retraining: all methods on models trained again (ARGS=--small)
+	$(BIN)/python benchmarks/truth.py $(ARGS)
 
 tutorials: $(VENV)/.stamp  ## execute the notebooks in small; their files stay as they are
 	SMOKE_TEST=1 $(call PYTEST,$(VENV)) --nbmake --nbmake-timeout=300 $(NOTEBOOKS)

@@ -22,10 +22,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_sdi import evaluate, models, plotting, tasks
+    from captum_sdi import evaluate, models, plotting, report, tasks
     from captum_sdi.capture.coverage import coverage_check
     from captum_sdi.checkpoints import load_checkpoint
     from captum_sdi.cost import estimate
+    from captum_sdi.data.texts import texts
     from captum_sdi.features import LoopSpec
     from captum_sdi.index import Faiss, SketchIndex
     from captum_sdi.influence import SDIInfluence
@@ -49,14 +50,16 @@ __all__ = [
     "load_checkpoint",
     "models",
     "plotting",
+    "report",
     "tasks",
+    "texts",
 ]
 
 __version__: str
 
 # Importing torch takes seconds, which `captum-sdi --help` need not wait for: a public name is imported when it is first
 # looked up (PEP 562). This table serves the interpreter; the imports above, type checkers and editors.
-_SUBPACKAGES = ("evaluate", "models", "plotting", "tasks")
+_SUBPACKAGES = ("evaluate", "models", "plotting", "report", "tasks")
 _MODULE_OF = {
     "Exact": "captum_sdi.sketch",
     "Faiss": "captum_sdi.index",
@@ -70,6 +73,7 @@ _MODULE_OF = {
     "estimate": "captum_sdi.cost",
     "find_loop": "captum_sdi.loop.finding",
     "load_checkpoint": "captum_sdi.checkpoints",
+    "texts": "captum_sdi.data.texts",
 }
 
 

@@ -7,14 +7,19 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from tqdm import tqdm
 
 from captum_sdi import __version__
 from captum_sdi.cli.parser import build_parser
+from captum_sdi.cli.places import check_places
+from captum_sdi.cli.shell_words import in_shell_words
 
 ERROR, INTERRUPTED = 1, 130  # what shells expect; argparse itself exits with 2
+MODULES = {"view": "viewing"}
+"""Commands that are not in `captum_sdi.cli.commands`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,9 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser(__version__).parse_args(arguments)
     try:
         with one_line_warnings():
-            from captum_sdi.cli import commands  # imports torch, which --help and wrong usage need not wait for
-
-            run_command = getattr(commands, options.command)
+            check_places(options)
+            # Imports torch, which --help, wrong usage and a page that is there need not wait for.
+            module = import_module(f"captum_sdi.cli.{MODULES.get(options.command, 'commands')}")
+            run_command = getattr(module, options.command)
             run_command(options)
     except KeyboardInterrupt:
         advice = ": the same command goes on from here" if options.command == "index" else ""
@@ -55,8 +61,8 @@ def one_line(error: Exception) -> str:
         return f"{message} Try a smaller --batch-size, --activation-checkpointing or --dtype bfloat16."
     # The library's own errors are sentences; the class of any other error says more than its message.
     if isinstance(error, ValueError | OSError | ImportError):
-        return message
-    return f"{kind}: {message}"
+        return in_shell_words(message)
+    return f"this was not foreseen ({kind}: {message}). --debug shows where it happened."
 
 
 @contextmanager
@@ -64,7 +70,7 @@ def one_line_warnings() -> Iterator[None]:
     """Print warnings without the line of code that they come from."""
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        print_message(f"warning: {without_line_breaks(message)}")
+        print_message(f"warning: {in_shell_words(without_line_breaks(message))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning

@@ -45,6 +45,8 @@ class ScoredBlock:
     """``(q, n, b)``, multiplied by the checkpoint's weight."""
     n_steps: Tensor
     """``(q,)`` how many loop steps each test example ran at this checkpoint."""
+    test_norms: Tensor | None = None
+    """``(q, 2 + t)`` norms of the test examples' features through each of their bins; None where nobody asks."""
 
 
 def scored_block(
@@ -52,10 +54,11 @@ def scored_block(
     checkpoint: Checkpoint,
     scores: Scores,
     n_steps: Tensor,
+    test_norms: Tensor | None = None,
 ) -> ScoredBlock:
     """Say of a block's scores what they are of, and multiply them by the checkpoint's weight."""
     weighted = scores.times(checkpoint.weight)
-    return ScoredBlock(block.number, block.positions, checkpoint, weighted, n_steps)
+    return ScoredBlock(block.number, block.positions, checkpoint, weighted, n_steps, test_norms)
 
 
 class Source(Protocol):

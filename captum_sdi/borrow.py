@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
 @contextmanager
@@ -56,19 +57,37 @@ def preserved(model: nn.Module, *, weights: bool = True) -> Iterator[None]:
 @contextmanager
 def kept_rng() -> Iterator[None]:
     """Restore the global random state of torch, Python and numpy on exit."""
-    torch_state = torch.get_rng_state()
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one to be kept
-    # Asking CUDA for its state would initialise it.
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    state = RandomState.now()
     try:
         yield
     finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+        state.restore()
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The global random state of torch, Python and numpy."""
+
+    torch_state: Tensor
+    cuda_states: list[Tensor] | None
+    python_state: Any
+    numpy_state: Any
+
+    @staticmethod
+    def now() -> RandomState:
+        """Return the present state."""
+        # Asking CUDA for its state would initialise it.
+        cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one to be kept
+        return RandomState(torch.get_rng_state(), cuda_states, random.getstate(), numpy_state)
+
+    def restore(self) -> None:
+        """Go back to this state."""
+        torch.set_rng_state(self.torch_state)
+        random.setstate(self.python_state)
+        np.random.set_state(self.numpy_state)  # noqa: NPY002
+        if self.cuda_states is not None:
+            torch.cuda.set_rng_state_all(self.cuda_states)
 
 
 @dataclass(frozen=True)
@@ -211,7 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def recomputed(module: nn.Module, is_pass: Callable[[], bool]) -> Iterator[None]:
     """Let a module drop its activations and recompute them in the backward pass."""
     own_forward = vars(module).get("forward")
-    module.forward = functools.partial(recompute, module.forward, is_pass)
+    module.forward = partial(recompute, module.forward, is_pass)
     try:
         yield
     finally:
@@ -223,25 +242,129 @@ def recomputed(module: nn.Module, is_pass: Callable[[], bool]) -> Iterator[None]
 
 def recompute(forward: Callable[..., Any], is_pass: Callable[[], bool], *args: Any, **kwargs: Any) -> Any:
     """Call ``forward``, under activation checkpointing when this is a pass through the model."""
-    if is_pass():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return forward(*args, **kwargs)  # torch.func, which a layer rule may use, takes no checkpoint
+    if not is_pass():
+        return forward(*args, **kwargs)  # torch.func, which a layer rule may use, takes no checkpoint
+    # Counters and masks are written to between calls: what is recomputed is given them as they were.
+    kept: dict[int, Tensor] = {}
+    first_norms: list[Tensor] = []
+    is_first = True
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or is_floating(leaf):
+            return leaf
+        copy = leaf.clone()
+        kept[id(copy)] = leaf
+        return copy
+
+    copied_args, copied_kwargs = tree_map(copied, (args, kwargs))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_first
+        is_first_run, is_first = is_first, False
+        originals = dict(kept)
+        kept.clear()
+
+        def given(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.is_floating_point():
+                return leaf
+            return originals[id(leaf)] if is_first_run else leaf.clone()
+
+        args, kwargs = tree_map(given, (args, kwargs))
+        output = forward(*args, **kwargs)
+        norms = [leaf.detach().norm() for leaf in tree_leaves(output) if is_floating(leaf)]
+        if is_first_run:
+            first_norms.extend(norms)
+        elif not all(map(partial(torch.isclose, rtol=1e-2, equal_nan=True), norms, first_norms)):
+            raise ValueError(
+                "activation_checkpointing=True recomputes the looped modules, and one of them returned something else: "
+                "it depends on more than it is given, such as a step that is set as its attribute. Hand it over as an "
+                "argument, or pass activation_checkpointing=False."
+            )
+        return output
+
+    with set_checkpoint_early_stop(False):  # else the recomputation would end before there is an output to compare
+        return checkpoint(run, *copied_args, use_reentrant=False, **copied_kwargs)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Say whether something is a tensor of floating point numbers."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 @contextmanager
-def detached_in_calls(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Let a module's own parameters of these names be constants while it is called."""
+def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let tensors stand in for the parameters of these names, tied ones and modules under several names included.
+
+    `torch.func.functional_call` leaves a module that has several names, as looped blocks do, with the tensors in it.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> with standing_in(model, {"weight": torch.zeros(1, 2), "bias": torch.ones(1)}):
+        ...     model(torch.ones(1, 2))
+        tensor([[1.]])
+    """
+    tensor_of = {id(model.get_parameter(name)): tensor for name, tensor in tensors.items()}
+    with ExitStack() as stack:
+        for module in model.modules():
+            own = dict(module._parameters)
+            stack.callback(module._parameters.update, own)
+            for name, parameter in own.items():
+                if id(parameter) in tensor_of:
+                    module._parameters[name] = tensor_of[id(parameter)]  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def observable() -> Iterator[None]:
+    """Run outside the user's inference mode and compiler, and call every layer."""
+    # Hooks capture nothing inside compiled code, without any error; the fast path of nn.TransformerEncoderLayer goes
+    # round the layers it consists of.
+    has_fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode(mode=False), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(has_fastpath)
+
+
+@contextmanager
+def replaced_in_calls(
+    module: nn.Module,
+    names: Sequence[str],
+    *,
+    requires_grad: bool,
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Let aliases stand for parameters, a module's own or of modules inside it, while the module is called.
+
+    Args:
+        module: The module.
+        names: Its names of the parameters.
+        requires_grad: False makes them constants.
+
+    Yields:
+        The aliases by these names.
+    """
     originals = {name: module.get_parameter(name) for name in names}
+    aliases = {}
+    for name, original in originals.items():
+        aliases[name] = nn.Parameter(original.detach(), requires_grad=requires_grad)
 
-    def detach(module: nn.Module, args: object) -> None:
-        for name, parameter in originals.items():
-            module._parameters[name] = parameter.detach()  # type: ignore[assignment]
+    def enter(*_: object) -> None:
+        put_parameters(module, aliases)
 
-    def restore(*_: object) -> None:
-        module._parameters.update(originals)
+    def leave(*_: object) -> None:
+        put_parameters(module, originals)
 
     with ExitStack() as stack:
-        stack.callback(restore)
-        stack.callback(module.register_forward_pre_hook(detach, prepend=True).remove)
-        stack.callback(module.register_forward_hook(restore, prepend=True, always_call=True).remove)
-        yield
+        stack.callback(leave)
+        stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+        stack.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
+        yield aliases
+
+
+def put_parameters(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let other parameters stand under these names in a module and the modules inside it."""
+    for name, parameter in parameters.items():
+        prefix, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(prefix), own_name, parameter)  # an LSTM keeps a second list, updated by setattr

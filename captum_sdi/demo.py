@@ -19,6 +19,7 @@ from captum_sdi import plotting
 from captum_sdi.checkpoints import load_checkpoint
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+from captum_sdi.report import write_page
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
 from captum_sdi.sketch.tensor_sketch import TensorSketch
@@ -68,9 +69,19 @@ def run(out: Path, seed: int = 0, steps: int = 500) -> None:
     table = influence_table(result, train_texts, test_texts)
     say("\n".join(["3. What shaped the answers", "", *table, ""]))
     captions = draw_pictures(out, result, self_influence, matrix, train_texts, test_texts)
+    write_page(
+        result,
+        out / "page.html",
+        texts=train_texts,
+        test_texts=test_texts,
+        step_matrix=matrix,
+        step_matrix_indices=strongest.tolist(),
+        self_influence=self_influence,
+        title="Which training strings shaped the answers, and at which loop step?",
+    )
     report = markdown_report(trained.losses, accuracies, table, captions)
     (out / "report.md").write_text(report, encoding="utf-8")
-    say(f"4. Scores, pictures and report.md are in {out}/")
+    say(f"4. Scores, pictures and report.md are in {out}/; open {out}/page.html in a browser")
 
 
 @dataclass
@@ -270,6 +281,8 @@ def markdown_report(
     """Return the report in Markdown."""
     lines = [
         "# Which training strings shaped the answers, and at which loop step?",
+        "",
+        "[page.html](page.html) shows all of it, to click through.",
         "",
         "A looped GPT (width 64, one block applied 8 times between a prelude and a coda) trained on parity.",
         "",

@@ -228,15 +228,25 @@ class StepFeatures:
         """Sum over all bins: one bin is left, the whole gradient."""
         return self.map(lambda row: row.sum(1, keepdim=True))
 
+    def norms(self) -> Tensor:
+        """Return the norm of each bin's features over all parameters, ``(n, b)``.
+
+        Example:
+            >>> rows = {"weight": torch.tensor([[[3.0], [0.0]]]), "bias": torch.tensor([[[4.0], [2.0]]])}
+            >>> StepFeatures(rows, noise={}, n_steps=torch.tensor([0])).norms()
+            tensor([[5., 2.]])
+        """
+        squares = [row.square().sum(-1) for row in self.rows.values()]
+        device = squares[0].device
+        return torch.stack([square.to(device) for square in squares]).sum(0).sqrt()
+
     def unit(self) -> StepFeatures:
         """Divide every example by the norm of its whole gradient, over all parameters; a zero gradient stays zero."""
         return self.scaled(self.inverse_norms())
 
     def inverse_norms(self) -> Tensor:
         """Return one over the norm of each example's whole gradient, over all parameters ``(n,)``; zero of zero."""
-        squares = [row.sum(1).square().sum(-1) for row in self.rows.values()]
-        device = squares[0].device
-        norms = torch.stack([square.to(device) for square in squares]).sum(0).sqrt()
+        norms = self.summed().norms().squeeze(1)
         return torch.where(norms > 0, 1 / norms, 0)
 
     def scaled(self, scales: Tensor) -> StepFeatures:

@@ -36,6 +36,7 @@ from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.scores.ranking import Ranking
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.scores.words import with_words, words_of
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.tensor_sketch import TensorSketch
 from captum_sdi.study import Normalize, Question, Study
@@ -213,8 +214,8 @@ class SDIInfluence(AsksForMaps, TracInCPBase):
         ranking = Ranking(k, proponents)
         if rerank is None:
             return KMostInfluentialResults(*queries.top_examples(question, ranking))
-        sums, indices = queries.reranked(question, ranking, rerank)
-        return KMostInfluentialResults(indices, sums.scores.values[..., Columns.TOTAL])
+        best = queries.reranked(question, ranking, rerank)
+        return KMostInfluentialResults(best.indices, best.sums.scores.values[..., Columns.TOTAL])
 
     def _influence(self, inputs: Any, show_progress: bool = False, aggregate: bool = False) -> Tensor:
         """Implement Captum's abstract method: `influence` without ``k``."""
@@ -235,6 +236,7 @@ class SDIInfluence(AsksForMaps, TracInCPBase):
     def step_influence(self, inputs: Any, *args: Any, per: Literal["checkpoint"], **kwargs: Any) -> InfluenceMap: ...
     @overload
     def step_influence(self, inputs: Any, *args: Any, **kwargs: Any) -> StepInfluence: ...
+    @with_words
     @log_usage(part_of_slo=True)
     def step_influence(
         self,
@@ -279,8 +281,7 @@ class SDIInfluence(AsksForMaps, TracInCPBase):
             return queries.step_influence(question)
         if rerank is None:
             return queries.top_step_influence(question, ranking)
-        sums, indices = queries.reranked(question, ranking, rerank)
-        return StepInfluence.from_sums(*sums, indices)
+        return queries.reranked_step_influence(question, ranking, rerank)
 
     @log_usage(part_of_slo=True)
     def step_matrix(self, inputs: Any, indices: Sequence[int] | None = None) -> Tensor:
@@ -331,7 +332,8 @@ class SDIInfluence(AsksForMaps, TracInCPBase):
         """
         examples = self._self_examples(inputs, show_progress=show_progress)
         study = self.study(show_progress=show_progress, with_index=False)
-        return StepInfluence.from_sums(*queries.self_influence(study, examples, by_step=True))
+        result = queries.step_self_influence(study, examples)
+        return result.with_words(words_of(None, self.train_dataloader if inputs is None else inputs))
 
     @log_usage(part_of_slo=True)
     def compute_intermediate_quantities(self, inputs: Any, aggregate: bool = False, test: bool = False) -> Tensor:

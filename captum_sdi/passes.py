@@ -85,7 +85,7 @@ class Point:
 
         self.rehearsal.before_batch(self.capture, raw, side, positions)
         features = features_of(raw, positions)
-        called_once = frozenset(self.capture.tape.expanded)
+        called_once = frozenset(self.capture.tape.state.expanded)
         self.rehearsal.after_batch(
             RunBatch(self.capture, raw, side, positions, features, called_once, features_of, collated_alone)
         )

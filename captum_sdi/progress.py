@@ -10,13 +10,16 @@ from captum._utils.progress import NullProgress, progress
 
 from captum_sdi.words import warn_user
 
+LONGEST = 40
+"""Characters before a bar that does not say whose it is."""
+
 
 @dataclass(frozen=True)
 class Progress:
     """What the user is shown of a question's passes."""
 
     owner: str
-    """Who does the work, as Captum's bars begin."""
+    """Who does the work, as Captum's bars begin; empty where nobody asks, and the bar has more room."""
     is_shown: bool
 
     def bar(self, purpose: str, total: int | None) -> AbstractContextManager[Any]:
@@ -28,7 +31,8 @@ class Progress:
         """
         if not self.is_shown:
             return NullProgress()
-        return progress(desc=f"Using {self.owner} to {purpose}", total=total, mininterval=0.0)
+        text = f"Using {self.owner} to {purpose}" if self.owner else purpose[:LONGEST]
+        return progress(desc=text, total=total, mininterval=0.0)
 
 
 HIDDEN = Progress("", is_shown=False)

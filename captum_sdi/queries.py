@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from captum_sdi.blocks import Block, ScoredBlock, scored_block
+from captum_sdi.checkpoints.training_losses import training_losses
 from captum_sdi.data.examples import Examples
 from captum_sdi.features import Columns, StepFeatures, join
 from captum_sdi.index.source import Indexed
 from captum_sdi.passes import Live, Point
 from captum_sdi.progress import HIDDEN
+from captum_sdi.scores.checkpoint_sums import CheckpointSums
 from captum_sdi.scores.collect import (
     AllPairs,
     AllValues,
@@ -38,10 +41,24 @@ from captum_sdi.sketch.exact import Exact
 from captum_sdi.study import Contraction, Question, Study, counted
 
 
-def collect(blocks: Iterable[ScoredBlock], collector: Collector) -> None:
-    """Add all blocks to a collector."""
+def collect(blocks: Iterable[ScoredBlock], *collectors: Collector) -> None:
+    """Add all blocks to each collector."""
     for block in blocks:
-        collector.add(block)
+        for collector in collectors:
+            collector.add(block)
+
+
+def with_shares(
+    study: Study,
+    sums: Sums,
+    checkpoint_sums: CheckpointSums,
+    indices: Tensor | None = None,
+) -> StepInfluence:
+    """Build a result that says which checkpoint speaks, and warn where nearly all comes from one of several."""
+    losses = training_losses(study.checkpoints)
+    checkpoints = checkpoint_sums.result(losses)
+    checkpoints.warn()
+    return StepInfluence.from_sums(*sums, indices, checkpoints)
 
 
 # --- all pairs ---
@@ -58,10 +75,10 @@ def total_influence(question: Question) -> Tensor:
 
 def step_influence(question: Question) -> StepInfluence:
     """Compute the trajectories of all pairs, ``(q, n, t)``."""
-    pairs = AllPairs()
+    pairs, checkpoint_sums = AllPairs(), CheckpointSums()
     with question.scored_blocks("compute step influence for training batches", by_step=True) as blocks:
-        collect(blocks, pairs)
-    return StepInfluence.from_sums(*pairs.result())
+        collect(blocks, pairs, checkpoint_sums)
+    return with_shares(question.study, pairs.result(), checkpoint_sums)
 
 
 def step_matrix(question: Question, indices: Tensor | None) -> Tensor:
@@ -137,27 +154,49 @@ def top_step_influence(question: Question, ranking: Ranking) -> StepInfluence:
     if index is not None:
         search = question.searched(index, by_step=True)
         indices, _ = search.top(ranking)
-        return StepInfluence.from_sums(*search.winners(indices), indices)
+        return chosen_influence(question.study, search.chosen_blocks(indices), indices)
     if len(question.study.checkpoints) > 1:
         return top_in_two_passes(question, ranking)
-    best = TopTrajectories(ranking)
+    best, checkpoint_sums = TopTrajectories(ranking), CheckpointSums()
     with question.scored_blocks(ranking_purpose(ranking), by_step=True) as blocks:
-        collect(blocks, best)
+        collect(blocks, best, checkpoint_sums)
     sums, indices = best.result()
-    return StepInfluence.from_sums(*sums, indices)
+    return with_shares(question.study, sums, checkpoint_sums, indices)
 
 
 def top_in_two_passes(question: Question, ranking: Ranking) -> StepInfluence:
     """Find the winners of several checkpoints in one pass, their trajectories in a short second one."""
     indices, _ = top_examples(question, ranking)
-    winners = Winners(indices)
     purpose = "score winners step by step"
     with question.scored_blocks(purpose, by_step=True, only=indices.unique().cpu()) as blocks:
-        collect(blocks, winners)
-    return StepInfluence.from_sums(*winners.result(), indices)
+        return chosen_influence(question.study, blocks, indices)
 
 
-def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[Sums, Tensor]:
+def chosen_influence(study: Study, blocks: Iterable[ScoredBlock], indices: Tensor) -> StepInfluence:
+    """Sum the trajectories ``(q, k, t)`` of chosen train examples, others for each test example."""
+    winners, checkpoint_sums = Winners(indices), CheckpointSums(indices)
+    collect(blocks, winners, checkpoint_sums)
+    return with_shares(study, winners.result(), checkpoint_sums, indices)
+
+
+class Reranked(NamedTuple):
+    """Winners by exact gradients."""
+
+    sums: Sums
+    """Their scores ``(q, k, b)``."""
+    indices: Tensor
+    """``(q, k)`` their positions."""
+    checkpoint_sums: CheckpointSums
+    """Of all pairs that were scored exactly."""
+
+
+def reranked_step_influence(question: Question, ranking: Ranking, n_candidates: int) -> StepInfluence:
+    """Find the winners as `reranked` does, with their trajectories, ``(q, k, t)``."""
+    best = reranked(question, ranking, n_candidates)
+    return with_shares(question.study, best.sums, best.checkpoint_sums, best.indices)
+
+
+def reranked(question: Question, ranking: Ranking, n_candidates: int) -> Reranked:
     """Let sketches shortlist and exact gradients of the shortlisted train examples decide.
 
     Args:
@@ -166,7 +205,7 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[S
         n_candidates: How many train examples are shortlisted for each test example.
 
     Returns:
-        The winners' exact scores ``(q, k, b)``, and their positions ``(q, k)``.
+        The winners, best first.
     """
     check_depth(question, ranking)
     engine = question.study.engine.with_sketch(Exact())
@@ -174,25 +213,34 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> tuple[S
     exact.study.check_rows()
     candidates, _ = top_examples(question, replace(ranking, k=n_candidates))
     candidates = candidates.sort(dim=1).values
-    sums = join_tests([winners.result() for winners in winners_by_batch(exact, candidates, pair_values)])
+    checkpoint_sums = CheckpointSums()
+    winners = winners_by_batch(exact, candidates, pair_values, checkpoint_sums)
+    sums = join_tests([each.result() for each in winners])
     values = sums.scores.values
     order, _ = ranking.best(ranking.column_of(values))
     best = gather_pairs(values, order)
-    return Sums(Scores(best, torch.zeros_like(best)), sums.n_steps), candidates.gather(1, order)
+    scores = Scores(best, torch.zeros_like(best))
+    return Reranked(Sums(scores, sums.n_steps), candidates.gather(1, order), checkpoint_sums)
 
 
-def winners_by_batch(question: Question, candidates: Tensor, contract: Contraction) -> list[Winners]:
+def winners_by_batch(
+    question: Question,
+    candidates: Tensor,
+    contract: Contraction,
+    *collectors: Collector,
+) -> list[Winners]:
     """Score each test batch's candidates alone: features of one batch are held at a time.
 
     Args:
         question: The test examples.
         candidates: ``(q, k)`` positions of train examples, whose features are computed anew.
         contract: What two sides' features are contracted to.
+        *collectors: Further ones, for the blocks of all batches.
 
     Returns:
         One collector for each test batch.
     """
-    collectors: dict[int, Winners] = {}
+    winners_of: dict[int, Winners] = {}
     train = Live(question.study.train)
     with question.study.points() as points:
         for point in points:
@@ -203,12 +251,13 @@ def winners_by_batch(question: Question, candidates: Tensor, contract: Contracti
             for number, batch in enumerate(batches):
                 own_candidates = candidates[start : start + batch.size]
                 start += batch.size
-                winners = collectors.setdefault(number, Winners(own_candidates))
+                winners = winners_of.setdefault(number, Winners(own_candidates))
                 tests = question.study.as_tests(batch)
                 for block in train.blocks(point, own_candidates.unique().cpu()):
                     scores = contract(tests, question.study.as_train(block.features))
-                    winners.add(scored_block(block, point.checkpoint, scores, tests.n_steps))
-    return list(collectors.values())
+                    scored = scored_block(block, point.checkpoint, scores, tests.n_steps)
+                    collect([scored], winners, *collectors)
+    return list(winners_of.values())
 
 
 def ranking_purpose(ranking: Ranking) -> str:
@@ -220,14 +269,26 @@ def ranking_purpose(ranking: Ranking) -> str:
 # --- every example with itself, and vectors ---
 
 
-def self_influence(study: Study, examples: Examples, *, by_step: bool) -> Sums:
+def step_self_influence(study: Study, examples: Examples) -> StepInfluence:
+    """Score every example against itself by loop step, ``(n, t)``."""
+    checkpoint_sums = CheckpointSums()
+    sums = self_influence(study, examples, checkpoint_sums, by_step=True)
+    return with_shares(study, sums, checkpoint_sums)
+
+
+def self_influence(
+    study: Study,
+    examples: Examples,
+    *further: Collector,
+    by_step: bool,
+) -> Sums:
     """Score every example against itself, ``(n, b)``, under one progress bar over all batches."""
     pairs = SelfPairs()
     n_batches = examples.n_batches
     n_blocks = None if n_batches is None else n_batches * len(study.checkpoints)
     with study.progress.bar("compute self influence. Processing batch", n_blocks) as bar, study.points() as points:
         for point in points:
-            collect(counted(self_blocks(study, point, examples, by_step=by_step), bar), pairs)
+            collect(counted(self_blocks(study, point, examples, by_step=by_step), bar), pairs, *further)
     return pairs.result()
 
 

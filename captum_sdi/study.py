@@ -145,9 +145,10 @@ class Question:
     ) -> Iterator[ScoredBlock]:
         for point in points:
             tests = self.test_features(point, by_step=by_step)
+            norms = tests.norms()[:, 1:]  # behind that of the total
             for block in train.blocks(point, only):
                 scores = contract(tests, self.study.as_train(block.features))
-                yield scored_block(block, point.checkpoint, scores, tests.n_steps)
+                yield scored_block(block, point.checkpoint, scores, tests.n_steps, norms)
 
     def test_features(self, point: Point, *, by_step: bool) -> StepFeatures:
         """Return P φ of all test examples at a checkpoint, totals first."""

@@ -123,14 +123,21 @@ def example_shares(raw: Any, side: Side, reduction: Reduction) -> Tensor:
         tensor([0.7500, 0.2500], dtype=torch.float64)
     """
     check_reduction(reduction)
+    if reduction == "tokens":
+        n_targets = target_counts(raw, side)
+        return n_targets / n_targets.sum().clamp(min=1)
     ones = torch.ones(batch_size(raw), dtype=torch.float64)
-    if reduction == "sum":
-        return ones
-    if reduction == "mean":
-        return ones / len(ones)
+    return ones / len(ones) if reduction == "mean" else ones
+
+
+def target_counts(raw: Any, side: Side) -> Tensor:
+    """Return how many targets each example of a batch has, ``(n,)``, float64.
+
+    Raises:
+        ValueError: If they cannot be counted.
+    """
     labels = target_labels(raw, side.loss_fn)
     if labels is None:
         raise ValueError("reduction='tokens' counts integer labels, and there are none: pass 'mean' or 'sum'.")
     is_target = labels.reshape(len(labels), -1) != IGNORED
-    n_targets = is_target.sum(1).to(ones)
-    return n_targets / n_targets.sum().clamp(min=1)
+    return is_target.sum(1).double()

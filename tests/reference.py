@@ -90,6 +90,17 @@ def step_gradients(
     )
 
 
+def with_block_swapped(model: nn.Module, other: nn.Module, untying: Untying, step: int) -> nn.Module:
+    """A copy of the model whose loop has another model's modules in one step."""
+    swapped = copy.deepcopy(model).eval()
+    clock = {"step": -1}
+    for name in untying.loop:
+        copies = _Copies(model.get_submodule(name), clock, untying.n_steps, name in untying.anchors)
+        copies.copies[step] = copy.deepcopy(other.get_submodule(name))
+        swapped.set_submodule(name, copies.eval())
+    return swapped
+
+
 @dataclass
 class Truth:
     """Everything the library reports, from the definitions."""
@@ -149,38 +160,48 @@ def aliased_gradients(
     """Gradients of one example's loss by bin, for models that deep copies would not untie: ``(2 + t, entries)`` each.
 
     Before each call of a module that owns parameters, every one of them is replaced by a fresh alias, and the gradient
-    of that alias is that use's. Needs no list of what lies outside the loop, and follows tied parameters, whoever
-    owns them. The first row is the prelude, the second the coda, the others are the steps that calls of the anchors
-    start.
+    of that alias is that use's. Those of a module that is never called are replaced before the calls of the closest one
+    around it that is. Needs no list of what lies outside the loop, and follows tied parameters, whoever owns them. The
+    first row is the prelude, the second the coda, the others are the steps that calls of the anchors start.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tracked = {id(parameters[name]): name for name in names}
     inside = {id(part) for name in loop for part in model.get_submodule(name).modules()}
-    owned = {
-        module: {k: p for k, p in module._parameters.items() if p is not None and id(p) in tracked}
-        for module in model.modules()
-    }
+    called: set[nn.Module] = set()
+    spies = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in model.modules()]
+    loss(model.eval())
+    for spy in spies:
+        spy.remove()
+    owned: dict[nn.Module, list[tuple[nn.Module, str, nn.Parameter]]] = {module: [] for module in called}
+    for prefix, module in model.named_modules():
+        around = prefix
+        while (caller := model.get_submodule(around)) not in called:
+            around = around.rpartition(".")[0]
+        mine = [(module, k, p) for k, p in module._parameters.items() if p is not None and id(p) in tracked]
+        owned[caller] += mine
     log: list[tuple[str, Any]] = []  # ("step", None), ("loop", None) or ("use", (name, alias, inside))
 
     def note(kind: str) -> Callable[..., None]:
         return lambda *_: log.append((kind, None))
 
     def alias(module: nn.Module, args: object) -> None:
-        for local, parameter in owned[module].items():
+        for holder, local, parameter in owned[module]:
             fresh = parameter.detach().requires_grad_(True)
-            module._parameters[local] = fresh  # type: ignore[assignment]
+            holder._parameters[local] = fresh  # type: ignore[assignment]
             log.append(("use", (tracked[id(parameter)], fresh, id(module) in inside)))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note("step"), prepend=True) for name in anchors]
+    # A step begins first; then come the aliases, before any hook of the model's own that computes from parameters.
+    hooks = [module.register_forward_pre_hook(alias, prepend=True) for module, own in owned.items() if own]
+    hooks += [model.get_submodule(name).register_forward_pre_hook(note("step"), prepend=True) for name in anchors]
     hooks += [model.get_submodule(name).register_forward_pre_hook(note("loop")) for name in loop]
-    hooks += [module.register_forward_pre_hook(alias) for module, own in owned.items() if own]
     try:
         value = loss(model.eval())
     finally:
         for hook in hooks:
             hook.remove()
-        for module, own in owned.items():
-            module._parameters.update(own)
+        for own in owned.values():
+            for holder, local, parameter in own:
+                holder._parameters[local] = parameter
 
     last = max(i for i, (kind, _) in enumerate(log) if kind == "loop")
     uses, step = [], -1
@@ -195,6 +216,82 @@ def aliased_gradients(
         if grad is not None:
             result[name][bin] += grad.flatten()
     return result
+
+
+# --- training, differentiated by plain autograd through all of it ---
+
+
+@dataclass(frozen=True)
+class PlainAdamW:
+    """AdamW written out: `step(theta, gradient, memory, k, rate, decay)` for update k = 1, 2, ..."""
+
+    betas: tuple[float, float]
+    eps: float
+
+    def step(self, theta: Tensor, g: Tensor, memory: Any, k: int, rate: float, decay: Tensor) -> tuple[Tensor, Any]:
+        b1, b2 = self.betas
+        m, v = memory or (torch.zeros_like(theta), torch.zeros_like(theta))
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        corrected = v / (1 - b2**k)
+        is_seen = corrected > 0  # the root of zero has no derivative
+        root = torch.where(is_seen, corrected.where(is_seen, torch.ones_like(v)).sqrt(), torch.zeros_like(v))
+        return (1 - rate * decay) * theta - rate * m / (1 - b1**k) / (root + self.eps), (m, v)
+
+
+@dataclass(frozen=True)
+class PlainSGD:
+    """SGD written out, with coupled weight decay."""
+
+    momentum: float
+    nesterov: bool
+
+    def step(self, theta: Tensor, g: Tensor, memory: Any, k: int, rate: float, decay: Tensor) -> tuple[Tensor, Any]:
+        g = g + decay * theta
+        b = g if memory is None else self.momentum * memory + g
+        return theta - rate * (g + self.momentum * b if self.nesterov else b), b
+
+
+@dataclass(frozen=True)
+class PlainTraining:
+    """A training run: one loss for each example alone, no batch, no padding."""
+
+    model: nn.Module
+    loss_of: Callable[[Callable[..., Any], int], Tensor]
+    """``(a call of the model, example)`` to the example's loss."""
+    optimizer: PlainAdamW | PlainSGD
+    rates: Sequence[float]
+    batches: Sequence[Sequence[int]]
+    shares: Sequence[Sequence[float]]
+    """Of each example's loss in its update's."""
+    decay: Tensor
+    max_norm: float | None
+
+    def flat(self, model: nn.Module) -> Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    def end(self, weights: Tensor) -> Tensor:
+        """The last parameters, which autograd can follow back to `weights` (updates, examples)."""
+        theta, memory = self.flat(self.model).requires_grad_(), None
+        for k, (batch, shares) in enumerate(zip(self.batches, self.shares, strict=True)):
+            terms = [weights[k, i] * a * self._loss(theta, i) for i, a in zip(batch, shares, strict=True)]
+            (g,) = torch.autograd.grad(torch.stack(terms).sum(), theta, create_graph=True)
+            if self.max_norm is not None:
+                g = g * (self.max_norm / (g.norm() + 1e-6)).clamp(max=1)
+            theta, memory = self.optimizer.step(theta, g, memory, k + 1, self.rates[k], self.decay)
+        return theta
+
+    def _loss(self, theta: Tensor, example: int) -> Tensor:
+        sizes = [parameter.numel() for parameter in self.model.parameters()]
+        named = {
+            name: piece.view_as(parameter)
+            for (name, parameter), piece in zip(self.model.named_parameters(), theta.split(sizes), strict=True)
+        }
+
+        def call(**inputs: Any) -> Any:
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                return torch.func.functional_call(self.model, named, kwargs=inputs)
+
+        return self.loss_of(call, example)
 
 
 # --- parts of one example's gradient, one at a time ---

@@ -40,6 +40,24 @@ def test_the_readme_shows_the_recorded_results(script) -> None:
     assert script("tables").tables(results, sections) in (BENCHMARKS / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_page_on_coverage_shows_the_recorded_results(script) -> None:
+    recorded = json.loads((BENCHMARKS / "coverage.json").read_text())
+    table = script("coverage").table(recorded["found"])
+    assert table in (BENCHMARKS / "coverage.md").read_text(encoding="utf-8")
+    assert recorded["environment"]["packages"]["torch"]
+
+
+def test_coverage_is_counted_of_the_winners_alone(script) -> None:
+    """One test example, a total and a step: the ten highest of twelve, of which the two highest are too high."""
+    coverage = script("coverage")
+    exact = torch.arange(12.0)[None, :, None].expand(1, 12, 2)
+    scores = exact + torch.tensor([0.0] * 10 + [3.0] * 2)[None, :, None]
+    judged = coverage.judged(coverage.Estimate(scores, torch.ones(1, 12, 2)), exact)
+    assert judged["all pairs, totals"] == pytest.approx(10 / 12)
+    assert judged["winners by total"] == judged["winners by one step"] == pytest.approx(0.8)
+    assert judged["overstated by one step"] == pytest.approx(6 / exact[0, 2:, 0].sum().item())
+
+
 def test_the_picture_can_be_drawn_again(script, tmp_path: Path) -> None:
     results = json.loads((BENCHMARKS / "results.json").read_text())
     assert results.keys() >= script("run").PICTURED
@@ -195,3 +213,57 @@ def test_a_simulated_index_can_be_searched(script, tmp_path: Path) -> None:
     torch.testing.assert_close((scores, positions), tuple((tests @ rows.T).topk(3)))
     values = torch.cat([b.scores.values for b in index.searching(reopened, tests).scored_blocks(pair_scores)], dim=1)
     torch.testing.assert_close(values[..., 0], tests @ rows.T)
+
+
+def test_truth_is_measured_and_told(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    truth = script("truth")
+    methods = ["random scores", "TracIn / SDI, 4 checkpoints", "unrolled"]
+    arguments = ["parity", "--small", f"--cache={tmp_path / 'cache'}", f"--out={tmp_path}", "--methods", *methods]
+    monkeypatch.setattr("sys.argv", ["", *arguments])
+    truth.main()
+    bed = json.loads((tmp_path / "truth.json").read_text())["parity"]
+    assert bed["gauge"][0]["second run is bit-identical"]
+    assert bed["gauge"][0]["metasmoothness"] > 0.9
+    left_out = bed["agreement"]["leave one out"]["methods"]
+    assert left_out.keys() == set(methods)
+    # Six small updates: the derivative is nearly all there is.
+    assert left_out["unrolled"]["total"]["value"] > 0.95
+    assert left_out["unrolled"]["mean over steps"]["value"] > 0.95
+    assert 0.8 < left_out["unrolled"]["slope"]["value"] < 1.25
+    assert "unrolled, leave one out: total" in (tmp_path / "truth.md").read_text()
+    assert (tmp_path / "truth.png").stat().st_size > 10_000
+    trained_before = "leave one out: 3 of 3"
+    assert trained_before in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["", *arguments[:-2]])  # random scores alone
+    truth.main()
+    assert trained_before not in capsys.readouterr().out  # the cache has them
+
+
+def test_a_stack_trains_as_torch_does(script) -> None:
+    beds, training = script("retraining.beds"), script("retraining.training")
+    bed = beds.shortened(beds.smooth_parity(seed=0))
+    weights = torch.stack([torch.ones(bed.n), torch.linspace(0, 2, bed.n)]).double()
+    model = bed.start()
+    adam = bed.adam
+    optimizer = torch.optim.AdamW(model.parameters(), 1.0, adam.betas, adam.eps, adam.weight_decay)
+    for rate, batch in zip(bed.rates, bed.batches, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        losses = bed.loss(model(input_ids=bed.train["input_ids"][batch]), bed.train["labels"][batch])
+        optimizer.zero_grad()
+        (weights[1, batch] * losses).mean().backward()
+        optimizer.step()
+    expected = training.Flat(model).start
+    for trained in (training.train(bed, weights).weights[1], training.train(bed, weights[1:]).weights[0]):
+        torch.testing.assert_close(trained, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_metasmoothness_by_hand(script) -> None:
+    metasmoothness = script("retraining.gauge").metasmoothness
+    first, second = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 2.0, 3.0])
+    assert metasmoothness(first, second, torch.tensor([3.0, 4.0, 5.0])) == 1
+    assert metasmoothness(first, second, torch.tensor([3.0, 1.0, 4.0])) == pytest.approx((3 - 1 + 4) / 8)
+
+
+def test_the_truth_that_is_recorded_is_the_one_that_is_told(script) -> None:
+    recorded = json.loads((BENCHMARKS / "truth.json").read_text())
+    assert script("retraining.tables").document(recorded) == (BENCHMARKS / "truth.md").read_text(encoding="utf-8")

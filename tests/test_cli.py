@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from captum_sdi import Exact, SDIInfluence, SketchIndex, StepInfluence, TensorSketch
 from captum_sdi.__main__ import main
-from captum_sdi.cli.encoder import Encoder
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.models import LoopedGPTForCausalLM, loop_layers
 from captum_sdi.passes import Engine, Point
 from captum_sdi.preconditioners import Hessian
@@ -294,7 +294,7 @@ def test_a_failed_index_is_not_taken_for_another(
     assert run(INDEX) == 0
     before = Path("idx/command.json").read_text()
     assert run(INDEX, train="other.jsonl") == 1
-    assert "is of another train_dataset" in capsys.readouterr().err
+    assert "is of another training set" in capsys.readouterr().err
     assert Path("idx/command.json").read_text() == before
     monkeypatch.setattr(Engine, "points", lambda *_: (_ for _ in ()).throw(ValueError("nothing\nworks")).__next__())
     assert run(INDEX, index="idx2") == 1
@@ -470,7 +470,7 @@ def test_pictures_are_drawn_and_drawn_again(here: Path, capsys: pytest.CaptureFi
         "totals.png",
         "step-share.png",
     }
-    scores = {"scores.jsonl", "scores.npz", "scores.safetensors"}
+    scores = {"scores.jsonl", "scores.csv", "scores.npz", "scores.safetensors"}
     assert set(os.listdir("out")) == pictures | scores
     assert all(Path("out", name).stat().st_size > 10_000 for name in pictures)
     table = capsys.readouterr().out
@@ -517,7 +517,7 @@ def test_show_says_what_is_in_an_index(here: Path, capsys: pytest.CaptureFixture
         (f"{INDEX} --model no", r"--model no is no folder, and the Hub does not give it: "),
         (f"{INDEX} --train no.jsonl", r"no.jsonl: No such file or directory"),
         (f"{INDEX} --checkpoints no", r"There is no checkpoint at no; say with --checkpoints where it is\."),
-        (f"{INDEX} --layers core.9", r"layers= names 'core.9'"),
+        (f"{INDEX} --layers core.9", r"--layers names 'core.9'"),
         (f"{INDEX} --device nowhere", r"--device nowhere cannot be used: Expected one of cpu"),
         (f"{INDEX} --index run", r"run.* is no index, and holds other things"),
         (f"{INDEX} --loop-layers 0 1 2", r"has n_loops of its own"),
@@ -557,7 +557,7 @@ def test_a_warning_is_one_line(here: Path, capsys: pytest.CaptureFixture) -> Non
     assert re.fullmatch(r"captum-sdi: warning: A checkpoint in \S+ holds no learning rate: 1.0 is used.*\n", said), said
 
 
-@pytest.mark.parametrize("command", ["", "index", "score", "plot", "show", "demo"])
+@pytest.mark.parametrize("command", ["", "index", "score", "plot", "view", "show", "demo"])
 def test_help_explains_every_option(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -31,6 +31,8 @@ def test_the_demo_leaves_a_report_with_scores_and_pictures(tmp_path: Path, capsy
     pictures = re.findall(r"!\[.*\]\((.*)\)", report)
     assert len(pictures) == 6
     assert all((out / name).stat().st_size > 5_000 for name in pictures)
+    assert "[page.html](page.html)" in report
+    assert (out / "page.html").stat().st_size > 30_000
     result = StepInfluence.load(out / "scores.safetensors")
     assert result.trajectories.shape == (2, 12, 8)
     assert torch.allclose(result.trajectories.sum(-1), result.influence_scores, rtol=1e-4, atol=1e-6)

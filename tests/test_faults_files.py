@@ -26,10 +26,10 @@ from captum_sdi import SketchIndex, StepInfluence, find_loop
 from captum_sdi.__main__ import main
 from captum_sdi.capture.coverage import Coverage
 from captum_sdi.cli import pictures
-from captum_sdi.cli.encoder import Encoder
 from captum_sdi.cli.recipe import Recipe
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import build, lock
 from captum_sdi.index.shards import Shard
 
@@ -98,7 +98,13 @@ def test_e1_only_listed_names_of_ours_are_removed(here: Path) -> None:
     assert run(f"{SCORE} --out drawn --pictures 1") == 0
     (here / "drawn" / "heatmap-7.png").write_text("mine")
     assert run(f"{SCORE} --out drawn --overwrite") == 0
-    assert set(os.listdir("drawn")) == {"scores.jsonl", "scores.npz", "scores.safetensors", "heatmap-7.png"}
+    assert set(os.listdir("drawn")) == {
+        "scores.jsonl",
+        "scores.csv",
+        "scores.npz",
+        "scores.safetensors",
+        "heatmap-7.png",
+    }
     tensors = here / "drawn" / "scores.safetensors"
     (here / "precious.txt").write_text("mine")
     StepInfluence.load(tensors).save(tensors, files=json.dumps(["../precious.txt", "heatmap-7.png/../x", 3]))

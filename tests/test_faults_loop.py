@@ -51,10 +51,11 @@ PARTS: dict[str, Callable[[], nn.Module]] = {
     "gate": lambda: nn.Linear(WIDTH, 1),
     "head": lambda: nn.Linear(WIDTH, VOCAB),
     "deep head": deep_head,
+    "wide": lambda: nn.Linear(WIDTH, VOCAB, bias=False),
     "slow": Block,
     "embedding": lambda: nn.Embedding(VOCAB, WIDTH),
 }
-READOUTS = ("gate", "head", "deep head")
+READOUTS = ("gate", "head", "deep head", "wide")
 
 
 class Order(nn.Module):

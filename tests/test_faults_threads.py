@@ -83,15 +83,14 @@ def test_e5_a_call_in_another_thread_is_refused_there_and_changes_nothing(part: 
     expected = sdi_of(model, loss_fn=MeanLoss(), activation_checkpointing=True).step_influence(TEST)
     intruder = Intruder(lambda: PARTS[part](model))
 
-    handles = [module.register_forward_hook(intruder) for module in (model.core, model.core.blocks[0].mlp)]
+    handle = model.core.blocks[0].mlp.register_forward_hook(intruder)
     sdi = sdi_of(model, loss_fn=MeanLoss(intruder), activation_checkpointing=True)
     result = sdi.step_influence(TEST)
     intruder.assert_refused()
-    assert len(intruder.errors) > 20
+    assert len(intruder.errors) > 10
     assert torch.equal(result.trajectories, expected.trajectories)
     assert torch.equal(result.n_steps, expected.n_steps)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     intruder.run()  # afterwards the model answers again
     assert len(intruder.outputs) == 1
 
@@ -146,7 +145,7 @@ class Wrapper(nn.Module):
 def test_e5_questions_about_a_model_and_about_what_wraps_it_take_turns() -> None:
     model = CASE.model().train()
     expected = sdi_of(model, loss_fn=MeanLoss()).step_influence(TEST)
-    asked = [model, Wrapper(model).train()] * 3
+    asked = [model, Wrapper(model).train()] * 2
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(lambda each: sdi_of(each, loss_fn=MeanLoss()).step_influence(TEST), asked))
     for result in results:

@@ -19,7 +19,8 @@ from captum_sdi.index.manifest import Manifest
 from captum_sdi.index.processes import Processes
 from captum_sdi.index.reader import Reader
 from captum_sdi.index.shards import Shard
-from captum_sdi.scores.collect import AllPairs
+from captum_sdi.queries import collect
+from captum_sdi.scores.collect import AllPairs, Winners
 from captum_sdi.scores.contract import pair_scores
 from captum_sdi.scores.ranking import Ranking, RunningBest
 
@@ -141,7 +142,9 @@ def test_all_pairs_and_chosen_ones_are_those_of_the_whole_matrix(
     torch.testing.assert_close(scores.values[..., 0], values, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(scores.variances[..., 0], variances)
     indices = torch.randint(0, 1000, (5, 400))
-    chosen = searched.winners(indices).scores
+    winners = Winners(indices)
+    collect(searched.chosen_blocks(indices), winners)
+    chosen = winners.result().scores
     torch.testing.assert_close(chosen.values[..., 0], values.gather(1, indices), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(chosen.variances[..., 0], variances.gather(1, indices))
 

@@ -230,7 +230,9 @@ class Weights:
         return gradient if self.acts_on == "gradient" else row
 
 
-@pytest.mark.parametrize("preconditioner", [Weights("gradient"), Weights("row"), Hessian(4)], ids=lambda p: p.acts_on)
+@pytest.mark.parametrize(
+    "preconditioner", [Weights("gradient"), Weights("row"), Hessian(rank=4)], ids=lambda p: p.acts_on
+)
 def test_preconditioned_influence_is_split_alike(preconditioner: Any) -> None:
     sdi = influence(CASES[0], preconditioner=preconditioner, layers="loop")
     steps = sdi.step_influence(TEST)

@@ -41,7 +41,7 @@ def fresh(program: str) -> tuple[int, list[str], str]:
         ("--help", 0, "usage: captum-sdi"),
         ("--version", 0, "captum-sdi " + version("captum-sdi")),
         ("score --help", 0, "usage: captum-sdi score"),
-        ("score --no-such-option", 2, "the following arguments are required: --index, --query"),
+        ("score --no-such-option", 2, "the following arguments are required: --index"),
         ("show index --no-such-option", 2, "unrecognized arguments: --no-such-option"),
         ("index --model m", 2, "the following arguments are required: --train, --index"),
         ("no-such-command", 2, "invalid choice: 'no-such-command'"),

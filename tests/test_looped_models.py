@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +9,8 @@ from zoo import LAPS, VOCAB, ZOO, Looped
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, coverage_check, find_loop
 from captum_sdi.capture.featurizer import Featurizer
+from captum_sdi.capture.rules import registry, rule
+from captum_sdi.capture.rules.linear import linear
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import default_loss
 from captum_sdi.data.side import Side
@@ -27,6 +27,7 @@ def features(looped: Looped, model: nn.Module, names: list[str], loop: LoopSpec)
     rows = looped.rows()
     side = Side("train", looped.loss_fn or default_loss(model), None)
     with featurizer.installed("current") as capture:
+        capture.check_uses(Collator()(rows[:1]), side)
         return capture(Collator()(rows), side, True, range(len(rows))).rows
 
 
@@ -36,11 +37,14 @@ def test_every_use_of_every_parameter_is_exact(looped: Looped, dtype: torch.dtyp
     model = looped.model(dtype)
     loop = find_loop(model, Collator()(looped.rows()))
     assert loop == looped.loop_of(model)
-    names = looped.covered(model)
+    names = looped.trainable(model)
     ours = features(looped, model, names, loop)
     truths = [looped.truth(model, row, names) for row in looped.rows()]
     largest = max(theirs.abs().max() for truth in truths for theirs in truth.values())
-    for name in names:
+    for name in looped.beside:
+        theirs = torch.stack([looped.sums(model, row, [name])[name] for row in looped.rows()])
+        assert (ours[name].sum(1) - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
+    for name in set(names) - set(looped.beside):
         theirs = torch.stack([truth[name] for truth in truths])
         assert ours[name].shape == theirs.shape == (3, 2 + looped.n_steps, model.get_parameter(name).numel())
         scale = theirs.abs().max().clamp(min=1e-2 * largest)
@@ -62,28 +66,11 @@ def test_the_scores_are_exact_with_nothing_said_about_the_loop(looped: Looped, r
     assert steps.trajectories.any(0).any(0).logical_not().nonzero().flatten().tolist() == [*looped.without_gradient]
 
 
-def test_covered_and_refused_are_all_trainable_parameters(looped: Looped) -> None:
-    """What `coverage_check` accepts and what errors name, layer by layer, leaves no parameter out."""
+def test_all_trainable_parameters_are_covered(looped: Looped) -> None:
     model = looped.model()
-    batch, settings = Collator()(looped.rows()), {"loop": looped.loop, "loss_fn": looped.loss_fn}
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    expected = set(looped.covered(model))
-    checked = coverage_check(model, batch, layers=sorted({name.rpartition(".")[0] for name in expected}), **settings)
-    assert set(checked.parameters) == expected
-    assert set(looped.in_loop(model)) <= expected
-    refused: set[str] = set()
-    for owner in sorted({name.rpartition(".")[0] for name in trainable - expected}):
-        own = {name for name in trainable if name.rpartition(".")[0] == owner}
-        try:
-            expected |= own & set(coverage_check(model, batch, layers=[owner], **settings).parameters)
-            assert all(name.endswith(looped.either) for name in own)
-        except ValueError as error:
-            refused |= {name for name in own if re.search(rf"{name}(.|\n)*Leave (it|them|that layer) out", str(error))}
-    assert expected | refused == trainable
-    assert {name for name in trainable if name.endswith(looped.refused or ("\0",))} <= refused
-    if refused:
-        with pytest.raises(ValueError, match="|".join(map(re.escape, refused))):
-            SDIInfluence(model, looped.rows(), layers=None, loss_fn=looped.loss_fn).influence(looped.rows())
+    batch = Collator()(looped.rows())
+    checked = coverage_check(model, batch, layers=None, loop=looped.loop, loss_fn=looped.loss_fn)
+    assert set(checked.parameters) == set(looped.trainable(model)) >= set(looped.in_loop(model))
 
 
 # --- finding the loop ---
@@ -321,26 +308,35 @@ def test_when_nothing_repeats_it_says_what_it_saw() -> None:
 # --- coverage ---
 
 
-class Twins(nn.Module):
-    """Two branches, one of which hardly matters; `beside` uses its weight a second time, outside the layer."""
+class Halved(nn.Linear):
+    """A layer whose registered rule is wrong."""
 
-    def __init__(self, faint: float, beside: bool = False) -> None:
+
+class Twins(nn.Module):
+    """Two branches, one of which hardly matters."""
+
+    def __init__(self, faint: float, quiet: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.loud, self.quiet = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.faint, self.beside = faint, beside
+        self.loud, self.quiet, self.faint = nn.Linear(4, 4), quiet(4, 4), faint
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         for _ in range(2):
             x = torch.tanh(self.loud(x)) + self.faint * scale * torch.tanh(self.quiet(x))
-        return x + self.faint * scale * (x @ self.quiet.weight if self.beside else 0)
+        return x
 
 
-@pytest.mark.parametrize(("faint", "beside", "refused"), [(1e-4, False, False), (1e-4, True, True), (0.0, True, False)])
-def test_coverage_is_relative_to_each_parameters_own_gradient(faint: float, beside: bool, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("faint", "quiet", "refused"), [(1e-4, nn.Linear, False), (1e-4, Halved, True), (0.0, Halved, False)]
+)
+def test_coverage_is_relative_to_each_parameters_own_gradient(
+    faint: float, quiet: type[nn.Linear], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is missed of a small gradient is missed all the same; of a vanishing one, nothing can be."""
+    monkeypatch.setattr(registry, "_REGISTERED", list(registry._REGISTERED))
+    rule(Halved)(lambda module, activation, backprop, wanted: linear(module, activation, backprop / 2, wanted))
     torch.manual_seed(0)
     batch, loss = (torch.randn(3, 4), torch.randn(3, 4)), nn.MSELoss(reduction="none")
-    model = Twins(faint, beside)
+    model = Twins(faint, quiet)
     if refused:
         with pytest.raises(ValueError, match=r"differs from the gradient(.|\n)*quiet.weight"):
             coverage_check(model, batch, loss_fn=loss)
@@ -366,11 +362,14 @@ class Head(nn.Module):
         return self.decoder(x) + (self.bias if self.uses else 0)
 
 
-def test_a_bias_that_a_head_only_holds_is_covered_and_one_that_it_uses_is_not() -> None:
+def test_a_bias_that_a_head_holds_is_exact_whether_it_uses_it_or_not() -> None:
     torch.manual_seed(0)
     rows, loss = [tuple(torch.randn(2, 4)) for _ in range(3)], nn.MSELoss(reduction="none")
-    SDIInfluence(Head(False), rows, layers=None, loss_fn=loss).influence(rows)
-    with pytest.raises(ValueError, match=r"uses 'bias' beside the calls of the layer that owns it"):
-        SDIInfluence(Head(True), rows, layers=None, loss_fn=loss).influence(rows)
-    with pytest.raises(ValueError, match=r"differs from the gradient"):
-        coverage_check(Head(True), Collator()(rows), layers=None, loss_fn=loss)
+    for model in (Head(False), Head(True)):
+        table = coverage_check(model, Collator()(rows), layers=None, loss_fn=loss)
+        assert "bias" in table.parameters
+        scores = SDIInfluence(model, rows, layers=["decoder"], loss_fn=loss, sketch=Exact()).self_influence()
+        parameters = list(model.decoder.parameters())
+        for (x, y), score in zip(rows, scores, strict=True):
+            grads = torch.autograd.grad(loss(model(x[None]), y[None]).sum(), parameters)
+            assert torch.isclose(score, sum((grad**2).sum() for grad in grads), rtol=1e-5)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
+import zoo
 from cases import CASES, Case, rows
 from reference import next_token_loss
 from torch import Tensor, nn
@@ -60,14 +62,17 @@ def test_losses_gradients_and_hessian_products_are_those_of_the_model(case: Case
     assert (product - expected_product).norm() < 1e-7 * product.norm()
 
 
-def test_the_model_is_left_alone() -> None:
-    model = CASES[0].model().train()
+@pytest.mark.parametrize("make", [CASES[0].model, CASES[2].model, zoo.gpt2], ids=["concat", "tied", "many names"])
+def test_the_model_is_left_alone(make: Callable[[], nn.Module]) -> None:
+    model = make().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objects = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     loss = BatchLoss(model, Side("training", default_loss(model), None))
     with loss.evaluated() as vector:
         loss(vector.add(1).requires_grad_(), Collator()(TRAIN)).sum().backward()
     assert model.training
     assert all(parameter.grad is None and parameter.is_leaf for parameter in model.parameters())
+    assert {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)} == objects
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

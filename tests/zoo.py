@@ -35,10 +35,8 @@ class Looped:
     anchors: tuple[str, ...]
     """Whose call starts a step."""
     n_steps: int
-    refused: tuple[str, ...] = ()
-    """Ends of the names of parameters that no rule reaches."""
-    either: tuple[str, ...] = ()
-    """Of those that some versions of transformers use in a way that a rule reaches."""
+    beside: tuple[str, ...] = ()
+    """Names of parameters that are used once more, beside the calls of their layer: the truth has only their sum."""
     causal: bool = True
     loss_fn: Any = None
     inputs: str = "input_ids"
@@ -89,16 +87,22 @@ class Looped:
         modules, anchors = ([name for name in names if name in first] for names in (self.modules, self.anchors))
         return aliased_gradients(model, loss, names, modules, anchors)
 
+    def sums(self, model: nn.Module, row: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+        """By parameter ``(entries,)``, the sum over all bins: an ordinary gradient."""
+        output = model(**{self.inputs: row[self.inputs].unsqueeze(0)}, **_no_cache(model))
+        parameters = [model.get_parameter(name) for name in names]
+        grads = torch.autograd.grad(next_token_loss(output.logits[0], row["labels"], self.causal), parameters)
+        return {name: grad.flatten() for name, grad in zip(names, grads, strict=True)}
+
     def in_loop(self, model: nn.Module) -> list[str]:
         """Names of the loop's trainable parameters."""
         inside = tuple(f"{name}." for name in self.modules)
         mine = {id(p) for n, p in model.named_parameters(remove_duplicate=False) if n.startswith(inside)}
         return [n for n, p in model.named_parameters() if id(p) in mine and p.requires_grad]
 
-    def covered(self, model: nn.Module) -> list[str]:
-        """Names of all trainable parameters that some rule reaches."""
-        names = [name for name, p in model.named_parameters() if p.requires_grad]
-        return [name for name in names if not name.endswith((*self.refused, *self.either))]
+    def trainable(self, model: nn.Module) -> list[str]:
+        """Names of all trainable parameters."""
+        return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:
@@ -248,25 +252,18 @@ ZOO += [
 ]
 
 _SITES = tuple(f"model.layers.{i}.shared_transformer" for i in (1, 2, 4, 5, 6))
-_MAMBA = (".A_log", ".D", ".dt_bias", "mamba.norm.weight")
-_CONV = ("mamba.conv1d.weight", "mamba.conv1d.bias")
-_ZAMBA = (".A_log", ".D", "_proj_weight", "_proj_bias")
 _ZAMBA_SITES = tuple(f"model.layers.{i}.shared_transf" for i in (2, 4, 5))
-_PERCEIVER = (
-    "embeddings.latents", "position_encodings.position_embeddings", "position_embeddings.weight",
-    "embedding_decoder.bias", "preprocessor.embeddings.weight",
-)  # fmt: skip
 _SELF_ATTENDS = tuple(f"perceiver.encoder.self_attends.{i}" for i in range(2))
 ZOO += [
-    Looped("zamba2", zamba2, _SITES, _SITES, 5, _MAMBA, _CONV),
-    Looped("zamba", zamba, _ZAMBA_SITES, _ZAMBA_SITES, 3, _ZAMBA, _CONV),
+    Looped("zamba2", zamba2, _SITES, _SITES, 5),
+    Looped("zamba", zamba, _ZAMBA_SITES, _ZAMBA_SITES, 3),
     Looped(
         "perceiver",
         perceiver,
         _SELF_ATTENDS,
         _SELF_ATTENDS[:1],
         LAPS,
-        _PERCEIVER,
+        beside=("perceiver.input_preprocessor.embeddings.weight",),
         causal=False,
         loss_fn=MLM,
         inputs="inputs",

@@ -12,12 +12,14 @@ from nbclient import NotebookClient
 
 # Which of a notebook's pictures, counted from 0, the gallery of the README shows.
 GALLERY = {
-    "01_first_trajectory": 1,
-    "02_sudoku": 0,
-    "03_your_own_model": 0,
+    "01_which_document_which_hop": 0,
+    "02_your_own_model": 0,
+    "03_test_by_removal": 0,
     "04_from_tracin_to_sdi": 1,
-    "05_how_big_a_sketch": 0,
-    "06_test_by_removal": 0,
+    "05_first_trajectory": 1,
+    "06_sudoku": 0,
+    "07_how_big_a_sketch": 0,
+    "08_a_known_answer": 0,
 }
 
 path = Path(sys.argv[1])

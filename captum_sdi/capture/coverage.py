@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, requiring_grad
+from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
 from captum_sdi.capture.tape import Tape
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
 from captum_sdi.data.losses import LossFn, check_gradient, default_loss, example_losses
@@ -117,11 +118,10 @@ def coverage_check(
 def captured_gradients(tape: Tape, summed_loss: Callable[[], Tensor], batch_size: int) -> dict[str, Tensor]:
     """Return the sum over examples and uses of what a tape captures, flattened."""
     projections = {}
-    sums = {}
+    sums: dict[str, Tensor] = {}
     for name, parameter in tape.targets.items():
         projection = Exact().projection(name, parameter)
         projections[name] = projection
-        sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
 
     def consume(
         name: str,
@@ -132,10 +132,19 @@ def captured_gradients(tape: Tape, summed_loss: Callable[[], Tensor], batch_size
         rows = projections[name](gradient)
         sums[name] += rows.sum(0)
 
-    with tape:
-        loss = tape.forward(summed_loss, batch_size)
+    def forward() -> Tensor:
+        return seen_forward(tape, lambda: (None, summed_loss()), batch_size)[1]
+
+    def attempted() -> dict[str, Tensor]:
+        for name, projection in projections.items():
+            sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
+        loss = forward()
         tape.backward(loss, consume)
-    return sums
+        return sums
+
+    with tape:
+        attribute_stray_uses(tape, forward)
+        return settled(attempted)
 
 
 def ordinary_gradients(

@@ -11,20 +11,21 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.borrow import requiring_grad
-from captum_sdi.capture import refusals
-from captum_sdi.capture.stray_uses import only_stray_uses, reached_parameters
+from captum_sdi.borrow import observable, requiring_grad
+from captum_sdi.capture.adoption import Adoption
+from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
 from captum_sdi.capture.tape import Tape
 from captum_sdi.capture.tokens import Unit
-from captum_sdi.data.batch import BatchReader, run_model
+from captum_sdi.data.batch import Batch, BatchReader, run_model, with_labels
 from captum_sdi.data.losses import check_gradient, example_losses
-from captum_sdi.data.side import Side
+from captum_sdi.data.side import Side, identity
 from captum_sdi.features import POOLED, Bins, Dense, Gradient, LoopSpec, Noise, StepFeatures, canonical_name
 from captum_sdi.sketch.base import Projection, Sketch
 from captum_sdi.sketch.exact import Exact
@@ -62,6 +63,8 @@ class Featurizer:
         self._sketch = sketch
         self._activation_checkpointing = activation_checkpointing
         self._read = BatchReader(model)
+        self._adoption = Adoption()
+        self._labelled: set[tuple[int, int]] = set()
 
     @contextmanager
     def installed(self, checkpoint: str) -> Iterator[Capture]:
@@ -81,8 +84,9 @@ class Featurizer:
             targets[name] = parameter
             projections[name] = self._sketch.projection(name, parameter, checkpoint)
         recompute = self._activation_checkpointing
-        with Tape(self._model, targets, self._loop, activation_checkpointing=recompute) as tape:
-            yield Capture(self._model, self._read, self._sketch, checkpoint, projections, tape)
+        tape = Tape(self._model, targets, self._loop, activation_checkpointing=recompute, adoption=self._adoption)
+        with tape:
+            yield Capture(self._model, self._read, self._sketch, checkpoint, projections, tape, self._labelled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +101,8 @@ class Capture:
     projections: Mapping[str, Projection]
     """By targeted parameter."""
     tape: Tape
+    labelled: set[tuple[int, int]]
+    """The sides whose batches' labels are handed to the model, too: see `captum_sdi.data.side.identity`."""
 
     # --- features ---
 
@@ -132,10 +138,13 @@ class Capture:
         if unit not in get_args(Unit):
             raise ValueError(f"unit must be 'example' or 'token', got {unit!r}.")
 
-        def rows_at(scale: float) -> dict[str, Tensor]:
+        def attempted(scale: float) -> dict[str, Tensor]:
             losses = self.forward(raw, side)[1]  # the logits need not outlive the loss's own backward
             self.check_finite(losses.detach().isfinite(), "loss", side, positions)
             return self._rows(losses, scale, unit, transform, by_step=by_step)
+
+        def rows_at(scale: float) -> dict[str, Tensor]:
+            return settled(partial(attempted, scale))
 
         scales = _LOSS_SCALES if in_float16(self.model) else (1.0,)
         rows = rows_at(scales[0])
@@ -247,40 +256,32 @@ class Capture:
         Raises:
             ValueError: If a targeted parameter's layer was not called, or only where no graph is built.
         """
-        batch = self.read(raw, side.forward_kwargs)
+        return settled(lambda: self._forward(raw, side))
+
+    def _forward(self, raw: Any, side: Side) -> tuple[Any, Tensor]:
+        """Attempt a forward pass."""
+        batch = self._read(raw, side)
 
         def output_and_losses() -> tuple[Any, Tensor]:
             output = run_model(self.model, batch)
             return output, example_losses(side.loss_fn, output, batch.labels, batch.size, side.argument)
 
-        tape = self.tape
-        result = tape.forward(output_and_losses, batch.size)
-        silent = [name for name in tape.targets if name not in tape.called]
-        without_grad = [name for name in silent if name in tape.called_without_grad]
-        if without_grad:
-            remedy = tape.layers_without(without_grad)
-            raise ValueError(refusals.only_without_grad(without_grad, remedy))
-        if silent:
-            remedy = tape.layers_without(silent)
-            raise ValueError(refusals.never_called(silent, remedy))
-        return result
+        return seen_forward(self.tape, output_and_losses, batch.size)
+
+    def _read(self, raw: Any, side: Side) -> Batch:
+        batch = self.read(raw, side.forward_kwargs)
+        return with_labels(batch) if identity(side) in self.labelled else batch
 
     def check_uses(self, raw: Any, side: Side) -> Tensor:
-        """Check, in a forward pass, that no targeted parameter is used outside its layer's call.
+        """Let other modules answer for the targets that are used outside their layer's calls.
 
         Returns:
-            ``(n,)`` losses.
+            ``(n,)`` losses of a forward pass without such uses.
 
         Raises:
-            ValueError: If one is.
+            ValueError: If no module answers for one.
         """
-        with only_stray_uses(self.tape.owners, self.tape.targets):
-            losses = self.forward(raw, side)[1]
-            stray = reached_parameters(losses, self.tape.targets)
-        if stray:
-            remedy = self.tape.layers_without(stray)
-            raise ValueError(refusals.used_beside_calls(stray, remedy))
-        return losses.detach()
+        return attribute_stray_uses(self.tape, lambda: self._forward(raw, side)[1])
 
     def check_gradient(self, raw: Any, side: Side) -> None:
         """Check, in a forward pass, that the loss depends on some parameter at all, targeted or not.
@@ -322,19 +323,22 @@ class Capture:
                 "Look at these examples and that checkpoint, or leave one of them out."
             )
 
-    def own_loss(self, raw: Any, side: Side) -> Tensor | None:
-        """Return the loss that the model itself computes from labels.
+    def own_loss(self, raw: Any, side: Side) -> tuple[Tensor, Any] | None:
+        """Return the loss that the model itself computes from labels, and what it returned with them.
 
         Returns:
-            A scalar, or None when the model takes no labels or returns no loss.
+            A scalar and the output; None when the model takes no labels or returns no loss.
         """
         batch = self.read(raw, side.forward_kwargs)
         if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
             return None
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            output = self.model(*batch.args, **batch.kwargs, labels=batch.labels.long())
+        keywords = {**batch.kwargs, "labels": batch.labels.long()}
+        with torch.no_grad(), observable():
+            output = self.model(*batch.args, **keywords)
         loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        return loss if isinstance(loss, Tensor) and loss.ndim == 0 else None
+        if not isinstance(loss, Tensor) or loss.ndim != 0:
+            return None
+        return loss, output[1:] if isinstance(output, tuple) else output
 
     # --- what is captured ---
 

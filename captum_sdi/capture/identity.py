@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,3 +66,33 @@ def observed(
             return ReportingIdentity.apply(base, dummy, activation, fresh, report).view(output.shape)
     in_place = fresh and not output._is_view()
     return ReportingIdentity.apply(output, dummy, activation, in_place, report)
+
+
+Reports = Callable[[Sequence[Tensor], Sequence[Tensor | None]], None]
+"""Called in the backward pass with what a module was given and the backprops at its outputs."""
+
+
+class ReportingIdentities(torch.autograd.Function):
+    """The identity on all outputs of a module; its backward pass reports once, what was saved and the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dummy: Tensor,
+        owner: object,
+        report: Reports,
+        saved: tuple[Tensor, ...],
+        *outputs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return copies of the outputs."""
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)  # an output without a gradient has None
+        ctx.report = report
+        ctx.owner = owner
+        return tuple(output.clone() for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *backprops: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Report, and hand the gradients on."""
+        ctx.report(ctx.saved_tensors, backprops)
+        return None, None, None, None, *backprops

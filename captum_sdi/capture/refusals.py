@@ -68,11 +68,6 @@ def changed_by_hook() -> str:
     return "a hook of its own changes its gradient (Tensor.register_hook)"
 
 
-def several_inputs() -> str:
-    """Say that a layer's call has more arguments than an activation."""
-    return "it was called with something else than one tensor"
-
-
 def several_outputs(output: object) -> str:
     """Say that a layer's call returned more than an activation."""
     return f"it returned a {type(output).__name__}, not one tensor"
@@ -110,18 +105,20 @@ def uncovered_layers(refused: Sequence[tuple[str, str]], remedy: str) -> str:
 # --- how a layer is called ---
 
 
-def no_example_axis(
-    layer: str,
-    verb: str,
-    shape: torch.Size,
-    batch_size: int,
-    remedy: str,
-) -> str:
-    """Refuse a layer that was given, or returned, a tensor without one row per example."""
+def mixes_examples(layers: Sequence[str], batch_size: int) -> str:
+    """Refuse modules whose output for one example depends on others."""
     return (
-        f"{layer} {verb} a tensor of shape {tuple(shape)} in a batch of {batch_size}: without the example axis first, "
-        f"per-example gradients cannot be told apart. Leave it out{remedy}, or let the model pass it one row per "
-        "example; a model that takes examples one by one or in groups needs batch_size=1."
+        f"In a batch of {batch_size} examples are mixed, so that no gradient is one example's own: what is returned "
+        f"for the first depends on what was given for others in {'; and in '.join(layers)}. Pass batch_size=1 (to a "
+        "DataLoader, too), or let the model keep examples apart."
+    )
+
+
+def no_tokens_of_whole_pass(names: Sequence[str], remedy: str) -> str:
+    """Refuse per-token features of parameters whose gradients the losses alone tell."""
+    return (
+        f"unit='token' needs a call that tells the gradient of {first_few(names)}: the model uses it beside any call "
+        f"inside the loop. Leave it out{remedy}, or ask for unit='example'."
     )
 
 
@@ -165,8 +162,9 @@ def only_without_grad(names: Sequence[str], remedy: str) -> str:
     """Refuse parameters whose layers run under `torch.no_grad` throughout."""
     return (
         f"The forward pass runs the layer that owns {first_few(names)} under torch.no_grad only: no gradient reaches "
-        f"it. Leave it out{remedy}, or let the model build a graph, e.g. with another number of loop steps in "
-        "forward_kwargs=."
+        f"it. Leave it out{remedy}, or let the model build a graph: with another number of loop steps in "
+        "forward_kwargs=, of which Huginn takes a pair such as {'num_steps': (0, 4)}; or, as it runs in eval(), "
+        "without asking for self.training, e.g. by torch.set_grad_enabled(torch.is_grad_enabled())."
     )
 
 
@@ -175,14 +173,6 @@ def never_called(names: Sequence[str], remedy: str) -> str:
     return (
         f"The forward pass never called the layer that owns {first_few(names)}: their influence cannot be seen. Leave "
         f"them out{remedy}, or call the layer itself, not its weight or its .forward."
-    )
-
-
-def used_beside_calls(names: Sequence[str], remedy: str) -> str:
-    """Refuse parameters that are used outside their layer's call."""
-    return (
-        f"The model uses {first_few(names)} beside the calls of the layer that owns it (its weight or its .forward "
-        f"directly): that part of its influence cannot be seen. Leave it out{remedy}, or call the layer itself."
     )
 
 

@@ -8,42 +8,41 @@ backward pass, hands it to the layer's rule together with the gradient that arri
   is silently wrong as soon as some loop outputs do not reach the loss (early exit, exit gates).
 * Every parameter is frozen meanwhile, so the backward pass forms no weight gradient: a dummy scalar that requires a
   gradient keeps the identities in the graph.
+
+A layer whose calls do not tell its gradients is noted, and the pass goes on: `captum_sdi.capture.settling`
+repeats it once other modules answer for all such layers.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from types import FrameType
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from captum_sdi.borrow import evaluating, frozen, recomputed
+from captum_sdi.borrow import evaluating, frozen, observable, recomputed
 from captum_sdi.capture import refusals
-from captum_sdi.capture.heap import HeapTrimmer
+from captum_sdi.capture.adoption import Adoption, Reason, Unseen, UnsettledError
+from captum_sdi.capture.calls import inside_autograd_function, only_tensor
 from captum_sdi.capture.identity import observed
-from captum_sdi.capture.owners import Owner, find_owners
+from captum_sdi.capture.owners import Owner, find_owners, holders_of, silent_targets
+from captum_sdi.capture.pass_state import Consumer, PassState
+from captum_sdi.capture.recomputed_calls import RecomputedCalls
 from captum_sdi.capture.rules.base import Rule
 from captum_sdi.capture.rules.choose import choose_rule
-from captum_sdi.capture.tokens import TokenAxes, Unit, token_gradients
-from captum_sdi.features import Gradient, LoopSpec
+from captum_sdi.capture.stray_uses import leaves_of
+from captum_sdi.capture.tokens import Unit, token_gradients
+from captum_sdi.capture.whole_pass import WholePass
+from captum_sdi.features import LoopSpec
 from captum_sdi.loop.clock import LoopClock, Moment
 from captum_sdi.model_lock import exclusive, refuse_other_threads
 
-Consumer = Callable[[str, slice, int, Gradient], None]
-"""Called in the backward pass with (parameter name, rows, bin, gradients): a row is an example, or a token."""
-
-
-class _RunningRule(threading.local):
-    """Whether a rule runs now, in this thread: autograd has one for each device."""
-
-    active = False
+Answer = TypeVar("Answer")
 
 
 class Tape:
@@ -53,10 +52,11 @@ class Tape:
         model: The model; outside ``with`` it is as the user left it.
         activation_checkpointing: Recompute the looped modules in the backward pass instead of keeping their
             activations.
+        adoption: Which modules answer for layers whose calls do not tell, as far as earlier passes have found.
 
     Raises:
-        ValueError: If the loop names a module the model does not have, or a targeted parameter is owned by a module
-            that no rule covers or has a gradient hook.
+        ValueError: If the loop names a module the model does not have, or a target's gradient is changed by a hook or
+            depends on the whole batch.
     """
 
     def __init__(
@@ -66,37 +66,27 @@ class Tape:
         loop: LoopSpec,
         *,
         activation_checkpointing: bool = False,
+        adoption: Adoption | None = None,
     ) -> None:
         self.model = model
         self.targets = targets
         self._clock = LoopClock(model, loop)
-        self.owners = find_owners(model, targets)
+        self._adoption = adoption or Adoption()
+        self._find_owners()
         self._recomputed: list[nn.Module] = []
         if activation_checkpointing:
             self._recomputed = [module for module in self._clock.modules if next(module.children(), None)]
         self._rules: dict[tuple[str, bool], Rule] = {}
         device = next(iter(targets.values())).device
-        self._dummy = torch.zeros((), device=device, requires_grad=True)
-        self._heap = HeapTrimmer() if self._recomputed and device.type == "cpu" else None
-        self._running_rule = _RunningRule()
-        self._thread = threading.get_ident()
+        trims_heap = bool(self._recomputed) and device.type == "cpu"
+        self.state = PassState(self._clock, device, trims_heap=trims_heap)
         self._installed = ExitStack()
-        self._forget()
+        self._watching = ExitStack()
 
-    def _forget(self) -> None:
-        """Go back to the state before a forward pass."""
-        self._phase: Literal["forward", "backward"] | None = None
-        self._batch_size = 0
-        self._unit: Unit = "example"
-        self._consume: Consumer | None = None
-        self._backward_task = -1
-        self._token_axes = TokenAxes()
-        self._clock.restart()
-        if self._heap is not None:
-            self._heap.restart()
-        self.called: set[str] = set()
-        self.called_without_grad: set[str] = set()
-        self.expanded: set[str] = set()
+    def _find_owners(self) -> None:
+        loop = [*self._clock.modules, *self._clock.anchors]
+        self.owners = find_owners(self.model, self.targets, loop, self._adoption)
+        self._whole_pass = WholePass([owner for owner in self.owners if owner.way == "whole pass"], self._clock)
 
     @property
     def n_steps(self) -> int:
@@ -106,7 +96,10 @@ class Tape:
     @property
     def n_tokens(self) -> int:
         """How many token positions each layer read in the last forward pass."""
-        return self._token_axes.length(self.layers_without)
+        if self._whole_pass.owners:
+            names = [name for owner in self._whole_pass.owners for name in owner.targets.values()]
+            raise ValueError(refusals.no_tokens_of_whole_pass(names, self.layers_without(names)))
+        return self.state.token_axes.length(self.layers_without)
 
     def layers_without(self, names: Collection[str]) -> str:
         """Write which layers= ask for all targets but these; see `refusals.suggest_layers`."""
@@ -116,20 +109,26 @@ class Tape:
 
     def __enter__(self) -> Tape:
         with ExitStack() as stack:
-            self._thread = threading.get_ident()
+            self.state.thread = threading.get_ident()
             stack.enter_context(exclusive(self.model))
-            stack.callback(self._forget)
+            stack.callback(self.state.restart)
             stack.enter_context(evaluating(self.model))
             stack.enter_context(frozen(self.model))
-            for handle in self._registered_hooks():
-                stack.callback(handle.remove)
+            stack.callback(lambda: self._watching.close())
+            self._watch()
             for module in self._recomputed:
-                stack.enter_context(recomputed(module, lambda: self._listening))
+                stack.enter_context(recomputed(module, lambda: self.state.is_listening))
             self._installed = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._installed.close()
+
+    def _watch(self) -> None:
+        """Put hooks on the loop and the owners, in place of any that were there."""
+        self._watching.close()
+        for handle in self._registered_hooks():
+            self._watching.callback(handle.remove)
 
     def _registered_hooks(self) -> Iterator[RemovableHandle]:
         for module in self._clock.modules:
@@ -137,35 +136,74 @@ class Tape:
         for module in self._clock.anchors:
             yield module.register_forward_pre_hook(self._on_anchor, prepend=True)
         for owner in self.owners:
+            if owner.way == "recompute":
+                calls = RecomputedCalls(owner, self.state, self._adoption)
+                yield owner.module.register_forward_pre_hook(calls.before, prepend=True)
+                yield owner.module.register_forward_hook(calls.after, prepend=True, with_kwargs=True)
+            if owner.way != "rule":
+                continue
             expand = partial(self._expand, owner)
             yield owner.module.register_forward_pre_hook(expand, prepend=True, with_kwargs=True)
             # First, or a hook of the user's registered earlier would hide a branch of the graph from the identity.
             on_use = partial(self._on_use, owner)
             yield owner.module.register_forward_hook(on_use, prepend=True, with_kwargs=True)
 
-    def forward(self, run: Callable[[], Any], batch_size: int) -> Any:
-        """Run a forward pass on a batch under the hooks, and return its result."""
-        self._forget()
-        self._phase = "forward"
-        self._batch_size = batch_size
+    def adopt(self, unseen: Sequence[Unseen]) -> None:
+        """Let other modules answer for layers that were not seen, and give the pass up.
+
+        Raises:
+            UnsettledError: If that was possible.
+            ValueError: If the whole pass did not tell of a layer.
+        """
+        by_holder = {one.holder: one for one in unseen}
+        stuck = [one.holder for one in by_holder.values() if not self._adoption.climb(self.model, one)]
+        if stuck:
+            names = [name for owner in self.owners if set(stuck) & {*owner.holders} for name in owner.targets.values()]
+            raise ValueError(refusals.never_called(names, self.layers_without(names)))
+        self._find_owners()
+        self._watch()
+        raise UnsettledError
+
+    def adopt_targets(self, names: Collection[str], reason: Reason) -> None:
+        """Let other modules answer for these targets, wherever they are held; see `adopt`."""
+        self.adopt([Unseen(holder, reason) for holder in holders_of(self.model, self.targets, names)])
+
+    def forward(self, run: Callable[[], Answer], batch_size: int) -> Answer:
+        """Run a forward pass on a batch under the hooks, and return its result, if its calls told all gradients."""
+        self.state.restart()
+        self.state.phase = "forward"
+        self.state.batch_size = batch_size
         try:
-            with observable(), torch.enable_grad():
-                return run()
+            with observable(), torch.enable_grad(), self._whole_pass.aliasing(noting=True):
+                answer = run()
         except (RuntimeError, IndexError, ValueError) as error:
-            if self.expanded and self._works_unhooked(run):
+            if self.state.expanded and self._works_unhooked(run):
                 raise ValueError(refusals.fails_in_batch(error, batch_size)) from error
             raise
         finally:
-            self._phase = None
+            self.state.phase = None
+        if self.state.mixing:
+            raise ValueError(refusals.mixes_examples(list(self.state.mixing), batch_size))
+        if self.state.unseen:
+            self.adopt(self.state.unseen)
+        return answer
 
     def _works_unhooked(self, run: Callable[[], Any]) -> bool:
-        self._phase = None
+        self.state.phase = None
         try:
             with observable(), torch.no_grad():
                 run()
         except (RuntimeError, IndexError, ValueError):
             return False
         return True
+
+    def silent(self, losses: Tensor) -> list[str]:
+        """Return the targets of layers that the last forward pass, which led to these losses, has not used in sight."""
+        if self._whole_pass.owners:
+            reached = self._whole_pass.reached(leaves_of(losses))
+            self.state.called |= reached | self._whole_pass.called
+            self.state.called_without_grad |= self._whole_pass.called_without_grad
+        return silent_targets(self.model, self.targets, self.state.called)
 
     def backward(self, losses: Tensor, consume: Consumer, unit: Unit = "example") -> None:
         """Backpropagate the sum of the last forward pass's losses; no ``.grad`` is written.
@@ -178,49 +216,48 @@ class Tape:
         Raises:
             RuntimeError: If the model returned one of its own parameters in place of an activation.
             ValueError: If the model checkpoints its activations the reentrant way.
+            UnsettledError: If it met layers whose calls do not tell; see `captum_sdi.capture.settling`.
         """
         if not losses.requires_grad:
             return
-        self._phase = "backward"
-        self._consume = consume
-        self._unit = unit
-        losses.register_hook(self._on_backward)
+        self.state.phase = "backward"
+        self.state.consume = consume
+        self.state.unit = unit
+        self.state.unseen = []
         # The user's autocast is for the model; rules and sketches compute in full precision.
-        full_precision = torch.autocast(self._dummy.device.type, enabled=False)
+        full_precision = torch.autocast(self.state.dummy.device.type, enabled=False)
         try:
-            with full_precision, observable():
+            with full_precision, observable(), self._whole_pass.aliasing(noting=False):
+                self.state.is_muted = True
+                self._whole_pass.report(losses, consume)
+                self.state.is_muted = False
+                losses.register_hook(self.state.note_backward)
                 ones = torch.ones_like(losses)
-                torch.autograd.grad(losses, self._dummy, ones, allow_unused=True)
+                torch.autograd.grad(losses, self.state.dummy, ones, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" in str(error):
                 raise ValueError(refusals.reentrant_checkpointing("a part of the model")) from error
             raise
         finally:
-            self._phase = None
-            self._consume = None
+            self.state.is_muted = False
+            self.state.phase = None
+            self.state.consume = None
         for name, parameter in self.model.named_parameters():
             if not parameter.is_leaf:
                 raise RuntimeError(refusals.parameter_in_graph(name))
+        if self.state.unseen:
+            self.adopt(self.state.unseen)
 
     # --- the hooks ---
 
-    @property
-    def _listening(self) -> bool:
-        """Whether a pass is under way, and it is not a rule that calls the layer."""
-        return self._phase is not None and not self._running_rule.active
-
-    def _on_backward(self, grad: Tensor) -> None:
-        """Remember this backward pass's autograd task id, so that a nested pass can be refused."""
-        self._backward_task = torch._C._current_graph_task_id()
-
     def _on_loop_call(self, module: nn.Module, args: object) -> None:
-        if self._phase == "forward":
+        if self.state.phase == "forward":
             self._clock.count_call(module)
-            self._trim_heap(self._clock.step)
+            self.state.trim_heap(self._clock.step)
 
     def _on_anchor(self, module: nn.Module, args: object) -> None:
-        if self._phase == "forward":
-            refuse_other_threads(self._thread, module, args)  # this hook is called before the lock's own
+        if self.state.phase == "forward":
+            refuse_other_threads(self.state.thread, module, args)  # this hook is called before the lock's own
             self._clock.count_anchor()
 
     def _expand(
@@ -234,14 +271,14 @@ class Tape:
         # GPT-2 calls wpe once. The examples' gradients could not be told apart, and the model broadcasts the output of
         # such a layer in any case.
         # A call for one example alone looks the same: where `expanded` names new layers, the rehearsal compares.
-        refuse_other_threads(self._thread, module, args)
+        refuse_other_threads(self.state.thread, module, args)
         activation = only_tensor(args, kwargs)
-        if not self._listening or self._batch_size == 1 or activation is None:
+        if not self.state.is_listening or self.state.batch_size == 1 or activation is None:
             return None
         if activation.ndim < 2 or activation.shape[0] != 1:
             return None
-        self.expanded.add(owner.name)
-        expanded = activation.expand(self._batch_size, *activation.shape[1:])
+        self.state.expanded.add(owner.name)
+        expanded = activation.expand(self.state.batch_size, *activation.shape[1:])
 
         def replaced(argument: Any) -> Any:
             return expanded if argument is activation else argument
@@ -259,29 +296,27 @@ class Tape:
         output: Any,
     ) -> Tensor | None:
         """Put the identity behind a layer's output."""
-        if not self._listening:
+        if not self.state.is_listening:
             return None
         targets = owner.targets.values()
         if not torch.is_grad_enabled():
             # The step counts, and contributes nothing: influence is that of the graph that trained.
             if inside_autograd_function():
                 raise ValueError(refusals.reentrant_checkpointing(str(owner)))
-            self.called_without_grad.update(targets)
+            self.state.called_without_grad.update(targets)
             return None
-        if self._phase == "forward":
-            self.called.update(targets)
+        if self.state.phase == "forward":
+            self.state.called.update(targets)
         activation = only_tensor(args, kwargs)
-        if activation is None:
-            refused = [(str(owner), refusals.several_inputs())]
-            raise ValueError(refusals.uncovered_layers(refused, self.layers_without(targets)))
-        rule = self._rule(owner, activation, output)
-        self._check_example_axis(owner, activation, "was given")
-        self._check_example_axis(owner, output, "returned")
-        self._token_axes.note(owner, activation, output)
+        rule = None if activation is None else self._rule(owner, activation, output)
+        if activation is None or rule is None:
+            self.state.note_unseen(owner.holders)
+            return None
+        self.state.token_axes.note(owner, activation, output)
         # The output's shape alone: holding the output would keep it, and through it the graph, alive.
         moment = self._clock.moment_of(module)
         report = partial(self._report, owner, rule, moment, output.shape)
-        return observed(output, self._dummy, activation.detach(), report, fresh=rule.fresh_output)
+        return observed(output, self.state.dummy, activation.detach(), report, fresh=rule.fresh_output)
 
     def _report(
         self,
@@ -293,79 +328,41 @@ class Tape:
         backprop: Tensor,
     ) -> None:
         """Hand a use's gradients to the consumer."""
-        consume = self._consume
-        if consume is None or torch._C._current_graph_task_id() != self._backward_task:
-            raise ValueError(refusals.nested_backward(str(owner)))
+        if self.state.is_muted:
+            return
+        consume = self.state.consumer(owner)
         place = self._clock.bin(moment)
-        self._trim_heap(place)
+        self.state.trim_heap(place)
         # A model spread over devices may hand its activations on to the next one.
         activation = activation.to(owner.device)
         backprop = backprop.reshape(shape).to(owner.device)
         wanted = tuple(owner.targets)
-        gradients_of = rule.gradients if self._unit == "example" else partial(token_gradients, rule)
+        gradients_of = rule.gradients if self.state.unit == "example" else partial(token_gradients, rule)
         yielded = set()
-        self._running_rule.active = True
+        self.state.running_rule.active = True
         try:
             for local_name, rows, gradient in gradients_of(owner.module, activation, backprop, wanted):
                 if local_name in owner.targets:
                     consume(owner.targets[local_name], rows, place, gradient)
                     yielded.add(local_name)
         finally:
-            self._running_rule.active = False
+            self.state.running_rule.active = False
         missing = [local_name for local_name in wanted if local_name not in yielded]
         if missing and activation.numel():
             raise ValueError(refusals.incomplete_rule(str(owner), rule.name, missing))
 
-    def _trim_heap(self, place: int) -> None:
-        if self._heap is not None:
-            self._heap.trim_at((self._phase, place))
-
     # --- the rule of a layer ---
 
-    def _rule(self, owner: Owner, activation: Tensor, output: Any) -> Rule:
-        key = owner.name, self._batch_size > 1  # a single example cannot tell whether examples mix
+    def _rule(self, owner: Owner, activation: Tensor, output: Any) -> Rule | None:
+        """Return the rule for a layer's call; None where none tells its examples' gradients."""
+        has_axes = isinstance(output, Tensor) and activation.shape[:1] == output.shape[:1] == (self.state.batch_size,)
+        key = owner.name, self.state.batch_size > 1  # a single example cannot tell whether examples mix
         rule = self._rules.get(key)
-        if rule is None:
+        if rule is None and has_axes:
             chosen = choose_rule(owner.module, activation, output)
             if isinstance(chosen, str):
-                remedy = self.layers_without(owner.targets.values())
-                raise ValueError(refusals.uncovered_layers([(str(owner), chosen)], remedy))
+                return None
             rule = chosen
             if output[:1].any():  # of zeros nothing can be told: looked at again at the next call
                 self._rules[key] = rule
-        return rule
-
-    def _check_example_axis(self, owner: Owner, tensor: Tensor, verb: str) -> None:
-        if tensor.shape[:1] != (self._batch_size,):
-            remedy = self.layers_without(owner.targets.values())
-            raise ValueError(refusals.no_example_axis(str(owner), verb, tensor.shape, self._batch_size, remedy))
-
-
-@contextmanager
-def observable() -> Iterator[None]:
-    """Run outside the user's inference mode and compiler."""
-    # Hooks capture nothing inside compiled code, without any error.
-    with torch.inference_mode(mode=False), torch.compiler.set_stance("force_eager"):
-        yield
-
-
-def inside_autograd_function() -> bool:
-    """Say whether the caller runs in an autograd.Function, as reentrant checkpointing does."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            first_argument = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first_argument, torch.autograd.function.FunctionCtx):
-                return True
-        frame = frame.f_back
-    return False
-
-
-def only_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the tensor that a layer was called with; None where there was anything beside it."""
-    arguments = [*args, *kwargs.values()]
-    given = [argument for argument in arguments if argument is not None]
-    if len(given) == 1 and isinstance(given[0], Tensor):
-        return given[0]
-    return None
+        return rule if has_axes else None

@@ -8,18 +8,26 @@ from pathlib import Path
 
 from captum_sdi.cli import pictures
 from captum_sdi.cli.loading import build_influence, load_encoder, load_model, preconditioner_of, resolve_checkpoints
-from captum_sdi.cli.output import ARRAYS, LINES, TENSORS, check_output_folder, listed_files, written_whole
+from captum_sdi.cli.output import (
+    ARRAYS,
+    LINES,
+    PAGE,
+    SPREADSHEET,
+    TENSORS,
+    check_output_folder,
+    listed_files,
+    written_whole,
+)
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
-from captum_sdi.cli.recipe import NAME, Recipe
+from captum_sdi.cli.recipe import NAME, Recipe, seen_from_here
 from captum_sdi.cli.results import Results
-from captum_sdi.cli.rows import JsonLines
+from captum_sdi.cli.scoring import open_queries, score_queries
+from captum_sdi.cli.tables import AnyExamples, check_files, open_examples
 from captum_sdi.cost import estimate
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import SketchIndex
 from captum_sdi.index.lock import free_bytes
 from captum_sdi.index.manifest import NAME as MANIFEST
-from captum_sdi.influence import SDIInfluence
-from captum_sdi.scores.result import StepInfluence
-from captum_sdi.whole_file import check_regular
 from captum_sdi.words import readable_size
 
 # --- the commands ---
@@ -28,13 +36,13 @@ from captum_sdi.words import readable_size
 def index(options: Namespace) -> None:
     """Run ``captum-sdi index``: check everything, then write the first file."""
     folder = options.index
-    check_regular(options.train)
+    check_files(options.train)
     recipe = Recipe.from_options(options)
     recipe = dataclasses.replace(recipe, checkpoints=resolve_checkpoints(recipe))
     check_same_recipe(recipe, folder)
     show_progress = shows_progress(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
-    train = JsonLines(options.train, load_encoder(recipe, model), show_progress=show_progress)
+    train = open_train(recipe, load_encoder(recipe, model), show_progress=show_progress)
     print_summary(train, options)
     recipe = dataclasses.replace(recipe, train_digest=train.digest)
     sdi = build_influence(recipe, model, train, folder)
@@ -59,18 +67,18 @@ def score(options: Namespace) -> None:
     Raises:
         ValueError: If ``--rerank`` leaves fewer candidates than ``-k`` training examples.
     """
-    check_output_folder(options.out, overwrite=options.overwrite, pictures=options.pictures > 0)
+    check_output_folder(options.out, overwrite=options.overwrite, pictures=options.pictures > 0, page=options.html)
     if options.rerank is not None and options.rerank < options.k:
         raise ValueError(f"--rerank {options.rerank} must be at least -k {options.k}: it chooses among so many.")
     show_progress = shows_progress(options)
-    check_regular(options.query)
+    check_files(options.query or [])
     preconditioner = preconditioner_of(options)
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
-    queries = JsonLines(options.query, encoder, show_progress=show_progress)
+    queries = open_queries(options, model, encoder)
     print_summary(queries, options)
-    train = JsonLines(recipe.train, encoder, recipe.train_digest, show_progress=show_progress)
+    train = open_train(recipe, encoder, recipe.train_digest, show_progress=show_progress)
     sdi = build_influence(
         recipe,
         model,
@@ -80,19 +88,21 @@ def score(options: Namespace) -> None:
         preconditioner=preconditioner,
         normalize=options.normalize,
     )
-    scores = score_queries(sdi, queries, options)
+    scored = score_queries(sdi, queries, len(train), options)
     for examples in (queries, train):
         examples.check_unchanged()
     if not is_first_process():
         return
-    results = Results.from_scores(scores, queries, train, proponents=not options.opponents)
-    files = [LINES, ARRAYS, TENSORS]
+    results = Results.from_scores(scored.scores, queries, train, scored.roles)
+    files = [LINES, SPREADSHEET, ARRAYS, TENSORS]
+    if options.html:
+        files.append(PAGE)
     with written_whole(options.out, overwrite=options.overwrite) as unfinished:
         if options.pictures:
             drawn = range(len(queries))[: options.pictures]
             files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
-    print_unless_quiet(f"{results}\n{options.out}: {', '.join(files)}", options)
+    print_unless_quiet(f"{results.table(options.columns)}\n{options.out}: {', '.join(files)}", options)
 
 
 def plot(options: Namespace) -> None:
@@ -154,6 +164,24 @@ def write_recipe(recipe: Recipe, folder: Path) -> None:
         recipe.write(folder)
 
 
+def open_train(
+    recipe: Recipe,
+    encoder: Encoder,
+    digest: str | None = None,
+    *,
+    show_progress: bool,
+) -> AnyExamples:
+    """Open the training examples of a recipe; with a digest, they must be those that were indexed."""
+    return open_examples(
+        [seen_from_here(Path(path)) for path in recipe.train],
+        encoder,
+        digest,
+        split=recipe.split,
+        text_column=recipe.text_column,
+        show_progress=show_progress,
+    )
+
+
 def recipe_of_index(options: Namespace) -> Recipe:
     """Return the recipe of the index to be scored, with what the options of scoring change."""
     open_index(options.index)
@@ -170,9 +198,10 @@ def recipe_of_index(options: Namespace) -> Recipe:
             "it was run, which completes it; an index made in Python is scored in Python, with "
             "SDIInfluence(..., index=...)."
         )
-    if not Path(recipe.train).exists():
-        raise ValueError(f"There are no training examples at {recipe.train}; say with --train where they are.")
-    check_regular(Path(recipe.train))
+    for path in recipe.train:
+        if not Path(path).exists():
+            raise ValueError(f"There are no training examples at {path}; say with --train where they are.")
+    check_files([Path(path) for path in recipe.train])
     return dataclasses.replace(
         recipe,
         checkpoints=resolve_checkpoints(recipe),
@@ -186,23 +215,3 @@ def open_index(folder: Path) -> SketchIndex:
     if not folder.is_dir():
         raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
     return SketchIndex.open(folder)
-
-
-# --- scores ---
-
-
-def score_queries(sdi: SDIInfluence, queries: JsonLines, options: Namespace) -> StepInfluence:
-    """Return the scores of the strongest training examples of each query."""
-    try:
-        return sdi.step_influence(
-            queries,
-            options.k,
-            proponents=not options.opponents,
-            show_progress=shows_progress(options),
-            rank_by=None if options.rank_by is None else options.rank_by - 1,
-            rerank=options.rerank,
-        )
-    except ValueError as error:
-        if str(error).startswith("rank_by="):  # which counts from 0
-            raise ValueError(f"--rank-by {options.rank_by}: no query runs that many loop steps.") from error
-        raise

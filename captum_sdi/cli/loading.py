@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from captum_sdi.checkpoints import find_checkpoints
-from captum_sdi.cli.encoder import Encoder
+from captum_sdi.cli.places import check_name
 from captum_sdi.cli.recipe import Recipe
+from captum_sdi.data.encoder import Encoder
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.model_facts import saved_loop
 from captum_sdi.models import loop_layers  # and registers the looped GPT with AutoModelForCausalLM
@@ -25,6 +26,15 @@ CONFIGS = ("config.json", ADAPTER)
 """One of them is in every model's folder."""
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 """One of them is in every tokenizer's folder."""
+
+
+class ShellInfluence(SDIInfluence):
+    """`SDIInfluence` whose progress bars need not say whose they are: the shell shows no others."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Return no name."""
+        return ""
 
 
 def load_model(recipe: Recipe, device_name: str, *, quiet: bool) -> Any:
@@ -49,6 +59,7 @@ def load_looped_model(recipe: Recipe) -> Any:
         from peft import PeftConfig, PeftModel  # optional: only adapters need it
 
         base = PeftConfig.from_pretrained(recipe.model).base_model_name_or_path
+        check_name("--model", base)
     model: Any = AutoModelForCausalLM.from_pretrained(
         base, dtype=named_dtype(recipe.dtype), trust_remote_code=recipe.trust_remote_code
     )
@@ -97,7 +108,7 @@ def build_influence(
         layers = "loop"
     elif layers == ["all"]:
         layers = None
-    return SDIInfluence(
+    return ShellInfluence(
         model,
         train,
         None if recipe.checkpoints is None else list(recipe.checkpoints),
@@ -178,8 +189,7 @@ def check_model_folder(model: str) -> None:
     """Check that a path is a model's folder; a name on the Hub passes."""
     folder = Path(model)
     if not folder.exists():
-        if model.startswith(("/", "./", "../", "~")) or model.count("/") > 1:
-            raise ValueError(f"There is no folder {model}; say with --model where the model is.")
+        check_name("--model", model)  # a recipe named it
         return
     if any((folder / name).is_file() for name in CONFIGS):
         return

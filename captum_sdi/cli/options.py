@@ -39,7 +39,14 @@ def add_index_paths(command: ArgumentParser) -> None:
         help="a folder with the checkpoint-<step> folders of Trainer, or several checkpoints; without it, the model's "
         "own weights, with learning rate 1",
     )
-    group.add_argument("--train", required=True, type=Path, metavar="FILE", help="training examples, jsonl")
+    group.add_argument(
+        "--train",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="training examples: jsonl, csv, tsv, json, parquet, or a folder that datasets saved; one or more",
+    )
     group.add_argument(
         "--index",
         required=True,
@@ -57,6 +64,7 @@ def add_index_paths(command: ArgumentParser) -> None:
 def add_data_options(command: ArgumentParser) -> None:
     """Add how a line of text becomes tokens."""
     group = command.add_argument_group("data")
+    add_table_options(group)
     group.add_argument(
         "--tokenizer", metavar="PATH", help="folder or Hub name of the tokenizer; without it, the model's"
     )
@@ -185,15 +193,29 @@ def add_query_options(command: ArgumentParser) -> None:
         metavar="DIR",
         help="folder that captum-sdi index wrote; what is missing in it is built first",
     )
-    group.add_argument("--query", required=True, type=Path, metavar="FILE", help="test examples, jsonl")
+    asked = group.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--query", nargs="+", type=Path, metavar="FILE", help="test examples, in files as of --train")
+    asked.add_argument("--prompt", metavar="TEXT", help="one question, instead of a file")
+    answer = group.add_mutually_exclusive_group()
+    answer.add_argument("--completion", metavar="TEXT", help="the answer to --prompt that is explained")
+    answer.add_argument(
+        "--generate",
+        type=positive_integer,
+        default=32,
+        metavar="TOKENS",
+        help="without --completion, the model answers, with at most so many tokens, the likeliest each time",
+    )
+    add_table_options(group)
     group.add_argument(
         "-k", type=positive_integer, default=10, metavar="K", help="how many training examples for each query"
     )
-    group.add_argument(
+    sign = group.add_mutually_exclusive_group()
+    sign.add_argument(
         "--opponents",
         action="store_true",
         help="the K lowest scores, whose training raised the query's loss, instead of the K highest",
     )
+    sign.add_argument("--both", action="store_true", help="the K highest and the K lowest scores")
     group.add_argument(
         "--rank-by",
         type=positive_integer,
@@ -249,6 +271,15 @@ def add_result_options(command: ArgumentParser) -> None:
     group.add_argument("--out", type=Path, default=Path("scores"), metavar="DIR", help="folder to write")
     group.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in DIR")
     group.add_argument(
+        "--html", action="store_true", help="write page.html, too: a page to explore the scores in, without a network"
+    )
+    group.add_argument(
+        "--columns",
+        type=positive_integer,
+        metavar="CHARS",
+        help="characters in a line of the summary; without it, as many as the terminal has, at most 120",
+    )
+    group.add_argument(
         "--pictures", type=natural_number, default=10, metavar="N", help="draw the first N queries; 0: no pictures"
     )
     add_format_option(group)
@@ -259,7 +290,7 @@ def add_moved_paths(command: ArgumentParser) -> None:
     group = command.add_argument_group("where things are now, if they have moved")
     group.add_argument("--model", metavar="MODEL", help="where the model is now")
     group.add_argument("--checkpoints", nargs="+", metavar="PATH", help="where the checkpoints are now")
-    group.add_argument("--train", type=Path, metavar="FILE", help="where the training examples are now")
+    group.add_argument("--train", nargs="+", type=Path, metavar="FILE", help="where the training examples are now")
     group.add_argument("--tokenizer", metavar="PATH", help="where the tokenizer is now")
 
 
@@ -286,6 +317,12 @@ def add_plot_options(command: ArgumentParser) -> None:
     add_format_option(group)
 
 
+def add_view_options(command: ArgumentParser) -> None:
+    """Add the options of ``captum-sdi view``."""
+    command.add_argument("results", type=Path, metavar="DIR", help="folder that captum-sdi score wrote")
+    command.add_argument("--no-open", action="store_true", help="write the page and say where it is, open nothing")
+
+
 def add_show_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi show``."""
     command.add_argument("index", type=Path, metavar="DIR", help="folder that captum-sdi index wrote")
@@ -308,6 +345,12 @@ def add_trust_option(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="run Python code that comes with the model; only where you trust its author",
     )
+
+
+def add_table_options(group: argparse._ArgumentGroup) -> None:
+    """Add which part of a table is meant."""
+    group.add_argument("--split", metavar="NAME", help="which split, of a folder that datasets saved")
+    group.add_argument("--text-column", metavar="NAME", help="the field that is the text, if it is not called text")
 
 
 def add_device_option(group: argparse._ArgumentGroup) -> None:

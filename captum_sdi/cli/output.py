@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from captum_sdi.whole_file import UNFINISHED, check_replaceable
 
-LINES, ARRAYS, TENSORS = "scores.jsonl", "scores.npz", "scores.safetensors"
+LINES, ARRAYS, TENSORS, SPREADSHEET = "scores.jsonl", "scores.npz", "scores.safetensors", "scores.csv"
+PAGE = "page.html"
 FILES = "files"
 """Under this note, ``scores.safetensors`` lists what was written together with it."""
 
@@ -24,7 +25,7 @@ PICTURES = re.compile(r"(trajectories-\d+|heatmap-\d+|totals|step-share)\.(png|p
 
 def is_result(name: str) -> bool:
     """Return whether a file of that name may be one of ours."""
-    return name in (LINES, ARRAYS, TENSORS) or PICTURES.fullmatch(name) is not None
+    return name in (LINES, ARRAYS, TENSORS, SPREADSHEET, PAGE) or PICTURES.fullmatch(name) is not None
 
 
 def listed_files(folder: Path) -> set[str]:
@@ -33,7 +34,7 @@ def listed_files(folder: Path) -> set[str]:
     if file.is_symlink() or not file.is_file():
         return set()
     try:
-        with safe_open(file, "pt") as tensors:
+        with safe_open(file, "np") as tensors:  # for which torch is not imported
             names = json.loads((tensors.metadata() or {}).get(FILES, "[]"))
     except (SafetensorError, OSError, ValueError, RecursionError):
         return set()
@@ -47,6 +48,7 @@ def check_output_folder(
     *,
     overwrite: bool,
     pictures: bool,
+    page: bool = False,
 ) -> None:
     """Check, before hours of work, that results have a folder to go to, and that nothing is in the way."""
     if folder.exists() and not folder.is_dir():
@@ -56,6 +58,8 @@ def check_output_folder(
     names = sorted(name for name in os.listdir(folder) if is_result(name))
     if not pictures:
         names = [name for name in names if not PICTURES.fullmatch(name)]
+    if not page:
+        names = [name for name in names if name != PAGE]
     if LINES in names and not overwrite:
         raise ValueError(f"{folder} holds the results of an earlier run: name another --out, or say --overwrite.")
     check_in_the_way(folder, names, overwrite=overwrite)

@@ -11,9 +11,12 @@ from typing import NamedTuple
 from captum_sdi.cli import options
 
 JSONL_HELP = """\
-A jsonl file has one example per line: {"text": "..."}, which the model's tokenizer reads, or {"input_ids": [...]},
-optionally with "labels" (-100 where nothing is predicted) and "attention_mask". Labels are the tokens themselves unless
-they are given. Results carry whatever else stands in a line, such as an "id". Blank lines do not count."""
+A jsonl file has one example per line: {"text": "..."}, which the model's tokenizer reads; {"prompt": "...",
+"completion": "..."}, of which the completion is predicted; {"messages": [...]}, of which the assistant's turns are, as
+the tokenizer's chat template writes them; or {"input_ids": [...]}, optionally with "labels" (-100 where nothing is
+predicted) and "attention_mask". Labels are the tokens themselves unless they are given. Results carry whatever else
+stands in a line, such as an "id". Blank lines do not count. An example is a row: texts are cut where the model ends,
+never packed together."""
 
 EXAMPLE = """\
 example:
@@ -21,7 +24,8 @@ example:
                    --train train.jsonl --index index --dry-run
   captum-sdi index --model run/checkpoint-900 --checkpoints run \\
                    --train train.jsonl --index index
-  captum-sdi score --index index --query queries.jsonl -k 10 --out scores"""
+  captum-sdi score --index index --query queries.jsonl -k 10 --both --html
+  captum-sdi view scores"""
 
 EXIT_CODES = "exit codes: 0 done, 1 an error (in one line), 2 wrong usage, 130 interrupted"
 
@@ -50,14 +54,22 @@ COMMANDS = (
         add_options=options.add_score_options,
         summary="which training examples shaped these answers, and at which loop step",
         description="Finds the training examples that most influenced the loss on each query, and at which loop step. "
-        "Writes scores.jsonl (one line per query), scores.npz (arrays), scores.safetensors (StepInfluence.load) and "
-        f"pictures.\n\n{JSONL_HELP}",
+        "Writes scores.jsonl (one line per query), scores.csv (one row per pair), scores.npz (arrays), "
+        f"scores.safetensors (StepInfluence.load) and pictures.\n\n{JSONL_HELP}",
     ),
     Command(
         name="plot",
         add_options=options.add_plot_options,
         summary="draw the pictures of scores again",
         description="Draws the pictures of saved scores again.",
+    ),
+    Command(
+        name="view",
+        add_options=options.add_view_options,
+        summary="explore scores in a browser",
+        description="Opens the page of saved scores in the browser; writes it first where score ran without --html. "
+        "The page is one file, page.html, which needs no network and can be sent to others.",
+        has_quiet=False,
     ),
     Command(
         name="show",

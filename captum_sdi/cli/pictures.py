@@ -11,8 +11,10 @@ from matplotlib.axes import Axes
 
 from captum_sdi import plotting
 from captum_sdi.cli.results import Results, printable
+from captum_sdi.cli.rows import clip
 
 HEATMAP_EXAMPLES = 20  # of either sign; so few can be named beside the heat map
+TITLE = 200  # characters, of which a picture shows as many as fit
 TOTALS_QUERIES = 16  # plot_totals draws 80 rows; a query takes five, a heading and twice two examples
 
 
@@ -46,7 +48,7 @@ def drawn_axes(
     train_texts, query_texts = results.train_texts, [printable(text) for text in results.query_texts]
     settings: dict[str, Any] = {"texts": train_texts, "width": width}
     for q in queries:
-        title = f"query {q}: {query_texts[q]}"
+        title = clip(f"query {q}: {query_texts[q]}", TITLE)
         yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, title=title, **settings)
         yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=HEATMAP_EXAMPLES, title=title, **settings)
     first = queries[:TOTALS_QUERIES]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
-from captum_sdi.cli.rows import JsonLines
+if TYPE_CHECKING:
+    from captum_sdi.cli.tables import AnyExamples
 
 
 def is_first_process() -> bool:
@@ -30,7 +32,7 @@ def print_unless_quiet(text: object, options: Namespace) -> None:
         print_line(text)
 
 
-def print_summary(examples: JsonLines, options: Namespace) -> None:
+def print_summary(examples: AnyExamples, options: Namespace) -> None:
     """Print what was read to standard error, so that a pipe takes the result alone."""
     if shows_progress(options):
         sys.stderr.write(f"{encodable(escaped(examples.summary()), sys.stderr.encoding)}\n")

@@ -44,7 +44,7 @@ class Recipe:
     """The options of ``captum-sdi index`` that scoring needs to know."""
 
     model: str
-    train: str
+    train: tuple[str, ...]
     checkpoints: tuple[str, ...] | None
     tokenizer: str | None
     max_length: int | None
@@ -63,6 +63,8 @@ class Recipe:
     batch_size: int | Literal["auto"] | None
     activation_checkpointing: bool
     train_digest: str | None = None
+    split: str | None = None
+    text_column: str | None = None
 
     @staticmethod
     def from_options(options: Namespace) -> Recipe:
@@ -79,6 +81,8 @@ class Recipe:
         for name, value in settings.items():
             if isinstance(value, list):
                 frozen[name] = tuple(value)
+        if isinstance(frozen["train"], str):  # one file, as indexes were written before there could be more
+            frozen["train"] = (frozen["train"],)
         return Recipe(**frozen)
 
     @staticmethod
@@ -100,6 +104,7 @@ class Recipe:
         try:
             settings = parse_json(file.read_text(encoding="utf-8"))
             check_fields(settings, HEADER_FIELDS)
+            settings = {**LATER, **settings}
             header = {key: settings.pop(key, None) for key in HEADER}
             if header != HEADER:
                 raise ValueError(f"{header} instead of {HEADER}")
@@ -146,13 +151,17 @@ def is_place(value: Any) -> bool:
 
 PLACE = Kind("a path", is_place)
 HEADER_FIELDS = {"format": TEXT, "format_version": COUNT}
+LATER = {"split": None, "text_column": None}
+"""What an index says that was written before these options were."""
 FIELDS = {
     "model": PLACE,
-    "train": PLACE,
+    "train": Kind("a path, or a list of paths", lambda value: is_place(value) or list_of(PLACE).holds(value)),
     "checkpoints": optional(list_of(PLACE)),
     "tokenizer": optional(PLACE),
     "max_length": optional(COUNT),
     "special_tokens": FLAG,
+    "split": optional(TEXT),
+    "text_column": optional(TEXT),
     "loop": optional(list_of(TEXT)),
     "loop_layers": optional(list_of(INTEGER, 3)),
     "damping": NUMBER,
@@ -185,6 +194,12 @@ def absolute_path(path: Any) -> str:
     """Return a local path as an absolute one; anything else may be a name on the Hub."""
     is_local = isinstance(path, Path) or os.path.exists(path)
     return os.path.abspath(path) if is_local else path
+
+
+def seen_from_here(path: Path) -> Path:
+    """Return an absolute path as messages should name it: from the working folder, where it lies in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def stored_path(folder: Path, path: str) -> Any:

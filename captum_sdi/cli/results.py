@@ -13,30 +13,30 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from captum_sdi.cli.output import ARRAYS, FILES, LINES, TENSORS
-from captum_sdi.cli.rows import JsonLines, clip
-from captum_sdi.schema import COUNT, OBJECT, Kind, check_fields, list_of, parse_json
+from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS
+from captum_sdi.cli.result_lines import ROLES, describe_pairs, json_line, pairs_of, read_lines
+from captum_sdi.cli.rows import clip
+from captum_sdi.cli.spreadsheet import write_spreadsheet
+from captum_sdi.cli.tables import AnyExamples
+from captum_sdi.data.texts import SOURCES
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.whole_file import write_whole
 
 QUERIES_SHOWN, EXAMPLES_SHOWN = 10, 3  # as many as a screen holds
 
 
-class Texts(Sequence[str]):
-    """The texts of some examples by index, as long as the largest index asks for; the others are empty."""
+class Known(Sequence[Any]):
+    """What is known of some examples, by index, as long as the largest index asks for; a default for the others."""
 
-    def __init__(self, known: Mapping[int, str]) -> None:
+    def __init__(self, known: Mapping[int, Any], default: Any) -> None:
         self._known = known
+        self._default = default
 
     def __len__(self) -> int:
         return 1 + max(self._known, default=-1)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._known.get(index, "")
-
-
-ANY_TEXT = Kind("a string", lambda value: isinstance(value, str))
-REAL = Kind("a number", lambda value: type(value) in (int, float) and not abs(value) > 1e300)
+        return self._known.get(index, self._default)
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,11 @@ class Results:
     @staticmethod
     def from_scores(
         scores: StepInfluence,
-        queries: JsonLines,
-        train: JsonLines,
-        *,
-        proponents: bool,
+        queries: AnyExamples,
+        train: AnyExamples,
+        roles: Mapping[str, range],
     ) -> Results:
-        """Look up the examples of scores, which have ``indices`` of proponents or of opponents."""
-        role = "proponents" if proponents else "opponents"
+        """Look up the examples of scores, in whose columns the proponents, the opponents or both stand."""
         lines = []
         for q in range(len(queries)):
             line = {
@@ -65,8 +63,9 @@ class Results:
                 "line": queries.line(q),
                 "example": queries.description(q),
                 "n_steps": int(scores.n_steps[q]),
-                role: describe_pairs(scores, q, train),
             }
+            for role, places in roles.items():
+                line[role] = describe_pairs(scores, q, places, train)
             lines.append(line)
         return Results(scores, lines)
 
@@ -83,16 +82,19 @@ class Results:
         return results
 
     def write(self, folder: Path, files: Sequence[str]) -> None:
-        """Write the three files into a folder that is to hold `files`."""
-        arrays = {}
+        """Write numbers and texts into a folder that is to hold `files`."""
+        arrays: dict[str, Any] = {}
         for field in dataclasses.fields(self.scores):
             tensor = getattr(self.scores, field.name)
-            if tensor is not None:
+            if isinstance(tensor, Tensor):
                 arrays[field.name] = tensor.cpu().numpy()
         with (folder / ARRAYS).open("wb") as file:
             np.savez(file, **arrays)
         json_lines = b"".join(json_line(line) for line in self.lines)
         write_whole(folder / LINES, lambda unfinished: unfinished.write_bytes(json_lines))
+        write_spreadsheet(folder / SPREADSHEET, self.lines)
+        if PAGE in files:
+            self.write_page(folder / PAGE)
         self.write_tensors(folder, files)
 
     def write_tensors(self, folder: Path, files: Sequence[str]) -> None:
@@ -107,12 +109,8 @@ class Results:
 
     @property
     def pairs(self) -> list[list[dict[str, Any]]]:
-        """For each query, its training examples, the strongest first."""
-        pairs = []
-        for line in self.lines:
-            role = "proponents" if "proponents" in line else "opponents"
-            pairs.append(line[role])
-        return pairs
+        """For each query, its training examples in the order of the scores."""
+        return [pairs_of(line) for line in self.lines]
 
     @property
     def train_indices(self) -> list[list[int]]:
@@ -128,102 +126,58 @@ class Results:
         return [line["example"]["text"] for line in self.lines]
 
     @property
-    def train_texts(self) -> Texts:
+    def train_texts(self) -> Known:
         """What each training example says; nothing for one that does not occur in the scores."""
         known: dict[int, str] = {}
         for pairs in self.pairs:
             known |= {pair["index"]: printable(pair["example"]["text"]) for pair in pairs}
-        return Texts(known)
+        return Known(known, "")
 
-    def __str__(self) -> str:
-        width = min(120, shutil.get_terminal_size().columns)
-        table = []
-        shown = list(zip(self.query_texts, self.pairs, strict=True))[:QUERIES_SHOWN]
-        for q, (query_text, pairs) in enumerate(shown):
-            table.append(f"query {q}: {query_text}")
-            table.append("       score  ± error  step  example (steps count from 1)")
-            for pair in pairs[:EXAMPLES_SHOWN]:
-                step = 1 + int(np.abs(pair["trajectory"]).argmax())
-                numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}"
-                table.append(f"{numbers}  #{pair['index']}: {pair['example']['text']}")
-        table = [clip(printable(line), width) for line in table]
+    @property
+    def train_examples(self) -> Known:
+        """What is known of each training example: its text, its other fields and its line."""
+        known: dict[int, dict[str, Any]] = {}
+        for pairs in self.pairs:
+            for pair in pairs:
+                known[pair["index"]] = {**shown_fields(pair["example"]), "line": pair.get("line", "")}
+        return Known(known, {"text": ""})
+
+    def write_page(self, file: Path) -> None:
+        """Write the page to explore the scores in."""
+        from captum_sdi.report import write_page  # only where one is wanted
+
+        examples = [shown_fields(line["example"]) for line in self.lines]
+        write_page(self.scores, file, texts=self.train_examples, test_texts=examples)
+
+    def table(self, width: int | None = None) -> str:
+        """Return the first queries and their strongest examples.
+
+        Args:
+            width: Characters in a line; None: as many as the terminal has, at most 120.
+        """
+        width = width or min(120, shutil.get_terminal_size().columns)
+        lines = []
+        for q, line in enumerate(self.lines[:QUERIES_SHOWN]):
+            lines.append(f"query {q}: {line['example']['text']}")
+            lines.append("       score  ± error  step  example (steps count from 1)")
+            for role in ROLES:
+                lines += map(table_row, line.get(role, [])[:EXAMPLES_SHOWN])
+        table = [clip(printable(line), width) for line in lines]
         n_more = len(self.lines) - QUERIES_SHOWN
         if n_more > 0:
             table.append(f"... and {n_more:,} more queries in {LINES}")
         return "\n".join(table)
 
 
-def describe_pairs(
-    scores: StepInfluence,
-    q: int,
-    train: JsonLines,
-) -> list[dict[str, Any]]:
-    """Return the numbers and the description of a query's training examples, strongest first."""
-    assert scores.indices is not None  # the scores are the k strongest
-    n_steps = int(scores.n_steps[q])
-    pairs = []
-    for place, index in enumerate(scores.indices[q].tolist()):
-        pair = {
-            "index": index,
-            "line": train.line(index),
-            "score": short_number(scores.influence_scores[q, place]),
-            "error": short_number(scores.score_errors[q, place]),
-            "trajectory": short_numbers(scores.trajectories[q, place, :n_steps]),
-            "trajectory_errors": short_numbers(scores.trajectory_errors[q, place, :n_steps]),
-            "prelude": short_number(scores.prelude[q, place]),
-            "coda": short_number(scores.coda[q, place]),
-            "example": train.description(index),
-        }
-        pairs.append(pair)
-    return pairs
+def shown_fields(example: dict[str, Any]) -> dict[str, Any]:
+    """Return an example as a page shows it: without the parts that its text is made of."""
+    return {name: value for name, value in example.items() if name not in SOURCES}
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read the lines of ``scores.jsonl``, and check what is read of them."""
-    lines = []
-    with file.open(encoding="utf-8") as text:  # which may hold what str.splitlines would split at
-        try:
-            for line in text:
-                fields = parse_json(line)
-                check_line(fields)
-                lines.append(fields)
-        except ValueError as error:
-            raise ValueError(
-                f"{file} is damaged: line {len(lines) + 1}: {error}. Run captum-sdi score again."
-            ) from error
-    if not lines:
-        raise ValueError(f"{file} is damaged: it is empty. Run captum-sdi score again.")
-    return lines
-
-
-def check_line(fields: Any) -> None:
-    """Check one query of ``scores.jsonl``."""
-    check_fields(fields, {"example": OBJECT, "n_steps": COUNT})
-    check_fields(fields["example"], {"text": ANY_TEXT}, within="example ")
-    role = "proponents" if "proponents" in fields else "opponents"
-    check_fields(fields, {role: list_of(OBJECT)})
-    for pair in fields[role]:
-        kinds = {"index": COUNT, "score": REAL, "error": REAL, "trajectory": list_of(REAL), "example": OBJECT}
-        check_fields(pair, kinds, within=f"{role} ")
-        check_fields(pair["example"], {"text": ANY_TEXT}, within=f"{role} example ")
-
-
-def json_line(line: dict[str, Any]) -> bytes:
-    """Return a line of JSON; what no encoding holds, half of a surrogate pair, stays an escape sequence."""
-    try:
-        return f"{json.dumps(line, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:
-        return f"{json.dumps(line)}\n".encode()
-
-
-def short_number(value: Tensor) -> float:
-    """Return a number with the seven digits that float32 has."""
-    return float(f"{value.item():.7g}")
-
-
-def short_numbers(values: Tensor) -> list[float]:
-    """Return numbers with the seven digits that float32 has."""
-    return [short_number(value) for value in values]
+def table_row(pair: dict[str, Any]) -> str:
+    """Return a pair's numbers and its training example as a row of the table."""
+    step = 1 + int(np.abs(pair["trajectory"]).argmax())
+    return f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}  #{pair['index']}: {pair['example']['text']}"
 
 
 def printable(text: str) -> str:

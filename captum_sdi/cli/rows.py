@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from captum_sdi.cli.encoder import EXCERPT, INPUTS, Encoder, unique_keys
+from captum_sdi.data.encoder import INPUTS, Encoder
+from captum_sdi.data.fields import unique_keys
+from captum_sdi.data.texts import has_target
 from captum_sdi.whole_file import check_regular
 
 
@@ -49,6 +51,7 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         self.path = Path(path)
         self.n_tokens = 0
         self.n_cut = 0
+        self.n_without_target = 0
         self._encoder = encoder
         self._starts = array.array("Q")  # bytes before each example
         self._line_numbers = array.array("Q")
@@ -81,10 +84,10 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         return self._line_numbers[position]
 
     def description(self, position: int) -> dict[str, Any]:
-        """Return what a result says of an example: the beginning of its text, and its other fields."""
+        """Return what a result says of an example: its text, whole, and its other fields."""
         fields = self._fields(position)
         other_fields = {name: value for name, value in fields.items() if name not in INPUTS}
-        return {**other_fields, "text": clip(self._encoder.text(fields), EXCERPT)}
+        return {**other_fields, "text": self._encoder.text(fields)}
 
     def summary(self) -> str:
         """Return how much the file holds, and how much of it is cut or predicts nothing."""
@@ -94,6 +97,9 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         n_single = self._lengths.count(1)
         if n_single:
             text += f"; {n_single:,} of a single token, in which nothing is predicted: their influence is zero"
+        n_silent = self.n_without_target - n_single
+        if n_silent:
+            text += f"; {n_silent:,} whose targets are all cut off or ignored: their influence is zero"
         return text
 
     def _fields(self, position: int) -> dict[str, Any]:
@@ -156,8 +162,8 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         kept = len(row["input_ids"])
         self._lengths.append(kept)
         self.n_tokens += kept
-        if length > kept:
-            self.n_cut += 1
+        self.n_cut += length > kept
+        self.n_without_target += not has_target(row["labels"])
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int]:

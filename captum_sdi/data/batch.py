@@ -15,14 +15,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from captum_sdi.borrow import standing_in
 from captum_sdi.model_facts import model_device
 from captum_sdi.words import warn_user
 
@@ -56,7 +57,7 @@ class BatchReader:
 
         Raises:
             TypeError: If the batch is no tuple, list or mapping, or the keywords are no mapping.
-            ValueError: If the batch's tensors disagree on the number of examples.
+            ValueError: If the batch's tensors disagree on the number of examples, or a cache is asked for.
         """
         size = batch_size(raw)
         extra = forward_kwargs or {}
@@ -64,14 +65,19 @@ class BatchReader:
             extra = extra(raw)
         if not isinstance(extra, Mapping):
             raise TypeError(f"forward_kwargs must be a mapping or return one, got {type(extra).__name__}.")
+        if extra.get("use_cache"):
+            raise ValueError(
+                "forward_kwargs asks for use_cache=True: a looped block would append to the cache of its previous "
+                "iteration. Leave it out, or pass use_cache=False."
+            )
         # Asked anew for every batch: a checkpoint's load function may have moved the model.
         device = model_device(self._model)
         args, kwargs, labels = split_batch(raw)
         kwargs = {**self._without_unknown(kwargs), **extra}
 
         def move(tensor: Tensor) -> Tensor:
-            moved = tensor.to(device)
-            return moved.clone() if moved.is_inference() else moved  # autograd cannot save an inference tensor
+            # A copy in any case: some models write to what they are given, and autograd saves no inference tensor.
+            return tensor.to(device, copy=True)
 
         return Batch(
             args=map_tensors(move, args),
@@ -191,11 +197,20 @@ def run_model(
 
     Raises:
         TypeError: If the model's forward does not take the batch's arguments.
+        ValueError: If it fails on them, and works with the labels, or without the attention mask.
+        RuntimeError: If it fails otherwise.
+        IndexError: If it fails otherwise.
     """
+    stand_ins = nullcontext() if parameters is None else standing_in(model, parameters)
     try:
-        if parameters is None:
+        with stand_ins:
             return model(*batch.args, **batch.kwargs)
-        return functional_call(model, dict(parameters), batch.args, batch.kwargs)
+    except (RuntimeError, ValueError, IndexError) as error:
+        is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        remedy = None if is_out_of_memory else _remedy(model, batch)
+        if remedy is None:
+            raise
+        raise ValueError(f"{type(model).__name__} could not be called: {error} {remedy}") from error
     except TypeError as error:
         if "argument" not in str(error):
             raise
@@ -205,6 +220,35 @@ def run_model(
             f"{model_name} could not be called with {len(batch.args)} positional argument(s) and the "
             f"keywords {keywords}: {error}. What it needs comes from the batch and forward_kwargs=."
         ) from error
+
+
+def with_labels(batch: Batch) -> Batch:
+    """Return a batch whose labels are handed to the model as well."""
+    return replace(batch, kwargs={**batch.kwargs, "labels": batch.labels})
+
+
+def _remedy(model: nn.Module, batch: Batch) -> str | None:
+    """Say what would let a model run that failed; None where nothing known does."""
+    withheld = "labels" in (forward_keywords(model) or ()) and batch.labels is not None
+    if withheld and "labels" not in batch.kwargs and _runs(model, with_labels(batch)):
+        return "It needs its labels: pass forward_kwargs=lambda batch: {'labels': batch['labels']}."
+    without_mask = {name: value for name, value in batch.kwargs.items() if name != "attention_mask"}
+    if "attention_mask" in batch.kwargs and _runs(model, replace(batch, kwargs=without_mask)):
+        return (
+            "It runs without attention_mask, which is 1 where an example has tokens: it stands in the rows, or "
+            "captum_sdi's Collator made it for rows of different length. Pass rows with a mask in the form that the "
+            "model takes, or rows without one and batch_size=1, where nothing is padded."
+        )
+    return None
+
+
+def _runs(model: nn.Module, batch: Batch) -> bool:
+    try:
+        with torch.no_grad():
+            model(*batch.args, **batch.kwargs)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return True
 
 
 def forward_keywords(model: nn.Module) -> set[str] | None:

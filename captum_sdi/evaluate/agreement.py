@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from captum_sdi.evaluate.arguments import Numbers, are_flags, as_pair
-from captum_sdi.evaluate.correlations import row_correlations, unit_deviations
+from captum_sdi.evaluate.correlations import check_kind, row_correlations, unit_deviations
 from captum_sdi.evaluate.intervals import LEVEL, Estimate, mean_estimate
-
-KINDS = ("spearman", "pearson")
 
 
 def correlation(
@@ -39,8 +37,7 @@ def correlation(
         >>> round(float(correlation([[0.1, 0.2, 0.9]], [[1.0, 5.0, 7.0]])), 12)
         1.0
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown; use one of {KINDS}.")
+    check_kind(kind)
     predicted, expected = as_pair(scores, truth, "truth")
     ranks = kind == "spearman"
     first = unit_deviations("scores", predicted, ranks=ranks)

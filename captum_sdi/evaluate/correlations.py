@@ -3,6 +3,14 @@
 import torch
 from torch import Tensor
 
+KINDS = ("spearman", "pearson")
+
+
+def check_kind(kind: str) -> None:
+    """Check that a correlation is one of `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; use one of {KINDS}.")
+
 
 def row_correlations(first: Tensor, second: Tensor) -> Tensor:
     """Return correlations ``(q, ...)`` along the second axis of two `unit_deviations`."""

@@ -42,6 +42,33 @@ def draw_subsets(
     return permutations < size
 
 
+def predicted_outputs(scores: Numbers, subsets: Numbers) -> Tensor:
+    """Sum the influences of each subset's examples: the outputs, minus the losses, that scores predict for it.
+
+    Args:
+        scores: ``(q, n)``, or ``(q, n, t)`` by step.
+        subsets: ``(m, n)`` booleans: which training examples each subset keeps.
+
+    Returns:
+        ``(q, m)`` or ``(q, m, t)``, float64 on the CPU.
+
+    Raises:
+        ValueError: If shapes do not fit or a value is NaN.
+
+    Example:
+        >>> predicted_outputs([[2.0, -1.0, 0.5]], [[True, False, True], [False, True, True]])
+        tensor([[ 2.5000, -0.5000]], dtype=torch.float64)
+    """
+    influence = as_numbers("scores", scores, SCORES, (2, 3))
+    kept = as_numbers("subsets", subsets, "booleans (m, n)", (2,))
+    n = influence.shape[1]
+    if kept.shape[1] != n or not are_flags(kept):
+        raise ValueError(
+            f"subsets has shape {tuple(kept.shape)}; it must be booleans (m, n) with n = {n}, as in scores."
+        )
+    return torch.einsum("mn,qn...->qm...", kept, influence)
+
+
 def linear_datamodeling_score(
     scores: Numbers,
     subsets: Numbers,
@@ -73,18 +100,11 @@ def linear_datamodeling_score(
         >>> print(linear_datamodeling_score([[2.0, -1.0], [1.0, 0.0]], subsets, losses=[[0.1, 0.9], [0.2, 0.3]]))
         1.000 [1.000, 1.000], n = 2
     """
-    influence = as_numbers("scores", scores, SCORES, (2, 3))
-    kept = as_numbers("subsets", subsets, "booleans (m, n)", (2,))
+    predicted = predicted_outputs(scores, subsets)
     measured = as_numbers("losses", losses, "(q, m)", (2,))
-    q, n, *steps = influence.shape
-    m = len(kept)
-    if kept.shape[1] != n or not are_flags(kept):
-        raise ValueError(
-            f"subsets has shape {tuple(kept.shape)}; it must be booleans (m, n) with n = {n}, as in scores."
-        )
+    q, m, *steps = predicted.shape
     if measured.shape != (q, m):
         raise ValueError(f"losses has shape {tuple(measured.shape)}; it must be (q, m) = {(q, m)}.")
-    predicted = torch.einsum("mn,qn...->qm...", kept, influence)
     outputs = -measured
     if steps:
         outputs = outputs[..., None].expand_as(predicted)

@@ -21,7 +21,6 @@ from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.processes import Processes
 from captum_sdi.index.reader import Reader
 from captum_sdi.index.table import BLOCK, RowTable
-from captum_sdi.scores.collect import Sums, Winners
 from captum_sdi.scores.contract import Scores, pair_scores
 from captum_sdi.scores.ranking import Ranking, RunningBest
 
@@ -216,23 +215,20 @@ class Search:
             for number, scores in enumerate(self._shared(contract, this_round), start=first):
                 yield from self._labelled(number, _as_tensor(blocks[number]), scores)
 
-    def winners(self, indices: Tensor) -> Sums:
-        """Score chosen train examples with their trajectories, others for each test example.
+    def chosen_blocks(self, indices: Tensor) -> Iterator[ScoredBlock]:
+        """Score chosen train examples with their trajectories.
 
         Args:
-            indices: ``(q, k)`` their positions.
+            indices: Their positions, in any shape.
 
-        Returns:
-            The sums ``(q, k, b)``.
+        Yields:
+            Blocks of them in order of position, each with all test examples.
         """
-        winners = Winners(indices)
         n_at_once = max(1, NUMBERS_AT_ONCE // self._index.width)
         blocks = indices.unique().cpu().split(n_at_once)
         for number, positions in enumerate(blocks):
             scores = self._contracted(pair_scores, positions.tolist())
-            for block in self._labelled(number, positions, scores):
-                winners.add(block)
-        return winners.result()
+            yield from self._labelled(number, positions, scores)
 
     def _shared(self, contract: Contract, blocks: list[range]) -> Iterator[Iterable[Scores]]:
         """Contract one block in each process, and yield the scores of all of them, by checkpoint."""
@@ -263,7 +259,9 @@ class Search:
     ) -> Iterator[ScoredBlock]:
         """Say of a block's scores at each checkpoint what they are of."""
         for searched, checkpoint_scores in zip(self._checkpoints, scores, strict=True):
-            yield ScoredBlock(number, positions, searched.checkpoint, checkpoint_scores, searched.tests.n_steps)
+            tests = searched.tests
+            norms = tests.norms()[:, 1:]  # behind that of the total
+            yield ScoredBlock(number, positions, searched.checkpoint, checkpoint_scores, tests.n_steps, norms)
 
     def _blocks(self, size_limit: int) -> list[range]:
         """Cut the train set in multiples of a piece, small enough for every process to have one."""

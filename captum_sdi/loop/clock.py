@@ -73,7 +73,11 @@ class LoopClock:
 
     def moment_of(self, layer: nn.Module) -> Moment:
         """Return the moment of a call of ``layer``."""
-        return Moment(self.step, id(layer) in self._inside, self._calls)
+        return self.moment(in_loop=id(layer) in self._inside)
+
+    def moment(self, *, in_loop: bool) -> Moment:
+        """Return the present moment, inside one of the loop's modules or beside them."""
+        return Moment(self.step, in_loop, self._calls)
 
     def replay_call(self, module: nn.Module) -> Moment:
         """Count a call that was watched earlier, of any module, as the hooks would have, and return its moment."""

@@ -54,7 +54,8 @@ def target_parameters(
     if not names:
         raise ValueError(
             f"There is no trainable parameter in {place}. Name other layers in layers=[...], or unfreeze some with "
-            "requires_grad_(True)."
+            "requires_grad_(True); adapters are loaded frozen unless "
+            "PeftModel.from_pretrained(..., is_trainable=True) is said."
         )
     return names
 

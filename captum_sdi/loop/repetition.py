@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from captum_sdi.features import LoopSpec
@@ -17,14 +18,16 @@ from captum_sdi.model_facts import has_children
 
 
 class LoopCall(NamedTuple):
-    """One call in the loop."""
+    """One call of a module that repeats."""
 
     name: str
     """The module that was called."""
     block: str
     """The first module with the same parameters: itself, or the block that it is tied to."""
     carries_state: int
-    """2 where it returns what it could be given again, 1 where another looped module could be, 0 for a readout."""
+    """How surely its output is the state of a loop; see `state_carried`."""
+    size: tuple[int, int]
+    """How many calls its block makes inside it, and how often it is called itself."""
 
 
 def repeated_modules(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
@@ -41,8 +44,28 @@ def repeated_calls(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
 
     A norm that is used once before and once after the loop is called twice, too, but not while the loop runs. Blocks of
     the biggest one's type that repeat before or after it (Albert's second group) are the loop as well. Embeddings and
-    norms alone are none.
+    norms alone are none, nor is a head that reads out at several depths.
     """
+    outermost = outermost_repeated(model, calls)
+    modules = dict(canonical_modules(model))
+    cores = []
+    for call in outermost:
+        if call.carries_state >= 0 and not only_embeds_or_normalises(modules[call.block]):
+            cores.append(call)
+    if not cores:
+        return []
+    biggest = max(cores, key=lambda call: (call.carries_state, call.size)).block
+    blocks = [call.block for call in outermost]
+    positions = [position for position, block in enumerate(blocks) if block == biggest]
+    start, end = positions[0], positions[-1] + 1
+    while_it_repeats = blocks[start:end]
+    of_its_type = [block for block in blocks if type(modules[block]) is type(modules[biggest])]
+    in_loop = {*while_it_repeats, *of_its_type}
+    return [call for call in outermost if call.block in in_loop]
+
+
+def outermost_repeated(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
+    """Return the calls of modules that run more than once, but for those inside another one that does."""
     tied = tied_blocks(model)
 
     def block_of(name: str) -> str:
@@ -51,33 +74,33 @@ def repeated_calls(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
     counts = Counter(block_of(call.name) for call in calls)
     called_once = {call.name for call in calls if counts[block_of(call.name)] == 1}
     inner_calls: Counter[str] = Counter()  # by block: a norm makes none
-    repeated = []
     for call in calls:
         inner_calls.update(map(block_of, call.path))
-        if call.name not in called_once and called_once.issuperset(call.path):
-            repeated.append(call)
-    given = set().union(*[call.given for call in repeated])
+    given = frozenset().union(*[call.given for call in calls])
     outermost = []
-    for call in repeated:
-        carries_state = (call.returned in given) + (call.returned in call.given)
-        loop_call = LoopCall(call.name, block_of(call.name), carries_state)
-        outermost.append(loop_call)
-    modules = dict(canonical_modules(model))
-    candidates = [call for call in outermost if not only_embeds_or_normalises(modules[call.block])]
-    if not candidates:
-        return []
+    for call in calls:
+        if call.name not in called_once and called_once.issuperset(call.path):
+            block = block_of(call.name)
+            size = inner_calls[block], counts[block]
+            loop_call = LoopCall(call.name, block, state_carried(call, given), size)
+            outermost.append(loop_call)
+    return outermost
 
-    def size_of(call: LoopCall) -> tuple[int, int, int]:
-        return call.carries_state, inner_calls[call.block], counts[call.block]
 
-    biggest = max(candidates, key=size_of).block
-    blocks = [call.block for call in outermost]
-    positions = [position for position, block in enumerate(blocks) if block == biggest]
-    start, end = positions[0], positions[-1] + 1
-    while_it_repeats = blocks[start:end]
-    of_its_type = [block for block in blocks if type(modules[block]) is type(modules[biggest])]
-    in_loop = {*while_it_repeats, *of_its_type}
-    return [call for call in outermost if call.block in in_loop]
+def state_carried(call: Call, given: Collection[torch.Size]) -> int:
+    """Say how surely a call's output is the state of a loop, by its shape and those `given` to any module.
+
+    Returns:
+        2 where the module could be given it again, 1 where another one could be, 0 where it could be given again beside
+        the model's input, and -1 for a readout, wider than all that it was given.
+    """
+    if call.returned in call.given:
+        return 2
+    if call.returned in given:
+        return 1
+    widths = [shape[-1] for shape in call.given if shape]
+    is_wider = bool(call.returned and widths) and call.returned[-1] > max(widths)  # type: ignore[index]
+    return -1 if is_wider else 0
 
 
 def step_starters(model: nn.Module, loop: list[LoopCall]) -> tuple[list[LoopCall], list[LoopCall]]:
@@ -119,7 +142,7 @@ def takes_turns(blocks: Sequence[str]) -> bool:
 def like_the_biggest(model: nn.Module, loop: Sequence[LoopCall]) -> list[LoopCall]:
     """Return the calls of blocks that could be the loop's core: of its kind, and carrying a state where it does."""
     modules = dict(canonical_modules(model))
-    carries_state: defaultdict[str, int] = defaultdict(int)
+    carries_state: defaultdict[str, int] = defaultdict(lambda: -1)
     for call in loop:
         carries_state[call.block] = max(carries_state[call.block], call.carries_state)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.borrow import evaluating, frozen
+from captum_sdi.borrow import evaluating, frozen, observable
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
 from captum_sdi.loop.parameters import canonical_modules
 from captum_sdi.model_lock import exclusive
@@ -67,8 +67,8 @@ def watch_calls(model: nn.Module, batch: Any, forward_kwargs: ForwardKwargs | No
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(frozen(model))  # nothing is kept for a backward pass
-        # With gradients, to see which calls the model itself runs without; hooks are not called in compiled code.
-        with torch.inference_mode(mode=False), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        # With gradients, to see which calls the model itself runs without.
+        with observable(), torch.enable_grad():
             run_model(model, parsed)
     return calls
 

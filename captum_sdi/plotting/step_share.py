@@ -10,12 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from captum_sdi.plotting._arguments import Array, check_positions
+from captum_sdi.features import Bins
+from captum_sdi.plotting._arguments import Array, check_positions, finite_array
 from captum_sdi.plotting._axes import column_axes, hide_spines, number_steps, set_title
 from captum_sdi.plotting._legend import LegendBlock, count_entry, draw_legend, legend_height
 from captum_sdi.plotting._lines import CATEGORY, draw_line, step_padding
 from captum_sdi.plotting._scores import Result, Scores, read_scores
 from captum_sdi.plotting._text import FONT
+from captum_sdi.scores.result import StepInfluence
+
+NORMS = "#B0B0B0"
 
 
 def plot_step_share(
@@ -32,6 +36,11 @@ def plot_step_share(
     by that sum over all steps, the prelude and the coda. A step it did not run has share 0; a test example without any
     influence is left out. Noise of the sketch is absolute influence too: where standard errors are as large as the
     scores, shares are pulled towards uniform.
+
+    The grey line is the same share of the norm of the test example's own gradient, at each checkpoint, averaged with
+    the checkpoints' shares of the scores: where coloured lines follow it, they say how large the test gradient is at
+    each step, and nothing of the train examples. It needs ``result.checkpoints`` with its norms, which plain
+    trajectories, files of earlier versions and reranked results lack.
 
     ``tests`` are positions of test examples, None = all; or several groups of them, each under its name. The other
     arguments are described in `captum_sdi.plotting`.
@@ -51,6 +60,7 @@ def plot_step_share(
         [[0.75, 0.25], [0.0, 1.0]]
     """
     shares = _shares(read_scores(result))
+    norm_shares = _norm_shares(result, shares)
     members = tests if isinstance(tests, Mapping) else {"": tests}
     if not members:
         raise ValueError("tests is an empty mapping. Pass at least one group, name: positions, or None for all.")
@@ -63,23 +73,27 @@ def plot_step_share(
     outer_bins = [outer for outer in (prelude, coda) if drawn[:, outer.column].any()]
 
     named = isinstance(tests, Mapping)
-    height = legend_height([len(groups)], stacked=True) if named else 0
+    n_entries = len(groups) * named + (norm_shares is not None)
+    height = legend_height([n_entries], stacked=True)
     ax = column_axes(ax, 2.1 + height, width)
     block = LegendBlock()
     middle = (len(groups) - 1) / 2
     for rank, (name, group) in enumerate(groups.items()):
         offset = 0.15 * gap * (rank - middle)
         line = _draw_share(ax, group, rank, outer_bins, offset)
-        block.add(line, count_entry(ax, name, len(group)))
+        if named:
+            block.add(line, count_entry(ax, name, len(group)))
+    if norm_shares is not None:
+        chosen = np.concatenate([_select_tests(shares, positions, norm_shares) for positions in members.values()])
+        line = _draw_norms(ax, chosen, outer_bins)
+        block.add(line, "share of the test gradient's norm")
     padding = 0.5 * gap if outer_bins else step_padding(n_steps)
     _finish_axes(ax, n_steps, outer_bins, padding)
-    if named:
-        set_title(ax, title, "")
+    n_tests = len(drawn)
+    examples = "test example" if n_tests == 1 else "test examples"
+    set_title(ax, title, "" if named else f"{n_tests} {examples}")
+    if n_entries:
         draw_legend(ax, [block], stacked=True)
-    else:
-        n_tests = len(drawn)
-        examples = "test example" if n_tests == 1 else "test examples"
-        set_title(ax, title, f"{n_tests} {examples}")
     return ax
 
 
@@ -103,10 +117,34 @@ def _shares(scores: Scores) -> Array:
     return np.divide(sizes, sums, out=zeros, where=sums > 0)
 
 
-def _select_tests(shares: Array, tests: Sequence[int] | None) -> Array:
-    """Return the shares of the test examples at these positions that have any influence."""
-    selected = shares[check_positions("tests", tests, len(shares))]
-    return selected[selected.any(1)]
+def _norm_shares(result: Result, shares: Array) -> Array | None:
+    """Return ``(q, 1 + t + 1)`` shares of the test gradients' norms of prelude, steps and coda; None if unknown."""
+    checkpoints = result.checkpoints if isinstance(result, StepInfluence) else None
+    if checkpoints is None or checkpoints.test_norms is None:
+        return None
+    norms = finite_array("result.checkpoints.test_norms", checkpoints.test_norms)  # (q, c, 2 + t)
+    n_bins = shares.shape[1]
+    if norms.shape != (len(shares), len(checkpoints.names), n_bins):
+        raise ValueError(f"result.checkpoints.test_norms must have {len(shares)} x {n_bins} norms, got {norms.shape}.")
+    in_order = [Bins.PRELUDE, *range(Bins.of_step(0), n_bins), Bins.CODA]
+    ordered = norms[:, :, in_order]
+    sums = ordered.sum(-1, keepdims=True)
+    zeros = np.zeros_like(ordered)
+    of_checkpoints = np.divide(ordered, sums, out=zeros, where=sums > 0)
+    weights = finite_array("result.checkpoints.shares", checkpoints.shares)
+    return np.einsum("c,qcb->qb", weights, of_checkpoints)
+
+
+def _select_tests(
+    shares: Array,
+    tests: Sequence[int] | None,
+    drawn: Array | None = None,
+) -> Array:
+    """Return what is drawn, the shares, of the test examples at these positions that have any influence."""
+    positions = check_positions("tests", tests, len(shares))
+    has_influence = shares[positions].any(1)
+    rows = shares if drawn is None else drawn
+    return rows[positions[has_influence]]
 
 
 def _draw_share(
@@ -130,6 +168,17 @@ def _draw_share(
         column = outer.column
         ax.vlines(place, lower[column], upper[column], color=colour, linewidth=1)
         ax.plot(place, mean[column], color=colour, marker=marker, markersize=3.5)
+    return line
+
+
+def _draw_norms(ax: Axes, shares: Array, outer_bins: Sequence[_OuterBin]) -> Line2D:
+    """Draw the mean share of the test gradients' norms behind all other lines."""
+    mean = shares.mean(0) if len(shares) else np.zeros(shares.shape[1])
+    steps = np.arange(1.0, len(mean) - 1)
+    marker = "_" if len(steps) == 1 else ""
+    (line,) = ax.plot(steps, mean[1:-1], color=NORMS, linewidth=2.5, marker=marker, markersize=12, zorder=1)
+    for outer in outer_bins:
+        ax.plot(outer.place, mean[outer.column], color=NORMS, marker="_", markersize=12, markeredgewidth=2.5, zorder=1)
     return line
 
 

@@ -35,7 +35,8 @@ def ritz_pairs(
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 7.0]).double())
-        >>> ritz_pairs(lambda vector: matrix @ vector, torch.empty(3, 3).double(), torch.Generator().manual_seed(0))
+        >>> basis, generator = torch.empty(3, 3).double(), torch.Generator().manual_seed(0)
+        >>> ritz_pairs(lambda vector: matrix @ vector, basis, generator).round(decimals=6)
         tensor([1., 2., 7.], dtype=torch.float64)
     """
     rank, _ = basis.shape

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.capture.featurizer import Capture
-from captum_sdi.data.batch import select
+from captum_sdi.data.batch import select, split_batch
 from captum_sdi.data.losses import TokenCrossEntropy, first_targeted_example, target_labels, token_logits
-from captum_sdi.data.side import Side
+from captum_sdi.data.side import Side, identity
 from captum_sdi.features import LoopSpec
 from captum_sdi.loop.table import FoundLoop
 from captum_sdi.model_facts import vocabulary_size
@@ -87,15 +87,39 @@ def check_default_loss(first: FirstExample) -> None:
     """
     if not isinstance(first.side.loss_fn, TokenCrossEntropy):
         return
-    own = first.capture.own_loss(first.batch, first.side)
-    default = first.losses.detach()
-    tolerance = 3e-2 if first.is_coarse else 1e-3
-    if own is not None and not torch.allclose(own.to(default), default[0], rtol=tolerance):
-        raise ValueError(
-            f"The default loss, {first.side.loss_fn}, is {default.item():.6g} for the first {first.side.name} "
-            f"example, the model's own loss {own.item():.6g}. Pass loss_fn= with the loss you trained with: "
-            "(output, labels) to one value per example."
-        )
+    answer = first.capture.own_loss(first.batch, first.side)
+    if answer is None:
+        return
+    own, output = answer
+    default = first.losses.detach()[0]
+    if agrees(own, default, first.is_coarse):
+        return
+    _, _, labels = split_batch(first.batch)
+    unshifted = TokenCrossEntropy(shift=False)(output, labels.to(own.device))[0]
+    remedy = "Pass loss_fn= with the loss you trained with: (output, labels) to one value per example."
+    if agrees(own, unshifted, first.is_coarse):
+        remedy = "Pass loss_fn=captum_sdi.data.losses.TokenCrossEntropy(shift=False), which agrees with it."
+    raise ValueError(
+        f"The default loss, {first.side.loss_fn}, is {default.item():.6g} for the first {first.side.name} example, the "
+        f"model's own loss {own.item():.6g}. {remedy}"
+    )
+
+
+def agrees(own: Tensor, loss: Tensor, coarse: bool) -> bool:
+    """Say whether a loss is the model's own, up to rounding."""
+    return torch.allclose(own.to(loss), loss, rtol=3e-2 if coarse else 1e-3)
+
+
+def needs_labels(capture: Capture, example: Any, side: Side) -> bool:
+    """Say whether the default loss is the model's own only where the model is handed the labels, as Ouro's is."""
+    if identity(side) in capture.labelled or not isinstance(side.loss_fn, TokenCrossEntropy):
+        return False
+    answer = capture.own_loss(example, side)
+    if answer is None:
+        return False
+    own, output = answer
+    _, _, labels = split_batch(example)
+    return agrees(own, side.loss_fn(output, labels.to(own.device))[0], is_coarse(capture.model))
 
 
 def check_loop_repeats(first: FirstExample) -> None:
@@ -154,12 +178,33 @@ class Rehearsal:
         example = select(raw, [number])
         check_keywords_are_named(self._model, example, side)
         check_labels_are_unshifted(raw, side)
-        _, losses = capture.forward(example, self._with_label_check(raw, side, positions))
-        coarse, is_very_first = is_coarse(self._model), not self._rehearsed
-        first = FirstExample(capture, self._loop, example, side, positions[number], losses, coarse, is_very_first)
+        checked_side = self._with_label_check(raw, side, positions)
+        try:
+            self._rehearse(capture, example, side, checked_side, positions[number])
+        except ValueError:
+            if not needs_labels(capture, example, side):
+                raise
+            capture.labelled.update({identity(side), identity(checked_side)})
+            self._rehearse(capture, example, side, checked_side, positions[number])
+            capture.labelled.discard(identity(checked_side))
+        self._rehearsed.add(identity(side))
+
+    def _rehearse(
+        self,
+        capture: Capture,
+        example: Any,
+        side: Side,
+        checked_side: Side,
+        position: int,
+    ) -> None:
+        """Run an example alone, and let every check look at it."""
+        _, losses = capture.forward(example, checked_side)
+        is_very_first = not self._rehearsed
+        first = FirstExample(
+            capture, self._loop, example, side, position, losses, is_coarse(self._model), is_very_first
+        )
         for check in CHECKS:
             check(first)
-        self._rehearsed.add(identity(side))
 
     def after_batch(self, ran: RunBatch) -> None:
         """Refuse or warn of features that depend on the batch.
@@ -191,8 +236,3 @@ class Rehearsal:
             return side.loss_fn(output, labels)
 
         return replace(side, loss_fn=checked_loss)
-
-
-def identity(side: Side) -> tuple[int, int]:
-    """Return what a side's rehearsal holds for: its loss and its forward keywords."""
-    return id(side.loss_fn), id(side.forward_kwargs)

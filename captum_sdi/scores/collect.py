@@ -164,6 +164,9 @@ class TopTrajectories:
 class Winners:
     """The trajectories of chosen train examples, others for each test example.
 
+    Their variances are those of any pair. That they were chosen for being high is not in them; see
+    `captum_sdi.StepInfluence.trajectory_errors`.
+
     Args:
         indices: ``(q, k)`` positions of train examples.
     """

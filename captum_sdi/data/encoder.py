@@ -1,16 +1,19 @@
-"""From the fields of a line of a jsonl file to the model's inputs; whatever else the line holds is an error."""
+"""From the fields of an example to the model's inputs.
+
+An example is one of: ``input_ids``, optionally with ``labels`` and ``attention_mask``; ``messages``, whose assistant's
+turns are learned; ``prompt`` and ``completion``, of which the completion is; or ``text``, of which everything is. Any
+other field belongs to its owner, and whatever cannot be meant is an error.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from captum_sdi.data.dialogue import completion_tokens, conversation_tokens
+from captum_sdi.data.fields import check_encodable, json_excerpt, kind_of
 from captum_sdi.data.losses import IGNORED
-
-EXCERPT = 200
-"""How many characters of an example's text a result carries."""
 
 INPUTS = ("input_ids", "labels", "attention_mask")
 """Fields that the model reads; a result carries the others."""
@@ -18,7 +21,7 @@ INPUTS = ("input_ids", "labels", "attention_mask")
 
 @dataclass(frozen=True)
 class Encoder:
-    """The encoding of a line's fields as the model's inputs.
+    """The encoding of an example's fields as the model's inputs.
 
     Example:
         >>> Encoder(vocab_size=10, max_length=2)({"input_ids": [5, 6, 7]})
@@ -28,23 +31,23 @@ class Encoder:
     vocab_size: int
     """How many token ids the model knows."""
     tokenizer: Any = None
-    """Makes token ids of ``text``; None where there is none."""
+    """Makes token ids of texts; None where there is none."""
     max_length: int | None = None
     """Longer examples are cut to so many tokens."""
     special_tokens: bool = True
     """Whether the tokenizer adds its own, such as the beginning of a sequence."""
 
     def __call__(self, fields: Any) -> tuple[dict[str, list[int]], int]:
-        """Encode one line.
+        """Encode one example.
 
         Args:
-            fields: ``text``, or ``input_ids`` and optionally ``labels`` and ``attention_mask``; others are ignored.
+            fields: What the module's heading lists; others are ignored.
 
         Returns:
             Lists of one number per token, and how many tokens there were before they were cut.
 
         Raises:
-            ValueError: If the line is something else.
+            ValueError: If the fields are something else.
         """
         if not isinstance(fields, Mapping):
             raise ValueError(f'a line must be a JSON object such as {{"text": "..."}}, this is {json_excerpt(fields)}')
@@ -55,8 +58,7 @@ class Encoder:
             row = {name: numbers[: self.max_length] for name, numbers in row.items()}
             self.check_vocabulary(row, source="file")
         else:
-            token_ids, length = self.tokenize(fields)
-            row = {"input_ids": token_ids}
+            row, length = self.tokenize(fields)
             self.check_vocabulary(row, source="tokenizer")
         mask = row.get("attention_mask", [1] * len(row["input_ids"]))
         unpadded = [token if seen else IGNORED for token, seen in zip(row["input_ids"], mask, strict=True)]
@@ -64,26 +66,40 @@ class Encoder:
         return row, length
 
     def text(self, fields: Mapping[str, Any]) -> str:
-        """Return the text of an example, or that of its first tokens, or these as numbers."""
+        """Return the text of an example, or that of its tokens, or these as numbers."""
         text = fields.get("text")
         if isinstance(text, str):
             return text
-        token_ids = fields["input_ids"][:EXCERPT]
+        if "input_ids" not in fields and kind_of(fields) == "messages":
+            return str(self.tokenizer.apply_chat_template(fields["messages"], tokenize=False))
+        if "input_ids" not in fields:
+            return f"{fields['prompt']}{fields['completion']}"
+        token_ids = fields["input_ids"]
         if self.tokenizer is None:
             return " ".join(map(str, token_ids))
         return str(self.tokenizer.decode(token_ids))
 
-    def tokenize(self, fields: Mapping[str, Any]) -> tuple[list[int], int]:
-        """Return the token ids of a text as far as they fit, and how many there are."""
-        text = fields.get("text")
-        if not isinstance(text, str):
-            content = f'"text" is {json_excerpt(text)}' if "text" in fields else f"its fields are {sorted(fields)}"
-            raise ValueError(f'a line needs "text", a string, or "input_ids", a list of token ids; {content}')
+    def tokenize(self, fields: Mapping[str, Any]) -> tuple[dict[str, list[int]], int]:
+        """Return the tokens of a text, a completion or a conversation as far as they fit, and how many there are."""
+        kind = kind_of(fields)
         if "labels" in fields:
-            raise ValueError('"labels" are one per token: give "input_ids" with them instead of "text" alone')
+            raise ValueError(f'"labels" are one per token: give "input_ids" with them instead of "{kind}" alone')
         if self.tokenizer is None:
-            raise ValueError('there is "text", but no tokenizer beside the model: name one with --tokenizer')
-        check_encodable(text)
+            raise ValueError(f'there is "{kind}", but no tokenizer beside the model: name one with --tokenizer')
+        if kind == "text":
+            return self.tokenize_text(fields["text"])
+        if kind == "messages":
+            tokens = conversation_tokens(self.tokenizer, fields["messages"])
+        else:
+            tokens = completion_tokens(
+                self.tokenizer, fields["prompt"], fields["completion"], special_tokens=self.special_tokens
+            )
+        row = {name: numbers[: self.max_length] for name, numbers in tokens.items()}
+        return row, len(tokens["input_ids"])
+
+    def tokenize_text(self, text: str) -> tuple[dict[str, list[int]], int]:
+        """Return the tokens of a text, all of which are learned."""
+        check_encodable("text", text)
         settings = {"add_special_tokens": self.special_tokens, "verbose": False}
         token_ids = self.tokenizer(text, **settings)["input_ids"]
         length = len(token_ids)
@@ -93,7 +109,7 @@ class Encoder:
             # The tokenizer cuts, as it knows which special tokens stay.
             encoding = self.tokenizer(text, **settings, truncation=True, max_length=self.max_length)
             token_ids = encoding["input_ids"]
-        return token_ids, length
+        return {"input_ids": token_ids}, length
 
     def check_vocabulary(self, row: Mapping[str, list[int]], *, source: str) -> None:
         """Check that the model knows every token id of a source, the file or the tokenizer."""
@@ -121,27 +137,3 @@ def check_token_lists(row: Mapping[str, Any]) -> None:
     mask = row.get("attention_mask", [])
     if not set(mask) <= {0, 1}:
         raise ValueError(f'"attention_mask" must be 0 or 1 per token; it is {json_excerpt(mask)}')
-
-
-def check_encodable(text: str) -> None:
-    """Check that no character is half of a surrogate pair, which is none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f'"text" holds half of a surrogate pair at character {error.start}: mend it') from error
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object, for `json.loads`, in which no key stands twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {json_excerpt(twice)} stands twice in one object: which is meant?")
-    return fields
-
-
-def json_excerpt(value: Any, length: int = 60) -> str:
-    """Return the beginning of a value's JSON."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= length else text[:length] + "…"

@@ -1,0 +1,86 @@
+"""Paths and names that are typed, checked before anything heavy is imported: a mistyped one is said at once.
+
+Imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import urllib.request
+from argparse import Namespace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+HUB = "https://huggingface.co"
+PATIENCE = 1.5
+"""Seconds to wait for a connection; the Hub's own client tries for a minute."""
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+YES = {"1", "on", "true", "yes"}
+
+
+def check_places(options: Namespace) -> None:
+    """Check that models and tokenizers are folders here, or can be asked for.
+
+    Raises:
+        ValueError: If one of them is neither.
+    """
+    for option in ("model", "tokenizer"):
+        name = getattr(options, option, None)
+        if name is not None:
+            check_name(f"--{option}", name)
+
+
+def check_name(option: str, name: str) -> None:
+    """Check that a name is a folder here, or one that the Hub may know.
+
+    Raises:
+        ValueError: If it is a path to nothing, or the Hub cannot be asked.
+    """
+    if os.path.exists(name):
+        return
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ValueError(f"There is no folder {name}; say with {option} where the {option[2:]} is.")
+    if cached_folder(name).is_dir():
+        return
+    refusal = f"{option} {name} is no folder, and the Hub does not give it"
+    offline = [variable for variable in OFFLINE if os.environ.get(variable, "").lower() in YES]
+    if offline:
+        raise ValueError(f"{refusal}: {offline[0]} is set, and it was never downloaded.")
+    host = hub_host()
+    if not is_reachable(*host):
+        raise ValueError(f"{refusal}: {host[0]} cannot be reached from here. Is the name mistyped?")
+
+
+def cached_folder(name: str) -> Path:
+    """Return where the Hub's client keeps what it downloaded of a name."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    return cache / f"models--{name.replace('/', '--')}"
+
+
+def hub_host() -> tuple[str, int]:
+    """Return the host and the port that are connected to first: the Hub's, or those of a proxy on the way."""
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
+    proxy = urllib.request.getproxies().get(endpoint.scheme)
+    first = urlsplit(proxy) if proxy else endpoint
+    default_port = 80 if first.scheme == "http" else 443
+    return first.hostname or "", first.port or default_port
+
+
+def is_reachable(host: str, port: int) -> bool:
+    """Return whether a connection can be made within `PATIENCE`; a thread, as looking a name up knows no limit."""
+    answers: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((host, port), PATIENCE).close()
+        except OSError:
+            return
+        answers.append(True)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return bool(answers)

@@ -1,0 +1,333 @@
+"""Examples in other files than JSON lines: CSV, Parquet, a JSON array, a folder of `datasets`; and several files."""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from captum_sdi.cli.rows import JsonLines, stamp
+from captum_sdi.data.encoder import INPUTS, Encoder
+from captum_sdi.data.fields import unique_keys
+from captum_sdi.data.texts import has_target
+from captum_sdi.whole_file import check_regular
+
+DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
+"""One of them is in every folder that `datasets` saved."""
+
+
+class TableRows(Dataset[dict[str, Tensor]]):
+    """The rows of a table that is held in memory, each checked before any work starts.
+
+    Args:
+        path: Where the table is from, for messages.
+        rows: Its rows.
+        encoder: Makes tokens of them.
+        digest: That of the rows that were indexed.
+
+    Raises:
+        ValueError: If a row cannot be used, there is none, or they are not those of ``digest``.
+    """
+
+    def __init__(self, path: Path, rows: Sequence[dict[str, Any]], encoder: Encoder, digest: str | None = None) -> None:
+        self.path = path
+        self.rows = rows
+        self.n_tokens = self.n_cut = self.n_without_target = 0
+        self._encoder = encoder
+        self._lengths: list[int] = []
+        self._stamp = stamp(check_regular(path)) if path.is_file() else None
+        for number, row in enumerate(rows, start=1):
+            self._check(row, number)
+        if not rows:
+            raise ValueError(f"{path} holds no example: it has no row.")
+        self.digest = digest_of(rows)
+        if digest is not None and digest != self.digest:
+            raise ValueError(
+                f"{path} is not what was indexed, or it has changed since: put that back, say where it is now, or "
+                "build an index of this one."
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        encoded, _ = self._encoder(self.rows[position])
+        return {name: torch.tensor(numbers) for name, numbers in encoded.items()}
+
+    @property
+    def longest(self) -> int:
+        """Position of the longest example."""
+        return max(range(len(self)), key=self._lengths.__getitem__)
+
+    def line(self, position: int) -> int:
+        """Return the number of an example's row, from 1."""
+        return position + 1
+
+    def description(self, position: int) -> dict[str, Any]:
+        """Return what a result says of an example: its text, whole, and its other fields."""
+        return described(self._encoder, self.rows[position])
+
+    def summary(self) -> str:
+        """Return how much the table holds, and how much of it is cut or predicts nothing."""
+        text = f"{self.path.name}: {len(self):,} examples, {self.n_tokens:,} tokens"
+        if self.n_cut:
+            text += f"; {self.n_cut:,} cut to {self._encoder.max_length} tokens (--max-length)"
+        if self.n_without_target:
+            text += f"; {self.n_without_target:,} in which nothing is predicted: their influence is zero"
+        return text
+
+    def check_unchanged(self) -> None:
+        """Check that the file is still the one that was read.
+
+        Raises:
+            ValueError: If it was written to or replaced.
+        """
+        if self._stamp is not None and stamp(check_regular(self.path)) != self._stamp:
+            raise ValueError(f"{self.path} has changed since it was read: run again when it is finished.")
+
+    def _check(self, row: dict[str, Any], number: int) -> None:
+        try:
+            encoded, length = self._encoder(row)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, row {number}: {error}.") from error
+        kept = len(encoded["input_ids"])
+        self._lengths.append(kept)
+        self.n_tokens += kept
+        self.n_cut += length > kept
+        self.n_without_target += not has_target(encoded["labels"])
+
+
+Examples = JsonLines | TableRows
+"""The examples of one file."""
+
+
+class JoinedRows(Dataset[dict[str, Tensor]]):
+    """The examples of several files, one file after the other."""
+
+    def __init__(self, parts: Sequence[Examples], digest: str | None = None) -> None:
+        self.parts = parts
+        self._ends = list(itertools.accumulate(map(len, parts)))
+        joined = "".join(part.digest for part in parts)
+        self.digest = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+        if digest is not None and digest != self.digest:
+            names = ", ".join(str(part.path) for part in parts)
+            raise ValueError(
+                f"{names} are not the files that were indexed, or one of them has changed since: put them back, say "
+                "where they are now, or build an index of these."
+            )
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        part, place = self._find(position)
+        return part[place]
+
+    @property
+    def longest(self) -> int:
+        """Position of the longest example."""
+        starts = [0, *self._ends[:-1]]
+        longest = [start + part.longest for start, part in zip(starts, self.parts, strict=True)]
+        return max(longest, key=lambda position: len(self[position]["input_ids"]))
+
+    def line(self, position: int) -> int:
+        """Return the number of an example's line in its own file."""
+        part, place = self._find(position)
+        return part.line(place)
+
+    def description(self, position: int) -> dict[str, Any]:
+        """Return what a result says of an example, and which file it is from."""
+        part, place = self._find(position)
+        return {"file": part.path.name, **part.description(place)}
+
+    def summary(self) -> str:
+        """Return how much each file holds."""
+        return "\n".join(part.summary() for part in self.parts)
+
+    def check_unchanged(self) -> None:
+        """Check that every file is still the one that was read."""
+        for part in self.parts:
+            part.check_unchanged()
+
+    def _find(self, position: int) -> tuple[Examples, int]:
+        number = bisect.bisect_right(self._ends, position)
+        start = self._ends[number - 1] if number else 0
+        return self.parts[number], position - start
+
+
+AnyExamples = Examples | JoinedRows
+"""The examples of one or of several files."""
+
+
+def open_examples(
+    paths: Sequence[Path],
+    encoder: Encoder,
+    digest: str | None = None,
+    *,
+    split: str | None = None,
+    text_column: str | None = None,
+    show_progress: bool = False,
+) -> AnyExamples:
+    """Open files of examples, each by the end of its name.
+
+    Args:
+        paths: One or more files, or folders that `datasets` saved.
+        encoder: Makes tokens of the examples.
+        digest: That of examples that were indexed.
+        split: Which split of a folder.
+        text_column: The field that is the text.
+        show_progress: Whether to show how far a long file was read.
+
+    Returns:
+        The examples.
+
+    Raises:
+        ValueError: If one of the files cannot be used.
+    """
+    check_files(paths)
+    own_digest = digest if len(paths) == 1 else None
+    parts: list[Examples] = []
+    for path in paths:
+        is_table = path.suffix in READERS or is_dataset_folder(path)
+        if is_table or text_column is not None:
+            rows = named_rows(read_table(path, split), path, text_column)
+            parts.append(TableRows(path, rows, encoder, own_digest))
+        else:
+            parts.append(JsonLines(path, encoder, own_digest, show_progress=show_progress))
+    return parts[0] if len(parts) == 1 else JoinedRows(parts, digest)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Check that each path is a regular file, or a folder that `datasets` saved."""
+    for path in paths:
+        if not is_dataset_folder(path):
+            check_regular(path)
+
+
+def read_table(path: Path, split: str | None) -> list[dict[str, Any]]:
+    """Return the rows of a file or of a folder that `datasets` saved."""
+    if is_dataset_folder(path):
+        return read_dataset(path, split)
+    check_regular(path)
+    return READERS.get(path.suffix, read_json_lines)(path)
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table of text whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table: {error}.") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}, row {number}: it has more or fewer cells than the first line has names.")
+    return rows
+
+
+def read_json_array(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON array."""
+    try:
+        rows = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}. Of one example per line, let its name end in .jsonl.") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must be a JSON array of examples; of one example per line, name it .jsonl.")
+    return rows
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one of them in each line."""
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line, object_pairs_hook=unique_keys))
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}.") from error
+    return rows
+
+
+def read_parquet(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a Parquet file."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ImportError("Parquet files are read by pyarrow: pip install pyarrow.") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"{path} is no Parquet file: {error}.") from error
+
+
+def read_dataset(path: Path, split: str | None) -> list[dict[str, Any]]:
+    """Return the rows of a folder that `datasets` saved."""
+    try:
+        from datasets import DatasetDict, load_from_disk
+    except ImportError as error:
+        raise ImportError("Such a folder is read by datasets: pip install datasets.") from error
+    dataset = load_from_disk(str(path))
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(f"{path} has the splits {', '.join(dataset)}: say which one with --split.")
+        dataset = dataset[split]
+    elif split is not None:
+        raise ValueError(f"--split {split}: {path} has no splits.")
+    return [dict(row) for row in dataset]
+
+
+READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".json": read_json_array,
+    ".parquet": read_parquet,
+}
+"""By the end of a file's name; any other is one of JSON lines."""
+
+
+def is_dataset_folder(path: Path) -> bool:
+    """Return whether `datasets` saved a folder."""
+    return path.is_dir() and any((path / name).is_file() for name in DATASET_FILES)
+
+
+def named_rows(rows: list[dict[str, Any]], path: Path, text_column: str | None) -> list[dict[str, Any]]:
+    """Return the rows with the text under its own name."""
+    if text_column is None:
+        return rows
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or text_column not in row:
+            names = sorted(row) if isinstance(row, dict) else "no object"
+            raise ValueError(f"{path}, row {number}: there is no --text-column {text_column}, only {names}.")
+    return [{"text": row[text_column], **without(row, text_column)} for row in rows]
+
+
+def without(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return a row without one of its fields, and without what was called a text before."""
+    return {field: value for field, value in row.items() if field not in (name, "text")}
+
+
+def described(encoder: Encoder, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return what a result says of an example: its text, whole, and its other fields."""
+    other_fields = {name: value for name, value in fields.items() if name not in INPUTS}
+    return {**other_fields, "text": encoder.text(fields)}
+
+
+def digest_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a digest of rows, whatever file they are from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()

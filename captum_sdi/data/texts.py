@@ -1,0 +1,109 @@
+"""`texts`: examples that remember their words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from captum_sdi.data.encoder import INPUTS, Encoder
+from captum_sdi.data.losses import IGNORED
+
+SOURCES = {"prompt", "completion", "messages", *INPUTS}
+"""Fields that an example's text is made of."""
+
+
+class Texts(Dataset[dict[str, Tensor]]):
+    """A Dataset of texts; see `texts`, which makes one."""
+
+    def __init__(self, rows: Sequence[Any], encoder: Encoder) -> None:
+        self.rows = rows
+        self.encoder = encoder
+        self.n_cut = 0
+        self.n_without_target = 0
+        for position, row in enumerate(rows):
+            try:
+                encoded, length = encoder(as_fields(row))
+            except ValueError as error:
+                raise ValueError(f"rows[{position}]: {error}.") from error
+            self.n_cut += length > len(encoded["input_ids"])
+            self.n_without_target += not has_target(encoded["labels"])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        encoded, _ = self.encoder(as_fields(self.rows[position]))
+        return {name: torch.tensor(numbers) for name, numbers in encoded.items()}
+
+    @property
+    def examples(self) -> list[dict[str, Any]]:
+        """What each example says: its ``text``, and its other fields; for `captum_sdi.report.write_page`."""
+        return [self.example(position) for position in range(len(self))]
+
+    def example(self, position: int) -> dict[str, Any]:
+        """Return what one example says."""
+        fields = as_fields(self.rows[position])
+        others = {name: value for name, value in fields.items() if name not in SOURCES}
+        return {**others, "text": self.encoder.text(fields)}
+
+    def __repr__(self) -> str:
+        parts = [f"Texts of {len(self):,} examples"]
+        if self.n_cut:
+            parts.append(f"{self.n_cut:,} cut to {self.encoder.max_length} tokens")
+        if self.n_without_target:
+            parts.append(f"{self.n_without_target:,} in which nothing is predicted: their influence is zero")
+        return "; ".join(parts)
+
+
+def texts(
+    rows: Sequence[Any],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    special_tokens: bool = True,
+) -> Texts:
+    """Return a Dataset of texts that remembers its words; no two texts are packed into one example.
+
+    Args:
+        rows: Strings, or mappings with ``text``, with ``prompt`` and ``completion`` (only the completion is predicted),
+            with ``messages`` (only the assistant's turns are; the tokenizer's chat template writes them), or with
+            ``input_ids``. Other fields, such as an ``id``, are kept.
+        tokenizer: A tokenizer of transformers.
+        max_length: Longer examples are cut at their end to so many tokens; None leaves them whole.
+        special_tokens: Whether the tokenizer adds its own to texts and prompts.
+
+    Returns:
+        Rows of ``input_ids`` and ``labels``, for `SDIInfluence`; ``examples`` are the words, for a page or a table, and
+        ``print`` says how many were cut.
+
+    Raises:
+        TypeError: If the rows are one string or one mapping.
+        ValueError: If a row cannot be used; the message names it.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"one": 0, "and": 1, "two": 2}, unk_token="one"))
+        >>> words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> rows = ["one and two", {"prompt": "one and ", "completion": "two", "id": 7}]
+        >>> train = texts(rows, PreTrainedTokenizerFast(tokenizer_object=words))
+        >>> train[1]["labels"].tolist(), train.example(1)
+        ([-100, -100, 2], {'id': 7, 'text': 'one and two'})
+    """
+    if isinstance(rows, str | Mapping):
+        raise TypeError(f"rows must be a list of texts or of mappings, got one {type(rows).__name__}.")
+    return Texts(rows, Encoder(len(tokenizer), tokenizer, max_length, special_tokens))
+
+
+def as_fields(row: Any) -> Any:
+    """Return a row as fields; a string is a text."""
+    return {"text": row} if isinstance(row, str) else row
+
+
+def has_target(labels: Sequence[int]) -> bool:
+    """Return whether a token is predicted: the first one never is."""
+    return any(label != IGNORED for label in labels[1:])

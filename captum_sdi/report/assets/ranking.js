@@ -1,0 +1,152 @@
+// What pairs are ranked by: "total", "prelude", "coda", "step:3" (from 1), or a label of a map's axis, "layer:core.0".
+
+function splitRank(rank) {
+  const colon = rank.indexOf(":");
+  return colon < 0 ? [rank, ""] : [rank.slice(0, colon), rank.slice(colon + 1)];
+}
+
+function rankStep(rank) {
+  const [kind, label] = splitRank(rank);
+  return kind === "step" ? Number(label) : 0;
+}
+
+/** A pair's value and standard error by a rank; a null value where the page does not hold it. */
+function ranked(pair, rank, shown) {
+  const [kind, label] = splitRank(rank);
+  if (kind === "total") return { value: pair.total, error: pair.error };
+  if (kind === "prelude" || kind === "coda") return { value: pair[kind], error: null };
+  if (kind === "step") {
+    const step = Number(label) - 1;
+    return { value: pair.steps[step] ?? null, error: pair.stepErrors[step] ?? null };
+  }
+  const map = mapWith(shown, kind);
+  const profile = map && axisProfile(map, pair.train, kind);
+  const place = map ? placeOnAxis(map, kind, label) : -1;
+  return { value: profile && place >= 0 ? profile[place] : null, error: null };
+}
+
+function rankName(rank) {
+  const [kind, label] = splitRank(rank);
+  if (kind === "step") return `loop step ${label}`;
+  if (TEST_TOKENS.includes(kind)) return `${kind} ${Number(label) + 1}`;
+  return label ? `${kind} ${label}` : kind;
+}
+
+/** The pairs of either sign by falling size; those without a value by this rank are left out. */
+function sides(shown, rank) {
+  const scored = shown.pairs.map((pair) => ({ pair, ...ranked(pair, rank, shown) })).filter(({ value }) => value !== null);
+  const proponents = scored.filter(({ value }) => value >= 0).sort((left, right) => right.value - left.value);
+  const opponents = scored.filter(({ value }) => value < 0).sort((left, right) => left.value - right.value);
+  return { proponents, opponents };
+}
+
+/** Cards in their order, those behind each other with the same text as one: they would fill the page with copies. */
+function withoutCopies(cards) {
+  const groups = [];
+  for (const card of cards) {
+    const last = groups[groups.length - 1];
+    const isCopy = last && card.pair.entry && last.pair.entry && card.pair.entry[0] === last.pair.entry[0];
+    if (isCopy) last.copies.push(card.pair);
+    else groups.push({ ...card, copies: [] });
+  }
+  return groups;
+}
+
+/** Whether a card is of a training example, or of a copy of it. */
+function standsFor({ pair, copies }, train) {
+  return pair.train === train || copies.some((copy) => copy.train === train);
+}
+
+function isWithinError({ value, error }) {
+  return error !== null && Math.abs(value) < error;
+}
+
+/** The sums of positive and of negative influence of all listed pairs, by bin. */
+function profileOfSteps(shown) {
+  const depth = largestOf(shown.pairs.map((pair) => pair.steps.length));
+  const bins = [];
+  if (facts.hasPrelude) bins.push({ rank: "prelude", name: "prelude", values: shown.pairs.map((pair) => pair.prelude) });
+  for (let step = 0; step < depth; step += 1) {
+    bins.push({ rank: `step:${step + 1}`, name: `${step + 1}`, values: shown.pairs.map((pair) => pair.steps[step] ?? 0) });
+  }
+  if (facts.hasCoda) bins.push({ rank: "coda", name: "coda", values: shown.pairs.map((pair) => pair.coda) });
+  return bins.map(({ rank, name, values }) => ({
+    rank,
+    name,
+    up: sumOf(values.filter((value) => value > 0)),
+    down: sumOf(values.filter((value) => value < 0)),
+  }));
+}
+
+// --- maps ---
+
+const TEST_TOKENS = ["token", "position"]; // axes that split the test example's text
+const TRAIN_TOKENS = ["train_token", "train_position"];
+
+function mapWith(shown, axis) {
+  return shown.maps.find((map) => map.axes.includes(axis)) ?? null;
+}
+
+/** The first map that has one of the axes, and which; an empty object where none has. */
+function mapAlong(shown, axes) {
+  const map = shown.maps.find((one) => axes.some((axis) => one.axes.includes(axis)));
+  return map ? { map, axis: axes.find((axis) => map.axes.includes(axis)) } : {};
+}
+
+/** The texts of the tokens along an axis, or their numbers where they are not known. */
+function tokenLabels(map, axis, train) {
+  const tokens = TEST_TOKENS.includes(axis) ? map.testTokens : map.trainTokens[map.placeOf.get(train)];
+  return tokens ?? map.labels[map.axes.indexOf(axis)].map((label) => `[${label}]`);
+}
+
+function placeOnAxis(map, axis, label) {
+  const labels = map.labels[map.axes.indexOf(axis)];
+  return TEST_TOKENS.includes(axis) ? Number(label) : labels.indexOf(label);
+}
+
+/** A pair's influence along one axis of a map, summed over the others, or taken at the loop step that is given. */
+function axisProfile(map, train, axis, step = 0) {
+  const place = map.placeOf.get(train);
+  if (place === undefined) return null;
+  const along = map.axes.indexOf(axis);
+  const stepAxis = step ? map.axes.indexOf("step") : -1;
+  const stepPlace = stepAxis < 0 ? -1 : map.labels[stepAxis].findIndex((label) => stepNumber(label) === step);
+  const sizes = map.labels.map((labels) => labels.length);
+  const size = sizes.reduce((product, length) => product * length, 1);
+  const sums = new Array(sizes[along]).fill(0);
+  for (let flat = 0; flat < size; flat += 1) {
+    const places = unravelled(flat, sizes);
+    if (stepAxis < 0 || places[stepAxis] === stepPlace) sums[places[along]] += map.values[place * size + flat];
+  }
+  return sums;
+}
+
+/** A pair's influence along two axes of a map, summed over the others. */
+function axisTable(map, train, rowAxis, columnAxis) {
+  const place = map.placeOf.get(train);
+  if (place === undefined) return null;
+  const sizes = map.labels.map((labels) => labels.length);
+  const size = sizes.reduce((product, length) => product * length, 1);
+  const [down, across] = [map.axes.indexOf(rowAxis), map.axes.indexOf(columnAxis)];
+  const table = Array.from({ length: sizes[down] }, () => new Array(sizes[across]).fill(0));
+  for (let flat = 0; flat < size; flat += 1) {
+    const places = unravelled(flat, sizes);
+    table[places[down]][places[across]] += map.values[place * size + flat];
+  }
+  return table;
+}
+
+function unravelled(flat, sizes) {
+  const places = [];
+  for (let axis = sizes.length - 1; axis >= 0; axis -= 1) {
+    places[axis] = flat % sizes[axis];
+    flat = Math.floor(flat / sizes[axis]);
+  }
+  return places;
+}
+
+/** The number, from 1, in a label such as "3" or "step 3"; 0 in "prelude" and "coda". */
+function stepNumber(label) {
+  const digits = label.match(/\d+/);
+  return digits ? Number(digits[0]) : 0;
+}

@@ -1,0 +1,142 @@
+"""A `StepInfluence` as a table: of pandas, which is imported where it is used, or of HTML, for notebooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from captum_sdi.scores.words import Example
+
+if TYPE_CHECKING:
+    from captum_sdi.scores.result import StepInfluence
+
+ROWS_SHOWN = 5
+"""Of test examples, and of training examples of each, in a notebook."""
+CURVE_WIDTH, CURVE_HEIGHT = 96, 22  # pixels
+
+
+# --- pandas ---
+
+
+def data_frame(
+    result: StepInfluence,
+    texts: Sequence[Example] | None,
+    test_texts: Sequence[Example] | None,
+) -> Any:
+    """Return a DataFrame with a row for each pair; see `StepInfluence.to_pandas`.
+
+    Raises:
+        ImportError: If pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError("to_pandas() needs pandas: pip install pandas.") from error
+    totals = result.influence_scores
+    places = torch.cartesian_prod(*(torch.arange(size) for size in totals.shape)).view(-1, totals.dim())
+    train = train_indices(result).flatten()
+    columns: dict[str, Any] = {}
+    if totals.dim() == 2:
+        columns |= {"test": places[:, 0].numpy(), "rank": places[:, 1].numpy()}
+    columns["train"] = train.numpy()
+    columns |= number_columns(result)
+    frame = pandas.DataFrame(columns)
+    if test_texts is not None and totals.dim() == 2:
+        frame = frame.join(example_frame(test_texts, columns["test"], "test_"))
+    if texts is not None:
+        frame = frame.join(example_frame(texts, columns["train"], ""))
+    return frame
+
+
+def number_columns(result: StepInfluence) -> dict[str, Any]:
+    """Return the numbers of every pair, one column each; NaN at the steps that a test example did not run."""
+    ran = torch.arange(result.trajectories.shape[-1]) < result.n_steps.cpu()[..., None]  # (q, t)
+    if result.influence_scores.dim() == 2:
+        ran = ran[:, None].expand(result.trajectories.shape)
+    steps = rows_of(result.trajectories.cpu().masked_fill(~ran, torch.nan))
+    errors = rows_of(result.trajectory_errors.cpu().masked_fill(~ran, torch.nan))
+    columns = {
+        "total": result.influence_scores,
+        "error": result.score_errors,
+        "prelude": result.prelude,
+        "coda": result.coda,
+    }
+    numbers = {name: field.detach().cpu().flatten().float().numpy() for name, field in columns.items()}
+    for step, values in enumerate(steps.unbind(-1)):
+        numbers[f"step_{step}"] = values.float().numpy()
+    for step, values in enumerate(errors.unbind(-1)):
+        numbers[f"step_{step}_error"] = values.float().numpy()
+    return numbers
+
+
+def rows_of(trajectories: Tensor) -> Tensor:
+    """Return trajectories ``(pairs, t)``."""
+    return trajectories.detach().flatten(0, -2)
+
+
+def example_frame(examples: Sequence[Example], positions: Sequence[int], prefix: str) -> Any:
+    """Return the texts and the other fields of the examples at some positions, a column for each."""
+    import pandas
+
+    found = [examples[int(position)] for position in positions]
+    rows = [{"text": example} if isinstance(example, str) else dict(example) for example in found]
+    return pandas.DataFrame(rows, dtype=object).add_prefix(prefix)  # its own strings refuse half a surrogate pair
+
+
+def train_indices(result: StepInfluence) -> Tensor:
+    """Return the train example of each pair, in the shape of the totals."""
+    if result.indices is not None:
+        return result.indices.cpu()
+    return torch.arange(result.influence_scores.shape[-1]).expand(result.influence_scores.shape)
+
+
+# --- notebooks ---
+
+
+def html_table(result: StepInfluence) -> str:
+    """Return the strongest training examples of the first test examples; steps count from 0, as ``rank_by`` does."""
+    summary = html.escape(repr(result))
+    totals, steps = result.influence_scores.detach().cpu(), result.trajectories.detach().cpu()
+    if totals.dim() != 2 or 0 in steps.shape:
+        return f"<pre>{summary}</pre>"
+    names = ("test", "train", "total", "± error", "by step", "largest step (from 0)")
+    rows = ["".join(f"<th>{name}</th>" for name in names)]
+    train = train_indices(result)
+    for q, row in enumerate(totals[:ROWS_SHOWN]):
+        bound = float(steps[q].abs().max()) or 1.0
+        for place in row.argsort(descending=True)[:ROWS_SHOWN].tolist():
+            trajectory = steps[q, place, : int(result.n_steps[q])]
+            cells = (
+                str(q),
+                f"#{int(train[q, place])}",
+                f"<b>{float(row[place]):+.3e}</b>",
+                f"{float(result.score_errors[q, place]):.0e}",
+                curve(trajectory.tolist(), bound),
+                str(int(trajectory.abs().argmax())),
+            )
+            rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<p><code>{summary}</code></p><table>{body}</table>"
+
+
+def curve(numbers: Sequence[float], bound: float) -> str:
+    """Return a trajectory as a small picture, symmetric about its line of zero.
+
+    Example:
+        >>> curve([1.0, -1.0], bound=1.0).count("<rect")
+        2
+    """
+    middle = CURVE_HEIGHT / 2
+    width = CURVE_WIDTH / len(numbers)
+    bars = [f'<line x2="{CURVE_WIDTH}" y1="{middle}" y2="{middle}" stroke="#999"/>']
+    for step, number in enumerate(numbers):
+        height = middle * abs(number) / bound
+        top = middle - height if number > 0 else middle
+        colour = "#1f6fb8" if number > 0 else "#c4561c"
+        shape = f'x="{step * width:.1f}" y="{top:.1f}" width="{0.8 * width:.1f}" height="{height:.1f}"'
+        bars.append(f'<rect {shape} fill="{colour}"/>')
+    return f'<svg width="{CURVE_WIDTH}" height="{CURVE_HEIGHT}">{"".join(bars)}</svg>'

@@ -1,0 +1,96 @@
+"""Results know what their examples say: from the data sets, through a file, to a table and a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pages import TEST_TEXTS, TEXTS, TRAINS, random_result
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_report import Contents
+from test_texts import make_tokenizer
+from torch.utils.data import DataLoader
+
+import captum_sdi
+from captum_sdi import SDIInfluence, StepInfluence
+from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+from captum_sdi.report import write_page
+from captum_sdi.scores.words import NOTE, Words
+
+TRAIN = [{"text": "a b c", "id": "first"}, "c d \n e", {"prompt": "a ", "completion": "b"}, "h g"]
+TEST = [{"prompt": "a b ", "completion": "c d"}, "e f"]
+
+
+@pytest.fixture(scope="module")
+def sdi() -> SDIInfluence:
+    torch.manual_seed(0)
+    config = LoopedGPTConfig(vocab_size=18, n_embd=8, n_head=2, n_positions=8, n_loops=2)
+    train = captum_sdi.texts(TRAIN, make_tokenizer(ends=False))
+    return SDIInfluence(LoopedGPTForCausalLM(config), train, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def test_set() -> captum_sdi.data.texts.Texts:
+    return captum_sdi.texts(TEST, make_tokenizer(ends=False))
+
+
+def test_a_result_knows_both_sides(sdi: SDIInfluence, test_set: object, tmp_path: Path) -> None:
+    result = sdi.step_influence(test_set, k=2)
+    frame = result.to_pandas()
+    assert frame["test_text"].tolist() == ["a b c d", "a b c d", "e f", "e f"]
+    everything = ["a b c", "c d \n e", "a b", "h g"]
+    assert frame["text"].tolist() == [everything[index] for index in frame["train"]]
+    result.to(torch.float64).save(tmp_path / "result")
+    loaded = StepInfluence.load(tmp_path / "result")
+    assert loaded.to_pandas()["text"].tolist() == frame["text"].tolist()
+    used = set(frame["train"])
+    assert [loaded.words.train[index] for index in range(4) if index not in used] == [""] * (4 - len(used))
+    contents = Contents(write_page([loaded, loaded], tmp_path / "page.html").path)
+    assert [test["entry"] for test in contents.chunks["tests"]] == [["a b c d"], ["e f"]]
+    assert "words" not in repr(loaded)
+
+
+def test_loaders_other_tests_and_self_influence(sdi: SDIInfluence, test_set: object) -> None:
+    loaded = sdi.step_influence(DataLoader(test_set, batch_size=1))
+    assert loaded.words.test[0] == {"text": "a b c d"}
+    assert sdi.step_influence([test_set[0]]).words.test is None
+    assert sdi.step_influence(test_set, aggregate=True).words.test is None
+    assert sdi.step_self_influence().to_pandas()["id"].tolist()[0] == "first"
+    assert sdi.step_self_influence(test_set).to_pandas()["text"].tolist() == ["a b c d", "e f"]
+
+
+def test_results_of_other_data_sets_know_nothing(sdi: SDIInfluence, tmp_path: Path) -> None:
+    rows = [{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6])}]
+    assert SDIInfluence(sdi.model, rows, batch_size=1).step_influence(rows).words is None
+    random_result().save(tmp_path / "result")
+    with safe_open(tmp_path / "result", "pt") as file:
+        assert NOTE not in file.metadata()
+
+
+@pytest.mark.parametrize(
+    "note",
+    [
+        "[", "7", "[" * 10**5, '{"test": [7], "train": 3}', '{"train": {"size": -1, "kept": {"x": "y", "1": 2}}}',
+        '{"test": "abc", "train": {"size": "7", "kept": {}}}',
+    ],
+)  # fmt: skip
+def test_words_that_are_none_are_no_reason_to_refuse_numbers(note: str, tmp_path: Path) -> None:
+    result = random_result()
+    tensors = {name: value for name, value in vars(result).items() if isinstance(value, torch.Tensor)}
+    header = {"format": "captum_sdi.StepInfluence", "version": "1", NOTE: note}
+    save_file(tensors, tmp_path / "result", metadata=header)
+    loaded = StepInfluence.load(tmp_path / "result")
+    assert torch.equal(loaded.influence_scores, result.influence_scores)
+    assert loaded.words is None or (loaded.words.test is None and not loaded.words.train)
+
+
+def test_arguments_come_before_what_is_known(tmp_path: Path) -> None:
+    result = random_result().with_words(Words(["x", "y", "z"], ["t"] * TRAINS))
+    assert set(result.to_pandas()["text"]) == {"t"}
+    assert set(result.to_pandas(TEXTS, TEST_TEXTS)["test_text"]) == set(TEST_TEXTS)
+    contents = Contents(write_page(result, tmp_path / "page.html", texts=TEXTS).path)
+    assert len(contents.rows("texts")) == TRAINS
+    assert json.dumps(contents.chunks["tests"][2]["entry"]) == '["z"]'
