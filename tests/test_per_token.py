@@ -107,6 +107,7 @@ def test_the_file_knows_whose_tokens_they_are(tmp_path: Path) -> None:
     assert torch.equal(StepInfluence.load(tmp_path / "rows.safetensors").token_of, steps.token_of)
     replace(steps, token_of=None).save(tmp_path / "plain.safetensors")
     assert StepInfluence.load(tmp_path / "plain.safetensors").token_of is None
+    replace(steps, checkpoints=None).save(tmp_path / "rows.safetensors")
     tensors = load_file(tmp_path / "rows.safetensors")
     metadata = {"format": "captum_sdi.StepInfluence", "version": "2"}
     for broken in (tensors["token_of"][:, :1], tensors["token_of"].float(), -tensors["token_of"] - 1):
