@@ -33,6 +33,7 @@ class Hessian:
 
         P = (1 - V diag(l / (l + λ)) Vᵀ) / (λ n)
 
+    (the start is random, from a fixed seed: where steps of two starts disagree, a higher rank is needed)
     treats what no vector spans, and negative curvature, as flat. P is one linear map for every question and loop step,
     so that every split, the matrix, top k and an index of any sketch work unchanged. It couples all parameters that
     count: ``layers=None`` is recommended, ``"loop"`` holds what is outside the loop fixed.
