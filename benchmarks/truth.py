@@ -101,8 +101,19 @@ def named(name: str, options: argparse.Namespace) -> list[beds.Bed]:
 def record(path: Path, name: str, results: dict[str, Any]) -> None:
     """Write a bed's results beside those of others, which may have been measured meanwhile."""
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(earlier | {name: results}, indent=1) + "\n")
+    path.write_text(json.dumps(rounded(earlier | {name: results}), indent=1) + "\n")
     print(f"{name}: {results['minutes']:.1f} minutes", flush=True)
+
+
+def rounded(entry: Any) -> Any:
+    """Return results with four decimals, which is more than they are good for."""
+    if isinstance(entry, float):
+        return round(entry, 4)
+    if isinstance(entry, list):
+        return [rounded(part) for part in entry]
+    if isinstance(entry, dict):
+        return {name: rounded(part) for name, part in entry.items()}
+    return entry
 
 
 def minutes_since(start: float) -> float:

@@ -18,6 +18,8 @@ from captum_sdi import Exact, SDIInfluence, StepInfluence, TensorSketch
 from captum_sdi.data.collate import Collator
 from captum_sdi.maps import per_token
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # rates differ on purpose
+
 CASE = CASES[0]
 TRAIN = [row for row in rows(9, seed=1, longest=6) if (row["labels"][1:] != -100).any()]
 TEST = rows(2, seed=2, longest=5)

@@ -20,6 +20,8 @@ from captum_sdi import Exact, SDIInfluence, TensorSketch
 from captum_sdi.features import StepFeatures
 from captum_sdi.passes import Point
 from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
+from captum_sdi.preconditioners.lanczos import ritz_pairs
+from captum_sdi.preconditioners.moments import named_groups
 from captum_sdi.train_side import TrainSide
 
 TRAIN, TEST = rows(7, seed=1), rows(3, seed=2)
@@ -337,6 +339,26 @@ def test_a_hessian_of_some_examples_and_of_a_part_of_the_parameters() -> None:
     assert_close(influence(hessian, layers="loop").step_influence(TEST).trajectories, wanted.trajectories)
 
 
+def test_few_vectors_are_those_of_the_krylov_space() -> None:
+    """From the definition: H on the span of its powers times the start, an orthonormal basis of which QR gives."""
+    factor = torch.randn(40, 40, dtype=torch.float64)
+    matrix = factor @ torch.diag(torch.linspace(-2, 9, 40).double()) @ factor.T
+    rank = 6
+    basis = torch.empty(rank, 40, dtype=torch.float64)
+    values = ritz_pairs(lambda vector: matrix @ vector, basis, torch.Generator().manual_seed(0))
+    power = torch.randn(40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    powers = []
+    for _ in range(rank):
+        powers.append(power / power.norm())
+        power = matrix @ powers[-1]
+    span, _ = torch.linalg.qr(torch.stack(powers, dim=1))
+    wanted, rotation = torch.linalg.eigh(span.T @ matrix @ span)
+    torch.testing.assert_close(values, wanted, rtol=1e-7, atol=1e-7 * float(wanted.abs().max()))
+    projections = torch.einsum("ri,rj->rij", basis, basis)
+    vectors = (span @ rotation).T
+    torch.testing.assert_close(projections, torch.einsum("ri,rj->rij", vectors, vectors), rtol=1e-5, atol=1e-6)
+
+
 def test_few_vectors_already_hold_the_largest_curvatures(hessian_inverse: Tensor, gradients: list[Gradients]) -> None:
     """With 30 of 219 vectors scores are nearly those of all, as plain products of gradients are not."""
     full = expected([(1.0, hessian_inverse, gradients[1])]).totals.flatten()
@@ -456,6 +478,32 @@ def test_moments_are_found_by_group_and_shape(groups: str, tmp_path: Path) -> No
         assert_close(influence(Adam(), **at(source)).influence(TEST), given)
 
 
+class Gated(nn.Module):
+    """Parameters that the Trainer's rule alone tells apart: a norm that is no `nn.LayerNorm`, and a decayed vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm = nn.RMSNorm(4)
+        self.fc = nn.Linear(4, 3)
+        self.gate = nn.Parameter(torch.ones(5))
+
+
+@pytest.mark.parametrize("frozen", ["", "fc.bias"])
+def test_the_trainers_groups_are_known_by_its_own_rule(frozen: str) -> None:
+    model = Gated()
+    trainable = [name for name, _ in model.named_parameters() if name != frozen]
+    model.get_parameter(frozen or "gate").requires_grad_(not frozen)
+    groups = decay_groups(model)
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(groups)
+    sum(parameter.sum() for parameter in model.parameters() if parameter.requires_grad).backward()
+    optimizer.step()
+    spared = [name for name in ("q_norm.weight", "fc.bias") if name != frozen]
+    expected = [[name for name in trainable if name not in spared], spared]
+    assert named_groups(optimizer.state_dict(), model, trainable) == expected
+
+
 def at(source: Path) -> dict[str, Any]:
     from captum_sdi import load_checkpoint
 
@@ -515,9 +563,9 @@ def test_missing_moments_are_refused_before_the_work(tmp_path: Path) -> None:
     checkpoint = saved_as_folder(tmp_path, model, optimizer)
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match=r"There is no .*optimizer\.pt, which Adam\(\) reads second moments from"):
-        influence(Adam(), **at(checkpoint)).influence(TEST)
+        influence(Adam(), **at(checkpoint)).study()
     with pytest.raises(ValueError, match=r"reads second moments beside a checkpoint's weights; None is no path"):
-        influence(Adam(), checkpoints=None).influence(TEST)
+        influence(Adam(), checkpoints=None).study()
     wrong = {name: torch.ones(2) for name in SIZES}
     zeros = {name: 0 * moment for name, moment in squares(0).items()}
     with pytest.raises(ValueError, match=r"moments= has second moments of shape \(2,\) for 'wte\.weight'"):

@@ -130,18 +130,16 @@ def hessian(rank: int) -> Method:
     return scores
 
 
-def unrolled(subject: Subject) -> Scores:
-    """Differentiate through training."""
+def through_training(subject: Subject) -> UnrolledInfluence:
+    """Return the library's derivative through this bed's training; the gauge is measured apart."""
     bed = subject.bed
     run = TrainingRun(
         optimizer=AdamW(bed.adam.betas, bed.adam.eps, bed.adam.weight_decay, no_decay=()),
         rates=bed.rates,
         batches=bed.batches,
     )
-    model = subject.model
-    start = time.process_time()
-    influence = UnrolledInfluence(
-        model,
+    return UnrolledInfluence(
+        subject.model,
         as_dataset(bed.train),
         run,
         start=bed.start().state_dict(),
@@ -153,8 +151,21 @@ def unrolled(subject: Subject) -> Scores:
         keep="all",
         check=False,
     )
-    result = influence.step_influence(as_batch(bed.test))
+
+
+def unrolled(subject: Subject) -> Scores:
+    influence = through_training(subject)
+    start = time.process_time()
+    result = influence.step_influence(as_batch(subject.bed.test))
     return Scores(result.influence_scores, result.trajectories, time.process_time() - start, {})
+
+
+def unrolled_totals(subject: Subject) -> Scores:
+    """The same without steps: a seed for each test alone."""
+    influence = through_training(subject)
+    start = time.process_time()
+    totals = influence.influence(as_batch(subject.bed.test))
+    return Scores(totals, None, time.process_time() - start, {})
 
 
 def at_random(subject: Subject) -> Scores:

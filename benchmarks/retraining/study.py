@@ -13,10 +13,9 @@ from retraining.beds import Bed, gauge_beds, shortened
 from retraining.gauge import gauge
 from retraining.judging import Judged
 from retraining.measuring import LEFT_OUT, Counts, Effects, fingerprint, measured_effects, subsets_of
-from retraining.methods import METHODS, Method, Scores, Subject
+from retraining.methods import METHODS, Method, Scores, Subject, unrolled_totals
 from retraining.peers import PEERS
 
-BEST = "unrolled"
 PER_STEP = "mean over steps"
 PAIRED = (
     ("unrolled", "TracIn / SDI, 4 checkpoints"),
@@ -165,7 +164,7 @@ def gauge_study(cache: Path, small: bool) -> list[dict[str, Any]]:
     for bed in gauge_beds(1 if small else 2):
         bed = shortened(bed) if small else bed
         effects = measured_effects(bed, subsets_of(bed, LEFT_OUT, 3 if small else 12), LEFT_OUT, cache)
-        scores = scores_of_seeds([Subject(bed)], BEST, METHODS[BEST], cache)
+        scores = scores_of_seeds([Subject(bed)], "unrolled, totals", unrolled_totals, cache)
         pair = judging.pairs(scores[0], effects)["total"]
         agreement = judging.judged([pair])
         runs.append({"run": bed.name, "seed": bed.seed, **gauge(bed), "agreement": agreement.as_json()})

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from captum_sdi.evaluate import correlation
+
 Results = dict[str, Any]
 Agreement = dict[str, Any]
 """`value`, `interval` and `seeds`."""
@@ -136,13 +138,13 @@ def gauge_section(runs: Sequence[Results]) -> str:
     return f"## The gauge\n\n![Metasmoothness against agreement](gauge.png)\n\n{agreement}\n\n{table(header, rows)}"
 
 
-def gauge_correlation(runs: Sequence[Results]) -> float:
-    """Return the rank correlation of metasmoothness and agreement."""
-    from captum_sdi.evaluate import correlation
-
-    smoothness = [[run["metasmoothness"] for run in runs]]
-    agreement = [[run["agreement"]["value"] for run in runs]]
-    return float(correlation(smoothness, agreement))
+def gauge_correlation(runs: Sequence[Results]) -> float | None:
+    """Return the rank correlation of metasmoothness and agreement; None where all runs agree alike."""
+    smoothness = [run["metasmoothness"] for run in runs]
+    agreement = [run["agreement"]["value"] for run in runs]
+    if max(agreement) - min(agreement) < 1e-9:
+        return None
+    return float(correlation([smoothness], [agreement]))
 
 
 # --- what was to be reached ---
@@ -197,7 +199,7 @@ def gauge_goals(results: Results) -> Iterable[list[str]]:
         runs = results["gauge"]["runs"]
         found = gauge_correlation(runs)
         what = f"rank correlation of metasmoothness with agreement, {len(runs)} runs"
-        yield ["gauge", what, ">= .8", number(found), yes(found >= 0.8)]
+        yield ["gauge", what, ">= .8", number(found), MISSING if found is None else yes(found >= 0.8)]
 
 
 def agreements_of(results: Results, bed: str, kind: str, method: str) -> dict[str, Agreement] | None:

@@ -12,7 +12,7 @@ matrices, top k and a train side read from an index work unchanged. P is the ide
 """
 
 from captum_sdi.preconditioners.adam import Adam
-from captum_sdi.preconditioners.base import Fitted, Preconditioner, check_rows, summed_checkpoints
+from captum_sdi.preconditioners.base import Fitted, Preconditioner, summed_checkpoints
 from captum_sdi.preconditioners.fisher import Fisher
 from captum_sdi.preconditioners.hessian import Hessian
 from captum_sdi.preconditioners.identity import Identity
@@ -26,6 +26,5 @@ __all__ = [
     "Identity",
     "Preconditioned",
     "Preconditioner",
-    "check_rows",
     "summed_checkpoints",
 ]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from captum_sdi.checkpoints import Checkpoint
-from captum_sdi.features import StepFeatures
 
 if TYPE_CHECKING:
     from captum_sdi.passes import Point
@@ -75,18 +74,3 @@ def summed_checkpoints(preconditioner: Preconditioner, checkpoints: Sequence[Che
     if check is not None:
         check(counting)
     return counting
-
-
-def check_rows(preconditioner: Preconditioner, features: StepFeatures) -> None:
-    """Ask a preconditioner whether it takes rows of some kind.
-
-    Args:
-        preconditioner: The preconditioner.
-        features: Features of no example.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    check = getattr(preconditioner, "check_rows", None)
-    if check is not None:
-        check(features)

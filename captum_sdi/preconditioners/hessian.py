@@ -182,8 +182,10 @@ class HessianProduct:
         product = torch.zeros_like(direction)
         n_examples = 0
         for positions, raw in self._batches():
+            hands_labels = self._point.capture.hands_labels(self._loss.side)
             with torch.enable_grad():
-                summed_loss = self._loss(self._vector, raw).sum()
+                losses = self._loss(self._vector, raw, hands_labels=hands_labels)
+                summed_loss = losses.sum()
                 (gradient,) = torch.autograd.grad(summed_loss, self._vector, create_graph=True)
                 (curved,) = torch.autograd.grad(gradient, self._vector, direction)
             product += curved
