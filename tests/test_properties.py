@@ -27,7 +27,10 @@ from captum_sdi.data.collate import Collator
 
 Row = dict[str, Tensor]
 
-pytestmark = pytest.mark.filterwarnings("ignore:Nothing repeats")  # depths of one step are drawn, too
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Nothing repeats"),  # depths of one step are drawn, too
+    pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from"),  # as are rates
+]
 
 # --- padding ---
 

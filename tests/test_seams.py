@@ -24,6 +24,8 @@ from captum_sdi.scores.collect import AllPairs, PerCheckpoint
 from captum_sdi.scores.contract import Scores, pair_scores
 from captum_sdi.study import Question
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # one's gradients are much the larger
+
 RATES = [rate for rate, _ in checkpoints()]
 
 
