@@ -262,7 +262,8 @@ def test_batches_change_no_score(setup: Setup) -> None:
         ours, theirs = getattr(many, field.name), getattr(one, field.name)
         if isinstance(theirs, Tensor):
             setup.same(ours, theirs, setup.batch_rounding)
-    assert many.checkpoints is not None and one.checkpoints is not None
+    assert many.checkpoints is not None
+    assert one.checkpoints is not None
     torch.testing.assert_close(many.checkpoints.shares, one.checkpoints.shares, rtol=1e-3, atol=1e-6)
 
 
