@@ -59,6 +59,7 @@ def run(out: Path, seed: int = 0, steps: int = 500) -> None:
     self_influence = sdi.step_self_influence(show_progress=True)
     strongest = result.influence_scores[0].topk(3).indices
     matrix = sdi.step_matrix(Subset(held_out, [0]), indices=strongest)
+    split = sdi.influence_map(Subset(held_out, range(2)), ends(result, 2), ("layer", "step", "token"), tokenizer=train)
     check_sum_of_steps(result)
     check_against_autograd(model, train, tests, trained.checkpoints[0])
     result.save(out / "scores.safetensors")
@@ -74,6 +75,7 @@ def run(out: Path, seed: int = 0, steps: int = 500) -> None:
         out / "page.html",
         texts=train_texts,
         test_texts=test_texts,
+        map=split,
         step_matrix=matrix,
         step_matrix_indices=strongest.tolist(),
         self_influence=self_influence,
@@ -198,6 +200,12 @@ def core_gradient(model: LoopedGPTForCausalLM, row: dict[str, Tensor]) -> Tensor
     parameters = list(model.core.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def ends(result: StepInfluence, n_tests: int) -> Tensor:
+    """Return the five strongest proponents and the five strongest opponents of the first test strings."""
+    order = result.influence_scores[:n_tests].argsort(descending=True)
+    return torch.cat([order[:, :5], order[:, -5:]], dim=1)
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_sdi.borrow import evaluating
-from captum_sdi.data.batch import BatchReader, batch_size, run_model
+from captum_sdi.data.batch import BatchReader, batch_size, run_model, with_labels
 from captum_sdi.data.losses import IGNORED, example_losses, target_labels
 from captum_sdi.data.side import Side
 from captum_sdi.parameter_vector import ParameterVector
@@ -54,18 +54,21 @@ class BatchLoss:
         self.layout = ParameterVector.of(model)
         self._read = BatchReader(model)
 
-    def __call__(self, vector: Tensor, raw: Any) -> Tensor:
+    def __call__(self, vector: Tensor, raw: Any, *, hands_labels: bool = False) -> Tensor:
         """Compute the losses of a batch's examples.
 
         Args:
             vector: ``(size,)`` the parameters, as `layout` lays them out.
             raw: A batch as a loader yields it.
+            hands_labels: Hand the model the labels, for one whose logits are others with them.
 
         Returns:
             ``(n,)``.
         """
         with twice_differentiable(vector.device):
             batch = self._read(raw, self.side.forward_kwargs)
+            if hands_labels:
+                batch = with_labels(batch)
             output = run_model(self.model, batch, self.layout.named(vector))
             return example_losses(self.side.loss_fn, output, batch.labels, batch.size, self.side.argument)
 

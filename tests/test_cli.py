@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_scores_are_those_of_python(here: Path) -> None:
         i = pair["index"]
         assert (pair["line"], pair["example"]) == (i + 1, {"id": f"t{i}", "text": TRAIN[i]})
     saved, arrays = StepInfluence.load("out/scores.safetensors"), np.load("out/scores.npz")
-    assert set(arrays) == {name for name, field in vars(saved).items() if field is not None}
+    assert set(arrays) == {name for name, field in vars(saved).items() if isinstance(field, torch.Tensor)}
     assert torch.equal(saved.indices, expected.indices)
     for name, array in arrays.items():
         assert np.array_equal(array, getattr(saved, name).numpy()), name
@@ -480,6 +481,11 @@ def test_pictures_are_drawn_and_drawn_again(here: Path, capsys: pytest.CaptureFi
     assert max(map(len, table.splitlines()[:-1])) <= 80
     assert run("plot out --query 2 -k 1 --out again --format svg --quiet") == 0
     assert set(os.listdir("again")) == {"trajectories-2.svg", "heatmap-2.svg", "totals.svg", "step-share.svg"}
+    assert run("plot out --query 2 -k 1 --out wide --width 6.8 --quiet") == 0
+    assert plt.imread("wide/heatmap-2.png").shape[1] == 1360
+    with pytest.raises(SystemExit):
+        run("plot out --width 0.2")
+    assert "'0.2' is no width from 1 to 100 inches" in capsys.readouterr().err
     assert run("plot out --query 3") == 1
     assert capsys.readouterr().err == "captum-sdi: error: --query 3: out holds the queries 0 to 2.\n"
     assert run(f"{SCORE} --opponents") == 1

@@ -20,6 +20,7 @@ from captum_sdi.capture.featurizer import Featurizer
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import TokenCrossEntropy, default_loss
 from captum_sdi.data.side import Side
+from captum_sdi.preconditioners import Hessian
 
 D, V = 4, 11
 ROWS = rows(5, seed=1)
@@ -134,6 +135,14 @@ def test_b1_models_that_answer_otherwise_with_labels(handed: Any) -> None:
     influence = sdi(model, layers=None, loop=loop, forward_kwargs=handed)
     assert torch.allclose(influence.influence(ROWS), expected)
     assert "gate.weight" in names
+
+
+def test_b1_curvature_is_of_the_loss_with_labels() -> None:
+    model = spread(OuroReplica().double())
+    loop = LoopSpec(("core", "gate"), ("core",))
+    settings: dict[str, Any] = {"layers": None, "loop": loop, "preconditioner": Hessian(rank=12)}
+    by_the_user = sdi(model, forward_kwargs=lambda batch: {"labels": batch["labels"]}, **settings).influence(ROWS)
+    assert torch.allclose(sdi(model, **settings).influence(ROWS), by_the_user, rtol=1e-6)
 
 
 # --- B2: counters, caches ---

@@ -22,6 +22,8 @@ from captum_sdi.maps import compute
 from captum_sdi.maps.memory import Needs, Portions, portions
 from captum_sdi.preconditioners import Hessian
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # rates differ on purpose
+
 LONGEST = 4
 TRAIN = [row for row in rows(9, seed=1, longest=LONGEST) if (row["labels"][1:] != -100).any()]
 TEST = rows(2, seed=2, longest=LONGEST)

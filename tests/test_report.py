@@ -21,6 +21,8 @@ from pages import HOSTILE, STEPS, TEST_TEXTS, TESTS, TEXTS, TRAINS, random_map, 
 from captum_sdi import StepInfluence
 from captum_sdi.report import Page, write_page
 from captum_sdi.report.chunks import rounded
+from captum_sdi.scores.influence_map import InfluenceMap
+from captum_sdi.scores.words import Words
 
 RESULT = random_result()
 LIBRARY = "d81e1e0b67d33dce8f480691c7ccceeaacff59241eb6145ea7ea795e9ff15b92"
@@ -168,6 +170,34 @@ def test_matrices_maps_and_self_influence(target: Path) -> None:
     np.testing.assert_allclose(shown_map["values"], random_map().values[0].flatten().numpy(), rtol=1e-5)
     totals = [total for _, _, total, *_ in contents.rows("self")]
     np.testing.assert_allclose(totals, RESULT.influence_scores[0].sort(descending=True)[0].numpy(), rtol=1e-5)
+
+
+def test_a_map_of_the_library_is_shown(target: Path) -> None:
+    shown = InfluenceMap(
+        values=torch.randn(1, 2, 3, 2),
+        axes=("step", "train_token"),
+        labels={"step": ("prelude", 0, 1), "train_token": (0, 1)},
+        indices=torch.tensor([[5, 6]]),
+        train_tokens={5: ("a", "b"), 6: ("c",)},
+    )
+    contents = Contents(write_page(RESULT, target, map=shown).path)
+    (row,) = contents.chunks["map-0-0"]
+    assert row["labels"] == [["prelude", "1", "2"], ["0", "1"]]
+    assert (row["testTokens"], row["trainTokens"]) == (None, [["a", "b"], ["c", ""]])
+    assert contents.facts["maps"] == [{"axes": ["step", "train_token"], "tests": 1}]
+
+
+def test_a_row_for_each_target_token_names_it(target: Path) -> None:
+    rows = dataclasses.replace(RESULT, token_of=torch.tensor([[0, 1], [0, 2], [1, 1]]))
+    contents = Contents(write_page(rows, target, test_texts=["first", {"text": "second", "id": 7}]).path)
+    assert [test["entry"] for test in contents.chunks["tests"]] == [
+        ["first", {"target token": "1"}],
+        ["first", {"target token": "2"}],
+        ["second", {"target token": "1", "id": "7"}],
+    ]
+    frame = rows.to_pandas(test_texts=["first", "second"])
+    assert frame.groupby("test_text")["token"].unique().map(list).to_dict() == {"first": [1, 2], "second": [1]}
+    assert rows.with_words(Words(["first", "second"], None)).words.test == ["first", "second"]
 
 
 def test_numbers_are_rounded_to_six_digits() -> None:

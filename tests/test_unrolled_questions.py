@@ -104,6 +104,7 @@ def test_states_of_another_run_are_not_taken(tmp_path: Path) -> None:
     other = UnrolledInfluence(model, other_rows, run, TIED.model().state_dict(), folder=tmp_path, check=False)
     with pytest.raises(ValueError, match="does not end at the model's weights"):
         other.influence(TEST)
+    assert len(list(tmp_path.glob("run-*/state-00000000.safetensors"))) == 2
 
 
 def test_a_float32_run_of_torch_is_replayed_to_the_bit_nearly() -> None:

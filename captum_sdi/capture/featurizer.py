@@ -270,7 +270,11 @@ class Capture:
 
     def _read(self, raw: Any, side: Side) -> Batch:
         batch = self.read(raw, side.forward_kwargs)
-        return with_labels(batch) if identity(side) in self.labelled else batch
+        return with_labels(batch) if self.hands_labels(side) else batch
+
+    def hands_labels(self, side: Side) -> bool:
+        """Say whether the model is handed a side's labels: its logits are others with them, as Ouro's."""
+        return identity(side) in self.labelled
 
     def check_uses(self, raw: Any, side: Side) -> Tensor:
         """Let other modules answer for the targets that are used outside their layer's calls.

@@ -50,7 +50,8 @@ def repeated_calls(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
     modules = dict(canonical_modules(model))
     cores = []
     for call in outermost:
-        if call.carries_state >= 0 and not only_embeds_or_normalises(modules[call.block]):
+        is_light = only_embeds_or_normalises(modules[call.block])
+        if call.carries_state >= 0 and not is_light:
             cores.append(call)
     if not cores:
         return []
@@ -79,11 +80,14 @@ def outermost_repeated(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall
     given = frozenset().union(*[call.given for call in calls])
     outermost = []
     for call in calls:
-        if call.name not in called_once and called_once.issuperset(call.path):
-            block = block_of(call.name)
-            size = inner_calls[block], counts[block]
-            loop_call = LoopCall(call.name, block, state_carried(call, given), size)
-            outermost.append(loop_call)
+        is_outermost = called_once.issuperset(call.path)
+        if call.name in called_once or not is_outermost:
+            continue
+        block = block_of(call.name)
+        carried = state_carried(call, given)
+        size = inner_calls[block], counts[block]
+        loop_call = LoopCall(call.name, block, carried, size)
+        outermost.append(loop_call)
     return outermost
 
 

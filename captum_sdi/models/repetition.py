@@ -10,6 +10,7 @@ see every repetition.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def replace_layers(module: nn.Module, settings: LoopSettings) -> Iterator[None]:
     layers = list(holder._modules[name])
     repetitions = [Repetition(layers[start:stop], start, settings.plan) for start, stop in windows(settings.plan)]
     looped = slice(settings.plan.start, settings.plan.stop)
-    layers[looped] = [stand_in for repetition in repetitions for stand_in in repetition.stand_ins()]
+    stand_ins = [repetition.stand_ins() for repetition in repetitions]
+    layers[looped] = itertools.chain.from_iterable(stand_ins)
     # An entry in the instance's own dictionary hides the submodule of that name from `self.layers`, and from nothing
     # else: parameters, state_dict and get_submodule look in `_modules`.
     vars(holder)[name] = layers

@@ -15,7 +15,7 @@ from captum_sdi.report.chunks import chunk_element, numbered_chunks
 from captum_sdi.report.extras import check_self_influence, matrix_rows, self_influence_rows, step_shares, test_summary
 from captum_sdi.report.maps import map_rows
 from captum_sdi.report.pairs import Pairs
-from captum_sdi.report.texts import PER_CHUNK, TextTable, check_examples, example_entry
+from captum_sdi.report.texts import PER_CHUNK, TextTable, check_examples, example_entry, token_examples
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.scores.words import Example, Words
 from captum_sdi.whole_file import write_whole
@@ -95,6 +95,9 @@ def write_page(
     words = known_words(result)
     texts = words.train if texts is None else texts
     test_texts = words.test if test_texts is None else test_texts
+    token_of = getattr(result, "token_of", None)
+    if token_of is not None and test_texts is not None:
+        test_texts = token_examples(test_texts, token_of)
     n_self = 0 if self_influence is None else check_self_influence(self_influence)
     check_examples("texts", texts, max(pairs.n_train, n_self), exact=pairs.has_all)
     check_examples("test_texts", test_texts, len(pairs.totals), exact=True)

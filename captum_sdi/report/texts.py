@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from captum_sdi.scores.words import Example
 
 NO_TEXT = -1
@@ -57,6 +59,22 @@ def example_entry(name: str, examples: Sequence[Example], position: int) -> list
     fields = {str(name): readable(value) for name, value in example.items() if name != "text"}
     text = str(example.get("text", ""))
     return [text, fields] if fields else [text]
+
+
+def token_examples(test_texts: Sequence[Example], token_of: Tensor) -> list[Example]:
+    """Return the text of each row of a result that has one for every target token, which is named beside it.
+
+    Raises:
+        ValueError: If there are not as many texts as test examples.
+    """
+    n_tests = 1 + int(token_of[:, 0].max())
+    check_examples("test_texts", test_texts, n_tests, exact=True)
+    rows: list[Example] = []
+    for test, position in token_of.tolist():
+        text, *fields = example_entry("test_texts", test_texts, test)
+        others = fields[0] if fields else {}
+        rows.append({"text": text, "target token": position, **others})
+    return rows
 
 
 def readable(value: Any) -> str:

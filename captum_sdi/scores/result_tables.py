@@ -41,7 +41,8 @@ def data_frame(
     train = train_indices(result).flatten()
     columns: dict[str, Any] = {}
     if totals.dim() == 2:
-        columns |= {"test": places[:, 0].numpy(), "rank": places[:, 1].numpy()}
+        columns |= test_columns(result, places[:, 0])
+        columns["rank"] = places[:, 1].numpy()
     columns["train"] = train.numpy()
     columns |= number_columns(result)
     frame = pandas.DataFrame(columns)
@@ -50,6 +51,14 @@ def data_frame(
     if texts is not None:
         frame = frame.join(example_frame(texts, columns["train"], ""))
     return frame
+
+
+def test_columns(result: StepInfluence, rows: Tensor) -> dict[str, Any]:
+    """Return the test example of each pair, and its target token where a row of the result is one."""
+    if result.token_of is None:
+        return {"test": rows.numpy()}
+    tests, tokens = result.token_of.cpu()[rows].unbind(1)
+    return {"test": tests.numpy(), "token": tokens.numpy()}
 
 
 def number_columns(result: StepInfluence) -> dict[str, Any]:
