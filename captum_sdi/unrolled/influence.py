@@ -135,7 +135,14 @@ class UnrolledInfluence(DataInfluence):
         updates = Updates(BatchLoss(model, train_side), TrainRows(loader), run)
         states = None if folder is None else Path(folder)
         replay = Replay(updates, start_vector(start, updates), keep, states)
-        self._derivative = Derivative(replay, engine, loader, is_gauged=check, owner=self.get_name())
+        self._derivative = Derivative(
+            replay,
+            engine,
+            loader,
+            is_gauged=check,
+            owner=self.get_name(),
+            test_side=self._test_side,
+        )
 
     # --- before the work ---
 
