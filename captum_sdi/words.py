@@ -28,6 +28,19 @@ def first_few(names: Sequence[object], at_most: int = 5) -> str:
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
+def counted(number: int, noun: str) -> str:
+    """Write how many there are of something.
+
+    Returns:
+        Such as "2 steps".
+
+    Example:
+        >>> counted(1, "test example"), counted(1_200, "test example")
+        ('1 test example', '1,200 test examples')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def readable_size(n_bytes: int) -> str:
     """Write a number of bytes with three digits and a decimal unit.
 

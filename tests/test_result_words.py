@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,34 @@ def test_a_result_knows_both_sides(sdi: SDIInfluence, test_set: object, tmp_path
     contents = Contents(write_page([loaded, loaded], tmp_path / "page.html").path)
     assert [test["entry"] for test in contents.chunks["tests"]] == [["a b c d"], ["e f"]]
     assert "words" not in repr(loaded)
+
+
+def test_a_printed_result_shows_the_strongest_and_what_they_say() -> None:
+    words = Words(test=["a\nb", "c", "d", "e"], train=["x" * 70, "first", {"text": "second", "id": 7}])
+    totals = torch.tensor([[-0.5, 2.0, 0.25]]).expand(4, 3)
+    steps = torch.stack([totals, -2 * totals], 2)
+    zero = torch.zeros(4, 3)
+    ranked = StepInfluence(None, totals, steps, zero, zero, torch.full((4,), 2), zero + 0.1, 0 * steps, None, words)
+    lines = str(ranked).splitlines()
+    assert lines[0] == "StepInfluence of 4 test examples x 3 training examples, 2 loop steps"
+    assert lines[2:5] == [
+        "test 0:  a b",
+        "     #1  +2.00e+00    1e-01     1  first",
+        "     #2  +2.50e-01    1e-01     1  second",
+    ]
+    assert lines[5].endswith(f"  {'x' * 59}…")
+    assert lines[-1] == "... and 1 more test example"
+    tokens = dataclasses.replace(ranked, token_of=torch.tensor([[0, 4], [0, 5], [1, 2], [1, 3]]))
+    assert "test 1, token 2:  c\n" in str(tokens)
+    assert "4 target tokens x 3 training examples" in str(tokens)
+    opponents = dataclasses.replace(
+        ranked, indices=torch.tensor([[0, 2]]).expand(4, 2), influence_scores=totals[:, [0, 2]]
+    )
+    assert re.findall(r"#(\d)", str(opponents))[:2] == ["0", "2"]
+    alone = StepInfluence(None, totals[0], steps[0], zero[0], zero[0], torch.tensor([2] * 3), zero[0], 0 * steps[0])
+    assert re.findall(r"#(\d)", str(alone)) == ["1", "2", "0"]
+    nothing = StepInfluence(None, totals[:0], steps[:0], zero[:0], zero[:0], torch.ones(0), zero[:0], steps[:0])
+    assert str(nothing) == "StepInfluence of 0 test examples x 3 training examples, 2 loop steps"
 
 
 def test_loaders_other_tests_and_self_influence(sdi: SDIInfluence, test_set: object) -> None:

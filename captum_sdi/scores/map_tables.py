@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from captum_sdi.words import counted
+
 if TYPE_CHECKING:
     from captum_sdi.scores.influence_map import InfluenceMap
 
@@ -16,7 +18,7 @@ _SHOWN = 4
 def summary(split: InfluenceMap) -> str:
     """Write a map's pairs, its total, and the sums at the first places of each axis."""
     q, k = split.indices.shape
-    tests, trains = _counted(q, "test example"), _counted(k, "train example")
+    tests, trains = counted(q, "test example"), counted(k, "train example")
     lines = [f"InfluenceMap of {tests} x {trains}, total {float(split.values.sum()):+.4f}"]
     widest = max(map(len, split.axes), default=0)
     for axis in split.axes:
@@ -75,7 +77,3 @@ def data_array(split: InfluenceMap) -> Any:
     coordinates["train"] = (("test", "pair"), split.indices.cpu().numpy())
     dimensions = ("test", "pair", *split.axes)
     return xarray.DataArray(split.values.detach().cpu().numpy(), coordinates, dimensions, name="influence")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

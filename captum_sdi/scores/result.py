@@ -17,6 +17,7 @@ from captum_sdi.scores.checkpoint_shares import CheckpointShares
 from captum_sdi.scores.contract import Scores
 from captum_sdi.scores.files import read_tensors, write_tensors
 from captum_sdi.scores.hubs import Hubs, find_hubs
+from captum_sdi.scores.result_text import text_table
 from captum_sdi.scores.words import Example, Words, as_note, from_note
 
 _FORMAT, _NEWEST = "captum_sdi.StepInfluence", "2"
@@ -40,8 +41,11 @@ class StepInfluence:
         >>> result = StepInfluence(
         ...     indices=None, influence_scores=steps.sum(-1), trajectories=steps, prelude=zero, coda=zero,
         ...     n_steps=torch.tensor([2]), score_errors=zero, trajectory_errors=torch.zeros_like(steps))
-        >>> result.influence_scores.item()
-        0.75
+        >>> print(result)
+        StepInfluence of 1 test example x 1 training example, 2 loop steps
+          train      total  ± error  largest step (from 0)
+        test 0:
+             #0  +7.50e-01    0e+00     0
     """
 
     indices: Tensor | None
@@ -224,6 +228,9 @@ class StepInfluence:
     def __repr__(self) -> str:
         shapes = (f"{name}={value if value is None else tuple(value.shape)}" for name, value in self._fields())
         return f"StepInfluence({', '.join(shapes)})"
+
+    def __str__(self) -> str:
+        return text_table(self)
 
     def to_pandas(
         self,
