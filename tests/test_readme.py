@@ -39,11 +39,16 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     exec(compile(quickstart, str(README), "exec"), {"train": train, "test": test, "trainer": trainer})
     printed = capsys.readouterr().out
     assert "LoopSpec(modules=('core',)" in printed
-    assert len(re.findall(r"training example \d+: [+-]\d+\.\d+ ± \d+\.\d+, strongest at step [1-3]", printed)) == 5
+    winners = r"\n +#\d+  [+-]\d\.\d+e[+-]\d+ +\de[+-]\d+ +[0-2]"
+    assert re.search(
+        rf"of 3 test examples x 5 training examples, 3 loop steps\n.*\ntest 0:({winners}){{5}}\ntest 1:", printed
+    )
     assert StepInfluence.load("influence.safetensors").trajectories.shape == (3, 5, 3)
     assert (tmp_path / "trajectories.png").stat().st_size > 10_000
     assert re.search(r"state +complete\nexamples +37\n", printed)
     assert SketchIndex.open("my_index").complete
     assert re.search(
-        r"replay error +\S+ +of the way.*metasmoothness.*StepInfluence\(indices=\(3, 5\)", printed, re.DOTALL
+        r"replay error +\S+ +of the way.*metasmoothness.*StepInfluence of 3 test examples x 5 .*\ntest 2:",
+        printed,
+        re.DOTALL,
     )
