@@ -67,6 +67,24 @@ def test_several_files_are_one_set(here: Path, capsys: pytest.CaptureFixture) ->
     assert "one of them has changed since" in capsys.readouterr().err
 
 
+def test_a_text_in_each_line(here: Path, capsys: pytest.CaptureFixture) -> None:
+    Path("train.txt").write_text("a b c\n\nd e f g\nh i\n")
+    write_rows(here / "same.jsonl", [{"text": "a b c"}, {"text": "d e f g"}, {"text": "h i"}])
+    for name, file in (("plain", "train.txt"), ("lines", "same.jsonl")):
+        assert run(INDEX.replace("idx", name).replace("train.jsonl", file)) == 0
+        assert run(SCORE.replace("--index idx", f"--index {name}").replace("--out out", f"--out {name}-out")) == 0
+    assert scores("plain-out") == scores("lines-out")
+    (here / "json.txt").write_bytes((here / "same.jsonl").read_bytes())
+    assert run(INDEX.replace("idx", "lines").replace("train.jsonl", "json.txt")) == 0, "the same file by another name"
+    Path("plain.jsonl").write_text("no JSON\n")
+    capsys.readouterr()
+    assert run(INDEX.replace("idx", "new").replace("train.jsonl", "plain.jsonl")) == 1
+    assert "let the name of a file of plain texts end in .txt" in capsys.readouterr().err
+    Path("train.txt").write_bytes(b"\xff\xfe a")
+    assert run(INDEX.replace("idx", "new").replace("train.jsonl", "train.txt")) == 1
+    assert "train.txt is no text" in capsys.readouterr().err
+
+
 def test_a_folder_of_datasets_and_its_splits(here: Path, capsys: pytest.CaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]

@@ -45,7 +45,8 @@ def add_index_paths(command: ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="training examples: jsonl, csv, tsv, json, parquet, or a folder that datasets saved; one or more",
+        help="training examples: jsonl, txt (a text in each line), csv, tsv, json, parquet, or a folder that datasets "
+        "saved; one or more",
     )
     group.add_argument(
         "--index",

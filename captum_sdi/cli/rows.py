@@ -154,6 +154,8 @@ class JsonLines(Dataset[dict[str, Tensor]]):
                 raise ValueError('some lines have an "attention_mask" and others do not: give it on all or on none')
         except json.JSONDecodeError as error:
             message = f"no JSON, {error.msg} at column {error.colno}"
+            if line_number == 1 and not line.lstrip().startswith(b"{"):
+                message += '; a line is such as {"text": "..."}, or let the name of a file of plain texts end in .txt'
             raise ValueError(f"{self.path}, line {line_number}: {message}.") from error
         except RecursionError as error:
             raise ValueError(f"{self.path}, line {line_number}: lists or objects are nested too deeply.") from error

@@ -1,4 +1,4 @@
-"""Examples in other files than JSON lines: CSV, Parquet, a JSON array, a folder of `datasets`; and several files."""
+"""Examples in other files than JSON lines: text, CSV, Parquet, a JSON array, a folder of `datasets`; several files."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def open_examples(
     parts: list[Examples] = []
     for path in paths:
         is_table = path.suffix in READERS or is_dataset_folder(path)
-        if is_table or text_column is not None:
+        if is_table or is_plain_text(path) or text_column is not None:
             rows = named_rows(read_table(path, split), path, text_column)
             parts.append(TableRows(path, rows, encoder, own_digest))
         else:
@@ -219,7 +219,26 @@ def read_table(path: Path, split: str | None) -> list[dict[str, Any]]:
     if is_dataset_folder(path):
         return read_dataset(path, split)
     check_regular(path)
+    if is_plain_text(path):
+        return read_text_lines(path)
     return READERS.get(path.suffix, read_json_lines)(path)
+
+
+def is_plain_text(path: Path) -> bool:
+    """Return whether a file holds a text in each line: it ends in .txt, and does not begin as JSON does."""
+    if path.suffix != ".txt":
+        return False
+    with path.open("rb") as file:
+        return not file.read(1024).lstrip().startswith(b"{")
+
+
+def read_text_lines(path: Path) -> list[dict[str, Any]]:
+    """Return a row for each line that is not blank."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}.") from error
+    return [{"text": line} for line in lines if line.strip()]
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -295,7 +314,7 @@ READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     ".json": read_json_array,
     ".parquet": read_parquet,
 }
-"""By the end of a file's name; any other is one of JSON lines."""
+"""By the end of a file's name; any other is one of JSON lines, or plain text."""
 
 
 def is_dataset_folder(path: Path) -> bool:
