@@ -73,10 +73,13 @@ def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-def test_both_signs_in_one_call(here: Path) -> None:
+def test_both_signs_in_one_call(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert run(f"{SCORE} --out high") == 0
     assert run(f"{SCORE} --out low --opponents") == 0
-    assert run(f"{SCORE} --out both --both") == 0
+    capsys.readouterr()
+    assert run(f"{SCORE} --out both --both".replace(" --quiet", "")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("  highest\n") == printed.count("  lowest\n") == 2
     high, low, both = (read_lines(f"{name}/scores.jsonl") for name in ("high", "low", "both"))
     for above, below, line in zip(high, low, both, strict=True):
         assert line["proponents"] == above["proponents"]

@@ -160,13 +160,20 @@ class Results:
         for q, line in enumerate(self.lines[:QUERIES_SHOWN]):
             lines.append(f"query {q}: {line['example']['text']}")
             lines.append("       score  ± error  step  example (steps count from 1)")
-            for role in ROLES:
-                lines += map(table_row, line.get(role, [])[:EXAMPLES_SHOWN])
+            roles = [role for role in ROLES if line.get(role)]
+            for role in roles:
+                if len(roles) > 1:
+                    lines.append(HEADINGS[role])
+                lines += map(table_row, line[role][:EXAMPLES_SHOWN])
         table = [clip(printable(line), width) for line in lines]
         n_more = len(self.lines) - QUERIES_SHOWN
         if n_more > 0:
             table.append(f"... and {n_more:,} more queries in {LINES}")
         return "\n".join(table)
+
+
+HEADINGS = {"proponents": "  highest", "opponents": "  lowest"}
+"""Of both signs; where all influence is positive, the lowest are no opponents."""
 
 
 def shown_fields(example: dict[str, Any]) -> dict[str, Any]:
