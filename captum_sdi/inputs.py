@@ -57,7 +57,10 @@ def as_dataset(data: Any, argument: str) -> Any:
     if hasattr(data, "iloc"):
         raise TypeError(f"{argument} is a {type(data).__name__}: pass its rows, {argument}.to_dict('records').")
     if isinstance(data, str | bytes):
-        raise TypeError(f"{argument} must be a Dataset or a DataLoader, got {data!r}. Load it first.")
+        raise TypeError(
+            f"{argument} must be a Dataset or a DataLoader, got {data!r}. Load it first; texts are "
+            "rows by captum_sdi.texts([text], tokenizer)."
+        )
     has_rows = hasattr(data, "__getitem__") and hasattr(data, "__len__")
     if not isinstance(data, IterableDataset) and not has_rows:
         raise TypeError(

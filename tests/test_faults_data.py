@@ -316,7 +316,7 @@ def test_b11_what_has_no_rows_is_named() -> None:
     refused("inputs is one row", TRAIN, lambda sdi: sdi.influence({"input_ids": [1, 2], "labels": [1, 2]}))
     refused("Columns need one entry per row.*'labels': 9", {**columns(TRAIN, Tensor.tolist), "labels": [[1]] * 9})
     refused("train_dataset is a dict of 'a', neither a Dataset nor columns", {"a": 5})
-    refused("got 'train.jsonl'. Load it first", "train.jsonl")
+    refused("got 'train.jsonl'. Load it first; texts are rows by captum_sdi.texts", "train.jsonl")
     ragged = DataLoader(TRAIN, 2, collate_fn=lambda rows: columns(rows, Tensor.tolist))  # type: ignore[arg-type]
     refused("input_ids of a batch is a list of rows of different length", ragged)
 

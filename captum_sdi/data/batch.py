@@ -367,7 +367,8 @@ def describe_value(value: Any) -> str:
 
 
 def _text_hint(raw: Any) -> str:
-    return " Tokenize texts first, into input_ids and labels." if _holds_text(raw) else ""
+    advice = " Tokenize texts first, into input_ids and labels, as captum_sdi.texts(texts, tokenizer) does."
+    return advice if _holds_text(raw) else ""
 
 
 def _holds_text(value: Any) -> bool:
