@@ -63,13 +63,14 @@ class Estimate:
     def __str__(self) -> str:
         batch, checkpoint = readable_time(self.batch_seconds), readable_time(self.checkpoint_seconds)
         model, row = readable_size(self.model_bytes), readable_size(self.row_bytes)
-        whose = "the whole process" if self.device == "cpu" else "of the GPU"
+        memory_owner = "the whole process" if self.device == "cpu" else "of the GPU"
         return "\n".join(
             (
                 f"{_count(self.n_examples, 'example')} at {_count(self.n_checkpoints, 'checkpoint')} on {self.device}",
                 f"time    {readable_time(self.seconds):>11}  {batch} a batch, {_count(self.n_batches, 'batch', 'es')}, "
                 f"and {checkpoint} a checkpoint",
-                f"memory  {readable_size(self.peak_bytes):>11}  {whose} at the peak of a batch; the model is {model}",
+                f"memory  {readable_size(self.peak_bytes):>11}  {memory_owner} at the peak of a batch; "
+                f"the model is {model}",
                 f"disk    {readable_size(self.disk_bytes):>11}  {row} an example and checkpoint",
             )
         )

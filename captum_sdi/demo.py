@@ -180,13 +180,13 @@ def check_against_autograd(
     checkpoint: str,
 ) -> None:
     """Check that the steps sum to TracIn: exactly, on a few strings, against plain autograd."""
-    few = Subset(train, range(8))
+    sample = Subset(train, range(8))
     model = copy.deepcopy(model)
     load_checkpoint(model, checkpoint)  # a trained model's gradients are so small that rounding would show
-    sdi = SDIInfluence(model, few, batch_size=8, sketch=Exact())
+    sdi = SDIInfluence(model, sample, batch_size=8, sketch=Exact())
     exact = sdi.step_influence(tests)
     test_gradient = core_gradient(model, tests[0])
-    train_gradients = [core_gradient(model, few[index]) for index in range(8)]
+    train_gradients = [core_gradient(model, sample[index]) for index in range(8)]
     tracin = torch.stack([test_gradient @ train_gradient for train_gradient in train_gradients])
     error = relative_error(exact.trajectories[0].sum(-1), tracin)
     assert error < 1e-4, f"the steps do not sum to TracIn from plain autograd: {error}"

@@ -317,8 +317,8 @@ def largest_batch(engine: Engine, examples: Examples) -> int:
         point.rehearsal.before_batch(point.capture, raw, examples.side, range(n_most))
 
         def attempt(size: int) -> int:
-            some = range(size)
-            point.capture(select(raw, some), examples.side, by_step=True, positions=some)
+            positions = range(size)
+            point.capture(select(raw, positions), examples.side, by_step=True, positions=positions)
             return size
 
         return find_executable_batch_size(attempt, starting_batch_size=n_most)()

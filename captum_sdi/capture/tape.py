@@ -155,8 +155,8 @@ class Tape:
             UnsettledError: If that was possible.
             ValueError: If the whole pass did not tell of a layer.
         """
-        by_holder = {one.holder: one for one in unseen}
-        stuck = [one.holder for one in by_holder.values() if not self._adoption.climb(self.model, one)]
+        by_holder = {sighting.holder: sighting for sighting in unseen}
+        stuck = [sighting.holder for sighting in by_holder.values() if not self._adoption.climb(self.model, sighting)]
         if stuck:
             names = [name for owner in self.owners if set(stuck) & {*owner.holders} for name in owner.targets.values()]
             raise ValueError(refusals.never_called(names, self.layers_without(names)))

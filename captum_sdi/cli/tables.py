@@ -117,10 +117,10 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
     def __init__(self, parts: Sequence[Examples], digest: str | None = None) -> None:
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
-        joined = "".join(part.digest for part in parts)
+        joined = "".join(examples.digest for examples in parts)
         self.digest = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
         if digest is not None and digest != self.digest:
-            names = ", ".join(str(part.path) for part in parts)
+            names = ", ".join(str(examples.path) for examples in parts)
             raise ValueError(
                 f"{names} are not the files that were indexed, or one of them has changed since: put them back, say "
                 "where they are now, or build an index of these."
@@ -130,34 +130,34 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
         return self._ends[-1]
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        part, place = self._find(position)
-        return part[place]
+        examples, place = self._find(position)
+        return examples[place]
 
     @property
     def longest(self) -> int:
         """Position of the longest example."""
         starts = [0, *self._ends[:-1]]
-        longest = [start + part.longest for start, part in zip(starts, self.parts, strict=True)]
+        longest = [start + examples.longest for start, examples in zip(starts, self.parts, strict=True)]
         return max(longest, key=lambda position: len(self[position]["input_ids"]))
 
     def line(self, position: int) -> int:
         """Return the number of an example's line in its own file."""
-        part, place = self._find(position)
-        return part.line(place)
+        examples, place = self._find(position)
+        return examples.line(place)
 
     def description(self, position: int) -> dict[str, Any]:
         """Return what a result says of an example, and which file it is from."""
-        part, place = self._find(position)
-        return {"file": part.path.name, **part.description(place)}
+        examples, place = self._find(position)
+        return {"file": examples.path.name, **examples.description(place)}
 
     def summary(self) -> str:
         """Return how much each file holds."""
-        return "\n".join(part.summary() for part in self.parts)
+        return "\n".join(examples.summary() for examples in self.parts)
 
     def check_unchanged(self) -> None:
         """Check that every file is still the one that was read."""
-        for part in self.parts:
-            part.check_unchanged()
+        for examples in self.parts:
+            examples.check_unchanged()
 
     def _find(self, position: int) -> tuple[Examples, int]:
         number = bisect.bisect_right(self._ends, position)

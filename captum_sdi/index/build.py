@@ -132,9 +132,9 @@ class TrainIndex:
         lacks_rows = bool(index.damaged) or not index.is_complete(build.name)
         if any(build.processes.gather(lacks_rows)):
             purpose = f"index training batches at {build.name}"
-            with ExitStack() as alone, explained(index), progress.bar(purpose, train.n_batches) as bar:
+            with ExitStack() as exclusive, explained(index), progress.bar(purpose, train.n_batches) as bar:
                 self._check_space(index, build)
-                self._take_lock(build, alone)
+                self._take_lock(build, exclusive)
                 self._prepare(index, build)
                 compute_missing(index, build, bar)
         elif thorough or self._checked_data is not train.stream:
@@ -260,8 +260,8 @@ def compute_missing(
             if absent.any() and turns.take():
                 # All of it, even where only some is absent: in another company rows would round differently.
                 train, numbers = build.train, positions.tolist()
-                alone = train.collated_alone
-                features = build.point.batch(raw, train.side, numbers, by_step=False, collated_alone=alone)
+                collated_alone = train.collated_alone
+                features = build.point.batch(raw, train.side, numbers, by_step=False, collated_alone=collated_alone)
                 rows = index.flat(features)[:, 0].cpu()
                 writer.add(positions[absent], rows[absent], fingerprints[absent])
             bar.update()

@@ -212,8 +212,8 @@ class SketchIndex:
 
     def _could_hold(self, shard: Shard) -> bool:
         """Say whether a shard's claims agree with the manifest, before memory is set aside for them."""
-        is_beyond = self.examples is not None and shard.stop > self.examples
-        return not is_beyond and shard.dtype == self.dtype and shard.tensors["rows"].shape[1:] == (self.width,)
+        is_past_end = self.examples is not None and shard.stop > self.examples
+        return not is_past_end and shard.dtype == self.dtype and shard.tensors["rows"].shape[1:] == (self.width,)
 
     def _header(self, file: Path) -> Shard:
         """Read a shard's header; it is kept, and with it the map, while the file stays what it is."""

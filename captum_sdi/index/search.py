@@ -73,7 +73,7 @@ class Search:
         self._index, self._processes, self._faiss = index, processes, faiss
         self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype, unit=unit)
         searched = zip(checkpoints, tests, self._table.readers, strict=True)
-        self._checkpoints = [SearchedCheckpoint(*each) for each in searched]
+        self._checkpoints = [SearchedCheckpoint(*fields) for fields in searched]
         first_row = next(iter(tests[0].rows.values()))
         self._dtype, self._device = dtype, first_row.device
 

@@ -91,8 +91,8 @@ def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> Fo
             places[call.name].append(place)
     rows = []
     for name, module_places in places.items():
-        where = summary(module_places)
-        rows.append(Row(name, len(module_places), where))
+        summarized_places = summary(module_places)
+        rows.append(Row(name, len(module_places), summarized_places))
     without_gradient = [step for step in range(clock.n_steps) if not has_gradient[step]]
     return FoundLoop(
         spec.modules,

@@ -132,5 +132,5 @@ def with_room(grid: Tensor, lengths: Sequence[int]) -> Tensor:
         padding += [0, max(0, length - grid.shape[axis])]
     if not any(padding):
         return grid
-    behind = [0, 0] * (grid.ndim - 1 - _LAST_GROWING)
-    return F.pad(grid, [*behind, *padding])
+    trailing = [0, 0] * (grid.ndim - 1 - _LAST_GROWING)
+    return F.pad(grid, [*trailing, *padding])

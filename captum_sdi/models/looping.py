@@ -95,6 +95,17 @@ def loop_layers(
     else:
         plan = LoopPlan(start, stop, n_loops, damping, mode, anchor, remainder)  # type: ignore[arg-type]
         list_name = find_layers(model, layers)
+    install_loop(model, list_name, plan)
+    assert isinstance(model, LoopedModel)
+    return model
+
+
+def install_loop(model: nn.Module, list_name: str, plan: LoopPlan) -> None:
+    """Change the class of a model, and that of the owner of its layers, to one that loops them as planned.
+
+    Raises:
+        ValueError: If the plan does not fit the layers.
+    """
     n_layers = len(model.get_submodule(list_name))  # type: ignore[arg-type]
     check_plan(plan, list_name, n_layers)
     owner, path = find_owner(model, list_name)
@@ -105,8 +116,6 @@ def loop_layers(
         vars(module)["_loop"] = settings
     vars(owner)["_looped_list"] = path
     settings.write_record()
-    assert isinstance(model, LoopedModel)
-    return model
 
 
 def plan_of_config(model: nn.Module) -> tuple[str, LoopPlan]:

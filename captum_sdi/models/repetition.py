@@ -72,9 +72,9 @@ def replace_layers(module: nn.Module, settings: LoopSettings) -> Iterator[None]:
         del vars(holder)[name]
     if not all(repetition.finished for repetition in repetitions):
         model_class = type(module).__name__
-        last = settings.plan.stop - 1
+        last_layer = settings.plan.stop - 1
         raise RuntimeError(
-            f"{model_class} did not call the layers {settings.plan.start} to {last} through self.{path}: "
+            f"{model_class} did not call the layers {settings.plan.start} to {last_layer} through self.{path}: "
             "nothing was looped. loop_layers cannot loop this model; call unloop()."
         )
 

@@ -196,9 +196,9 @@ def _finish_axes(
         labels = [label.get_text() for label in ax.get_xticklabels()]
         labels += [outer.name for outer in outer_bins]
         ax.set_xticks([*ax.get_xticks(), *places], labels)
-    first = min([1.0, *places])
-    last = max([n_steps, *places])
-    ax.set_xlim(first - padding, last + padding)
+    first_place = min([1.0, *places])
+    last_place = max([n_steps, *places])
+    ax.set_xlim(first_place - padding, last_place + padding)
     top = None if ax.dataLim.y1 > 0 else 1
     ax.set_ylim(0, top)
     percent = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")

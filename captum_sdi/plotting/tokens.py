@@ -102,11 +102,11 @@ def plot_token_steps(
     """
     split = check_map(map)
     check_limit(limit)
-    along = [name for name in split.axes if name in (*TEST_TEXT, *TRAIN_TEXT)]
+    text_axes = [name for name in split.axes if name in (*TEST_TEXT, *TRAIN_TEXT)]
     steps = [name for name in split.axes if name in ("step", "train_step")]
-    if not along or not steps or axis not in (None, *along):
+    if not text_axes or not steps or axis not in (None, *text_axes):
         raise ValueError(f"plot_token_steps needs an axis along a text and one along steps; the map has {split.axes}.")
-    text_axis = axis or along[0]
+    text_axis = axis or text_axes[0]
     values = values_along(split, (steps[0], text_axis), test, train)
     words = names_along(split, text_axis, test, train)
     names = names_along(split, steps[0], test, train)
@@ -134,10 +134,10 @@ def _passages(
                 continue
             values = values_along(split, (axis,), test, train)
             if token is not None and axis != "token":
-                both = values_along(split, ("token", axis), test, train) if "token" in split.axes else None
-                if both is None:
+                by_token = values_along(split, ("token", axis), test, train) if "token" in split.axes else None
+                if by_token is None:
                     raise ValueError(f"token={token} asks of one target, but the map's axes are {split.axes}.")
-                values = both[check_position("token", check_integer("token", token), len(both))]
+                values = by_token[check_position("token", check_integer("token", token), len(by_token))]
             index = test if side == "test" else int(split.indices[test, train])
             words = names_along(split, axis, test, train)
             bound = limit or robust_bound(values) or 1.0
@@ -217,13 +217,13 @@ def _draw_words(
 ) -> None:
     """Draw the words of a text in tinted boxes."""
     shares = np.clip(passage.values / passage.bound, -1, 1)
-    is_beyond = np.abs(passage.values) > passage.bound * (1 + 1e-9)
+    exceeds_bound = np.abs(passage.values) > passage.bound * (1 + 1e-9)
     tints = matplotlib.colormaps["RdBu"](0.5 + 0.5 * shares)
     foreground = matplotlib.rcParams["text.color"]
     for number, word in enumerate(words):
         y = top + word.line * _LINE
         box = Rectangle((word.left, y), word.width, 0.9 * _LINE, facecolor=tints[number], linewidth=0.9)
-        if number == outlined or is_beyond[number]:
+        if number == outlined or exceeds_bound[number]:
             box.set_edgecolor(foreground)
             box.set_linestyle("-" if number == outlined else ":")
         ax.add_patch(box)

@@ -112,11 +112,11 @@ def relative_difference(batch: StepFeatures, number: int, alone: StepFeatures) -
     """Return the norm of the difference over that of the example alone, all parameters' rows together."""
     distance, length = 0.0, 0.0
     for name, row in batch.rows.items():
-        own, theirs = alone.rows[name][0], row[number]
-        n_bins = max(len(own), len(theirs))  # an example may run fewer steps alone
-        own, theirs = (F.pad(bins, (0, 0, 0, n_bins - len(bins))) for bins in (own, theirs))
-        distance += float((theirs - own).norm()) ** 2
-        length += float(own.norm()) ** 2
+        single_bins, batch_bins = alone.rows[name][0], row[number]
+        n_bins = max(len(single_bins), len(batch_bins))  # an example may run fewer steps alone
+        single_bins, batch_bins = (F.pad(bins, (0, 0, 0, n_bins - len(bins))) for bins in (single_bins, batch_bins))
+        distance += float((batch_bins - single_bins).norm()) ** 2
+        length += float(single_bins.norm()) ** 2
     if distance == 0:
         return 0.0
     return (distance / length) ** 0.5 if length else float("inf")

@@ -104,11 +104,11 @@ class CheckpointShares:
             return None
         try:
             names = tuple(json.loads(metadata["checkpoints"]))
-            found = cls(names, **fields)
+            shares = cls(names, **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name} is damaged: its checkpoints' shares cannot be read ({error}).") from None
-        found.check(name)
-        return found
+        shares.check(name)
+        return shares
 
     def check(self, name: str) -> None:
         """Check that the fields of a file belong together.
@@ -121,5 +121,5 @@ class CheckpointShares:
         norms = self.test_norms
         has_norms = norms is None or (norms.dim() == 3 and norms.shape[1] == n_checkpoints)
         numbers = all(tensor.is_floating_point() for tensor in self.tensors().values())
-        if not (is_complete and has_norms and numbers and all(isinstance(each, str) for each in self.names)):
+        if not (is_complete and has_norms and numbers and all(isinstance(entry, str) for entry in self.names)):
             raise ValueError(f"{name} is damaged: its checkpoints' shares do not fit {n_checkpoints} names.")

@@ -196,9 +196,9 @@ def join_tests(parts: Sequence[Sums]) -> Sums:
         The sums of all test examples.
     """
     scores = ScoreSums(axis=0)
-    for number, part in enumerate(parts):
-        scores.add(number, part.scores)
-    n_steps = torch.cat([part.n_steps for part in parts])
+    for number, sums in enumerate(parts):
+        scores.add(number, sums.scores)
+    n_steps = torch.cat([sums.n_steps for sums in parts])
     return Sums(scores.result(), n_steps)
 
 

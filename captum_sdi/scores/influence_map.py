@@ -120,9 +120,9 @@ class InfluenceMap:
         for axis, wanted in chosen.items():
             place = picked._place(axis)
             if isinstance(wanted, str | int):
-                at = picked._at(axis, wanted)
-                errors = None if picked.errors is None else picked.errors.select(place, at)
-                picked = picked._without(axis, picked.values.select(place, at), errors)
+                position = picked._at(axis, wanted)
+                errors = None if picked.errors is None else picked.errors.select(place, position)
+                picked = picked._without(axis, picked.values.select(place, position), errors)
                 continue
             picked = picked._picked(axis, [picked._at(axis, label) for label in wanted])
         return picked
@@ -143,8 +143,8 @@ class InfluenceMap:
         if k < 1:
             raise ValueError(f"top() needs a k of at least 1, got {k!r}.")
         place = self._place(axis)
-        others = [other for other in range(self.values.ndim) if other != place]
-        sizes = self.values.sum(others).abs()
+        other_axes = [dimension for dimension in range(self.values.ndim) if dimension != place]
+        sizes = self.values.sum(other_axes).abs()
         order = sizes.argsort(descending=True, stable=True)
         return self._picked(axis, order[:k].tolist())
 
@@ -247,11 +247,11 @@ class InfluenceMap:
     def _picked(self, axis: str, places: list[int]) -> InfluenceMap:
         """Return the map of these places along an axis."""
         index = torch.tensor(places, dtype=torch.long, device=self.values.device)
-        along = self._place(axis)
-        errors = None if self.errors is None else self.errors.index_select(along, index)
+        dimension = self._place(axis)
+        errors = None if self.errors is None else self.errors.index_select(dimension, index)
         own_labels = tuple(self.labels[axis][place] for place in places)
         labels = {**self.labels, axis: own_labels}
-        return replace(self, values=self.values.index_select(along, index), errors=errors, labels=labels)
+        return replace(self, values=self.values.index_select(dimension, index), errors=errors, labels=labels)
 
     def _without(self, axis: str, values: Tensor, errors: Tensor | None) -> InfluenceMap:
         """Return the map of values that no longer have an axis."""

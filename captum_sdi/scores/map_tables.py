@@ -20,13 +20,13 @@ def summary(split: InfluenceMap) -> str:
     lines = [f"InfluenceMap of {tests} x {trains}, total {float(split.values.sum()):+.4f}"]
     widest = max(map(len, split.axes), default=0)
     for axis in split.axes:
-        others = [other for other in split.axes if other != axis]
-        alone = split.sum(*others) if others else split
-        sums = alone.values.sum((0, 1)).tolist()
+        other_axes = [name for name in split.axes if name != axis]
+        axis_map = split.sum(*other_axes) if other_axes else split
+        sums = axis_map.values.sum((0, 1)).tolist()
         labels = split.labels[axis]
         shown = [f"{label} {total:+.4f}" for label, total in zip(labels, sums, strict=True)]
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        lines.append(f"  {axis:<{widest}}  {len(labels)}: {', '.join(shown[:_SHOWN])}{more}")
+        ellipsis = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+        lines.append(f"  {axis:<{widest}}  {len(labels)}: {', '.join(shown[:_SHOWN])}{ellipsis}")
     return "\n".join(lines)
 
 

@@ -166,8 +166,8 @@ class StepInfluence:
             test_words = None
         else:
             n_tests = len(self.influence_scores) if self.token_of is None else 1 + int(self.token_of[:, 0].max())
-            is_whole = words.test is not None and len(words.test) == n_tests
-            test_words = words.test if is_whole else None
+            is_complete = words.test is not None and len(words.test) == n_tests
+            test_words = words.test if is_complete else None
         known = None if words is None else Words(test_words, words.train)
         return dataclasses.replace(self, words=known)
 
@@ -185,8 +185,8 @@ class StepInfluence:
         tensors = {name: value for name, value in self._fields() if value is not None}
         metadata = {**notes, **self._words_note(), "format": _FORMAT}
         if self.checkpoints is not None:
-            further, names = self.checkpoints.as_saved()
-            tensors |= further
+            share_tensors, names = self.checkpoints.as_saved()
+            tensors |= share_tensors
             metadata |= names
         is_old = self.token_of is None and self.checkpoints is None  # an older library reads all that it knows
         metadata["version"] = "1" if is_old else _NEWEST
@@ -215,8 +215,8 @@ class StepInfluence:
                 f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
-        further = {"checkpoints": checkpoints, "words": from_note(metadata)}
-        fields: dict[str, Any] = {"indices": None, **tensors, **further}
+        extra_fields = {"checkpoints": checkpoints, "words": from_note(metadata)}
+        fields: dict[str, Any] = {"indices": None, **tensors, **extra_fields}
         result = cls(**fields)
         _check_agreement(name, result)
         return result

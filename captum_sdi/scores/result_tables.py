@@ -91,8 +91,8 @@ def example_frame(examples: Sequence[Example], positions: Sequence[int], prefix:
     """Return the texts and the other fields of the examples at some positions, a column for each."""
     import pandas
 
-    found = [examples[int(position)] for position in positions]
-    rows = [{"text": example} if isinstance(example, str) else dict(example) for example in found]
+    chosen_examples = [examples[int(position)] for position in positions]
+    rows = [{"text": example} if isinstance(example, str) else dict(example) for example in chosen_examples]
     return pandas.DataFrame(rows, dtype=object).add_prefix(prefix)  # its own strings refuse half a surrogate pair
 
 

@@ -247,9 +247,9 @@ class MatrixProjection:
         sources = (self._buckets - self._row_hash.buckets[ids]) % self._n_buckets
         rotated = values.gather(-1, sources.expand_as(values))
         row_parts = self._row_hash.parts[ids]
-        for part in range(self._row_hash.n_parts):  # not index_add_, which rounds differently each time on a GPU
-            in_part = row_parts == part
-            sketch[part].add_((rotated * in_part).sum(0))
+        for part_number in range(self._row_hash.n_parts):  # not index_add_, which rounds differently each time on a GPU
+            in_part = row_parts == part_number
+            sketch[part_number].add_((rotated * in_part).sum(0))
 
 
 def count_parts(dim: int, short: int, long: int) -> tuple[int, int]:

@@ -40,8 +40,8 @@ def kept_updates(n_updates: int, keep: Keep) -> range:
         n_states = min(keep, n_updates)
     else:
         raise ValueError(f"keep must be 'all', 'sqrt' or a number of states of at least 1; got {keep!r}.")
-    between = math.ceil(n_updates / n_states)
-    return range(0, n_updates, between)
+    interval = math.ceil(n_updates / n_states)
+    return range(0, n_updates, interval)
 
 
 class Replay:

@@ -93,7 +93,7 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path} is no training run, or damaged: {error}.") from error
     if settings.pop("format", None) != _FORMAT or settings.pop("version") > _VERSION:
         raise ValueError(f"{path} is of something else, or of a newer captum_sdi: update it.")
-    if settings.pop("has_random_states", False):
+    if settings.pop("has_random_states", None):
         states = read_tensors(path.with_name(_RANDOM_STATES))["states"]
         settings["random_states"] = [state.clone() for state in states]  # torch takes aligned memory alone
     return settings

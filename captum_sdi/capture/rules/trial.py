@@ -50,11 +50,11 @@ def tried(
         inputs.append(tensor.detach().clone().requires_grad_(is_by_example and tensor.is_floating_point()))
     # Inside a checkpointed block, tensors that this trial saves must not be counted: its recomputation has no trial.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        again = _rerun_unless_it_fails(call, inputs, aliases[0])
-        if again is None or not are_alike(again, outputs):
+        repeated = _rerun_unless_it_fails(call, inputs, aliases[0])
+        if repeated is None or not are_alike(repeated, outputs):
             return Trial(agrees=False)
         varied = [tensor for tensor in inputs if tensor.requires_grad]
-        read, mixes = _dependencies(again, aliases[1], varied, batch_size)
+        read, mixes = _dependencies(repeated, aliases[1], varied, batch_size)
         return Trial(agrees=True, read=read, mixes=mixes)
 
 
@@ -75,18 +75,18 @@ def _rerun_unless_it_fails(
 
 
 @torch.no_grad()
-def are_alike(again: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+def are_alike(repeated: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
     """Say whether two calls returned the same, up to rounding."""
-    if [tensor.shape for tensor in again] != [tensor.shape for tensor in outputs]:
+    if [tensor.shape for tensor in repeated] != [tensor.shape for tensor in outputs]:
         return False
-    return all(_is_alike(*pair) for pair in zip(again, outputs, strict=True))
+    return all(_is_alike(*pair) for pair in zip(repeated, outputs, strict=True))
 
 
-def _is_alike(again: Tensor, output: Tensor) -> bool:
+def _is_alike(repeated: Tensor, output: Tensor) -> bool:
     if output.numel() == 0:
         return True
     finite = output.isfinite()  # -inf in a mask is no number to subtract
-    difference = (again - output)[finite].abs()
+    difference = (repeated - output)[finite].abs()
     return not difference.numel() or not difference.max() > _tolerance(output) * output[finite].abs().max()
 
 
@@ -137,12 +137,12 @@ class Digest:
 
     def fits(self, outputs: Sequence[Tensor]) -> bool:
         """Say whether it is that of these outputs, up to rounding."""
-        again = Digest.of(outputs)
+        second_digest = Digest.of(outputs)
         for number, output in enumerate(outputs):
             norm = self.norms[number]
             rounding = _tolerance(output) * norm
-            if (again.norms[number] - norm).abs() > rounding or (
-                again.sums[number] - self.sums[number]
+            if (second_digest.norms[number] - norm).abs() > rounding or (
+                second_digest.sums[number] - self.sums[number]
             ).abs() > rounding:
                 return False
         return True

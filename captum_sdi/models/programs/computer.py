@@ -114,9 +114,9 @@ class ComputerStep(nn.Module):
         writes = choices.sum(-1, keepdim=True)
         memory = memory + writes * target * (chosen - old)
 
-        is_at = operation.detach().argmax(-1, keepdim=True)
-        halts = is_at == OPERATIONS.index("halt")
-        branches = (is_at == OPERATIONS.index("branch")) & (left_cell.detach().unsqueeze(-1) > 0)
+        operation_index = operation.detach().argmax(-1, keepdim=True)
+        halts = operation_index == OPERATIONS.index("halt")
+        branches = (operation_index == OPERATIONS.index("branch")) & (left_cell.detach().unsqueeze(-1) > 0)
         line_cost = self.costs(counter).squeeze(1).masked_fill(halts, 0)
         following = torch.where(halts, counter, counter + 1)
         jump_line = jump.detach().round().long()
