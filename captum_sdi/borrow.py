@@ -282,7 +282,8 @@ def recompute(forward: Callable[..., Any], is_pass: Callable[[], bool], *args: A
             )
         return output
 
-    with set_checkpoint_early_stop(enable=False):  # else the recomputation would end before there is an output to compare
+    # Else the recomputation would end before there is an output to compare.
+    with set_checkpoint_early_stop(enable=False):
         return checkpoint(run, *copied_args, use_reentrant=False, **copied_kwargs)
 
 

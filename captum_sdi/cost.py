@@ -145,7 +145,9 @@ def readable_time(seconds: float) -> str:
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if minutes < 60:
         return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+    if hours < 24:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _two_digits(value: float) -> str:

@@ -158,7 +158,10 @@ class Tape:
         by_holder = {sighting.holder: sighting for sighting in unseen}
         stuck = [sighting.holder for sighting in by_holder.values() if not self._adoption.climb(self.model, sighting)]
         if stuck:
-            names = [name for owner in self.owners if set(stuck) & {*owner.holders} for name in owner.targets.values()]
+            names: list[str] = []
+            for owner in self.owners:
+                if set(stuck) & {*owner.holders}:
+                    names += owner.targets.values()
             raise ValueError(refusals.never_called(names, self.layers_without(names)))
         self._find_owners()
         self._watch()
@@ -355,7 +358,8 @@ class Tape:
 
     def _rule(self, owner: Owner, activation: Tensor, output: Any) -> Rule | None:
         """Return the rule for a layer's call; None where none tells its examples' gradients."""
-        has_axes = isinstance(output, Tensor) and activation.shape[:1] == output.shape[:1] == (self.state.batch_size,)
+        batch_shape = (self.state.batch_size,)
+        has_axes = isinstance(output, Tensor) and activation.shape[:1] == output.shape[:1] == batch_shape
         key = owner.name, self.state.batch_size > 1  # a single example cannot tell whether examples mix
         rule = self._rules.get(key)
         if rule is None and has_axes:

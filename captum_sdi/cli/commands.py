@@ -102,7 +102,9 @@ def score(options: Namespace) -> None:
             drawn = range(len(queries))[: options.pictures]
             files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
-    print_unless_quiet(f"{results.table(options.columns)}\n{options.out}: {', '.join(files)}", options)
+    table = results.table(options.columns)
+    listed = ", ".join(files)
+    print_unless_quiet(f"{table}\n{options.out}: {listed}", options)
 
 
 def plot(options: Namespace) -> None:

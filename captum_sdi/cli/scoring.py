@@ -75,7 +75,9 @@ def score_queries(sdi: SDIInfluence, queries: AnyExamples, n_train: int, options
     """Return the scores of the strongest training examples of each query; of both signs, none stands there twice."""
     counts = {"opponents" if options.opponents else "proponents": options.k}
     if options.both:
-        counts = {"proponents": min(options.k, (n_train + 1) // 2), "opponents": min(options.k, n_train // 2)}
+        n_proponents = min(options.k, (n_train + 1) // 2)
+        n_opponents = min(options.k, n_train // 2)
+        counts = {"proponents": n_proponents, "opponents": n_opponents}
     parts, roles, n_columns = [], {}, 0
     for role, count in counts.items():
         if count:

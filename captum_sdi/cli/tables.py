@@ -118,7 +118,8 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
         joined = "".join(examples.digest for examples in parts)
-        self.digest = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+        digest_of_all = hashlib.blake2b(joined.encode(), digest_size=16)
+        self.digest = digest_of_all.hexdigest()
         if digest is not None and digest != self.digest:
             names = ", ".join(str(examples.path) for examples in parts)
             raise ValueError(
@@ -137,7 +138,8 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
     def longest(self) -> int:
         """Position of the longest example."""
         starts = [0, *self._ends[:-1]]
-        longest = [start + examples.longest for start, examples in zip(starts, self.parts, strict=True)]
+        files = zip(starts, self.parts, strict=True)
+        longest = [start + examples.longest for start, examples in files]
         return max(longest, key=lambda position: len(self[position]["input_ids"]))
 
     def line(self, position: int) -> int:
@@ -148,7 +150,8 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
     def description(self, position: int) -> dict[str, Any]:
         """Return what a result says of an example, and which file it is from."""
         examples, place = self._find(position)
-        return {"file": examples.path.name, **examples.description(place)}
+        description = examples.description(place)
+        return {"file": examples.path.name, **description}
 
     def summary(self) -> str:
         """Return how much each file holds."""
@@ -200,10 +203,13 @@ def open_examples(
     for path in paths:
         is_table = path.suffix in READERS or is_dataset_folder(path)
         if is_table or text_column is not None:
-            rows = named_rows(read_table(path, split), path, text_column)
-            parts.append(TableRows(path, rows, encoder, own_digest))
+            table = read_table(path, split)
+            rows = named_rows(table, path, text_column)
+            examples = TableRows(path, rows, encoder, own_digest)
+            parts.append(examples)
         else:
-            parts.append(JsonLines(path, encoder, own_digest, show_progress=show_progress))
+            lines = JsonLines(path, encoder, own_digest, show_progress=show_progress)
+            parts.append(lines)
     return parts[0] if len(parts) == 1 else JoinedRows(parts, digest)
 
 
@@ -219,7 +225,8 @@ def read_table(path: Path, split: str | None) -> list[dict[str, Any]]:
     if is_dataset_folder(path):
         return read_dataset(path, split)
     check_regular(path)
-    return READERS.get(path.suffix, read_json_lines)(path)
+    read_rows = READERS.get(path.suffix, read_json_lines)
+    return read_rows(path)
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -228,7 +235,8 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            rows = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table: {error}.") from error
     for number, row in enumerate(rows, start=1):
@@ -329,5 +337,6 @@ def digest_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a digest of rows, whatever file they are from."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        line = json.dumps(row, sort_keys=True, default=str)
+        digest.update(line.encode() + b"\n")
     return digest.hexdigest()

@@ -267,4 +267,5 @@ def _is_padded(single: Tensor, padded: Tensor) -> bool:
     if single.ndim == 0:
         return torch.equal(single, padded)
     length = len(single)
-    return torch.equal(single, padded[:length]) or torch.equal(single, padded[len(padded) - length :])
+    head, tail = padded[:length], padded[len(padded) - length :]
+    return torch.equal(single, head) or torch.equal(single, tail)

@@ -233,7 +233,8 @@ def estimate_of(
     n: int,
 ) -> Estimate:
     """Return values ``()`` or ``(t,)`` with the interval of their resamples."""
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    lower, upper = (1 - level) / 2, (1 + level) / 2
+    tails = torch.tensor([lower, upper], dtype=resampled.dtype)
     low, high = resampled.nanquantile(tails, dim=0)
     return Estimate(values, low, high, n=n)
 

@@ -170,7 +170,8 @@ class TrainIndex:
             return
         names, n_checkpoints = {build.name}, 1
         if self._held is not None:
-            names, n_checkpoints = set(index.shards) - self._completed, self._n_checkpoints - len(self._completed)
+            names = set(index.shards) - self._completed
+            n_checkpoints = self._n_checkpoints - len(self._completed)
         n_present = sum(min(index.rows_at(name), n_examples) for name in names)
         check_space(index, max(0, n_checkpoints * n_examples - n_present), build.processes)
 

@@ -114,14 +114,16 @@ def rows_question(question: Question) -> tuple[Question, bool]:
     with first.points() as points:
         point = next(points)
         looks = look(point, question.tests, axes)
-        width = sum(row.shape[-1] for row in point.capture.blank().rows.values())
+        blank_rows = point.capture.blank().rows.values()
+        width = sum(row.shape[-1] for row in blank_rows)
         free_bytes = free_memory(model_device(point.model))
         number_bytes = score_dtype(point.model).itemsize
     tests = TargetExamples(question.tests.stream, one_target_side(question.tests.side), looks)
     n_rows = len(tests.token_of)
     if n_rows == 0:
         raise ValueError("inputs has no target token to ask about: every label is -100.")
-    total_bytes = 2 * n_rows * width * number_bytes * max(1, len(study.checkpoints) if study.index else 1)
+    n_checkpoints = len(study.checkpoints) if study.index else 1
+    total_bytes = 2 * n_rows * width * number_bytes * max(1, n_checkpoints)
     if total_bytes > free_bytes // 2:
         raise ValueError(
             f"The gradients of {n_rows:,} target tokens take {readable_size(total_bytes)}, of which "

@@ -84,7 +84,8 @@ def plot_step_share(
         if named:
             block.add(line, count_entry(ax, name, len(group)))
     if norm_shares is not None:
-        chosen = np.concatenate([_select_tests(shares, positions, norm_shares) for positions in members.values()])
+        chosen_groups = [_select_tests(shares, positions, norm_shares) for positions in members.values()]
+        chosen = np.concatenate(chosen_groups)
         line = _draw_norms(ax, chosen, outer_bins)
         block.add(line, "share of the test gradient's norm")
     padding = 0.5 * gap if outer_bins else step_padding(n_steps)

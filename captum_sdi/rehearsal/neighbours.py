@@ -76,13 +76,15 @@ class Neighbours:
         example = alone(ran, number)
         features = ran.features_of(example, [position])
         difference = relative_difference(ran.features, number, features)
-        largest = LARGEST_COARSE if is_coarse(self._model) else LARGEST
-        smallest = largest if is_coarse(self._model) else rounding(features)
+        coarse = is_coarse(self._model)
+        largest = LARGEST_COARSE if coarse else LARGEST
+        smallest = largest if coarse else rounding(features)
         if difference <= smallest:
             return
         # The gradient of a loss of nearly zero is a difference of numbers nearly alike.
         loss = float(ran.capture.forward(example, ran.side)[1].detach().abs())
-        cancelled = 10 * torch.finfo(torch.float32).eps / max(loss, torch.finfo(torch.float32).tiny)
+        single = torch.finfo(torch.float32)
+        cancelled = 10 * single.eps / max(loss, single.tiny)
         sentence = (
             f"The features of {ran.side.name} example {position} depend on the batch: in a batch of "
             f"{ran.features.size} they differ by {difference:.2g} of their length from those of the example alone. "

@@ -45,7 +45,8 @@ class CheckpointShares:
 
     def __str__(self) -> str:
         lines = []
-        for name, share, loss in zip(self.names, self.shares.tolist(), self.losses.tolist(), strict=True):
+        shares, losses = self.shares.tolist(), self.losses.tolist()
+        for name, share, loss in zip(self.names, shares, losses, strict=True):
             known = "" if loss != loss else f", training loss {loss:.4g}"
             lines.append(f"{name}: {share:.0%} of the absolute scores{known}")
         return "\n".join(lines)

@@ -103,7 +103,10 @@ class Positions:
 
     def result(self) -> Tensor:
         """Return positions ``(n,)``."""
-        return torch.cat(list(self._blocks.values())) if self._blocks else torch.empty(0, dtype=torch.long)
+        if not self._blocks:
+            return torch.empty(0, dtype=torch.long)
+        position_blocks = list(self._blocks.values())
+        return torch.cat(position_blocks)
 
 
 class TopExamples:

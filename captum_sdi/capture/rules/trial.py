@@ -77,9 +77,11 @@ def _rerun_unless_it_fails(
 @torch.no_grad()
 def are_alike(repeated: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
     """Say whether two calls returned the same, up to rounding."""
-    if [tensor.shape for tensor in repeated] != [tensor.shape for tensor in outputs]:
+    repeated_shapes = [tensor.shape for tensor in repeated]
+    if repeated_shapes != [tensor.shape for tensor in outputs]:
         return False
-    return all(_is_alike(*pair) for pair in zip(repeated, outputs, strict=True))
+    pairs = zip(repeated, outputs, strict=True)
+    return all(_is_alike(*pair) for pair in pairs)
 
 
 def _is_alike(repeated: Tensor, output: Tensor) -> bool:
@@ -87,7 +89,10 @@ def _is_alike(repeated: Tensor, output: Tensor) -> bool:
         return True
     finite = output.isfinite()  # -inf in a mask is no number to subtract
     difference = (repeated - output)[finite].abs()
-    return not difference.numel() or not difference.max() > _tolerance(output) * output[finite].abs().max()
+    if not difference.numel():
+        return True
+    largest = output[finite].abs().max()
+    return not difference.max() > _tolerance(output) * largest
 
 
 def _tolerance(output: Tensor) -> float:
@@ -119,7 +124,8 @@ def _dependencies(
 def _irregular(tensor: Tensor) -> Tensor:
     """Return numbers that no sum cancels by chance, in the shape of a tensor."""
     entries = torch.arange(tensor.numel(), dtype=torch.float32, device=tensor.device)
-    return (12.9898 * entries).sin().view(tensor.shape).to(tensor.dtype)
+    numbers = (12.9898 * entries).sin()
+    return numbers.view(tensor.shape).to(tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,9 @@ class Digest:
     def of(outputs: Sequence[Tensor]) -> Digest:
         """Return that of some outputs."""
         detached = [output.detach() for output in outputs]
-        return Digest(tuple(output.sum() for output in detached), tuple(output.norm() for output in detached))
+        sums = tuple(output.sum() for output in detached)
+        norms = tuple(output.norm() for output in detached)
+        return Digest(sums, norms)
 
     def fits(self, outputs: Sequence[Tensor]) -> bool:
         """Say whether it is that of these outputs, up to rounding."""
@@ -141,8 +149,8 @@ class Digest:
         for number, output in enumerate(outputs):
             norm = self.norms[number]
             rounding = _tolerance(output) * norm
-            if (second_digest.norms[number] - norm).abs() > rounding or (
-                second_digest.sums[number] - self.sums[number]
-            ).abs() > rounding:
+            norm_change = (second_digest.norms[number] - norm).abs()
+            sum_change = (second_digest.sums[number] - self.sums[number]).abs()
+            if norm_change > rounding or sum_change > rounding:
                 return False
         return True
