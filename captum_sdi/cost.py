@@ -76,7 +76,12 @@ class Estimate:
         )
 
 
-def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int | None = None) -> Estimate:
+def estimate(
+    sdi: SDIInfluence,
+    n_examples: int | None = None,
+    *,
+    longest: int | None = None,
+) -> Estimate:
     """Measure one batch, and multiply: how long will it take, how much memory and how much disk?
 
     After a warm-up, a batch of examples from all over the training set is timed at the first checkpoint. Nothing is
@@ -211,7 +216,11 @@ def _checked_size(stream: Stream, n_examples: int | None) -> int:
     return n_examples
 
 
-def _batches(sdi: SDIInfluence, stream: Stream, longest: int | None) -> tuple[Any, list[Any]]:
+def _batches(
+    sdi: SDIInfluence,
+    stream: Stream,
+    longest: int | None,
+) -> tuple[Any, list[Any]]:
     """Collate a batch of examples from all over the training set, and, when asked for, one of the longest."""
     loader: Any = sdi.train_dataloader
     n = stream.n_examples

@@ -214,7 +214,11 @@ def relative_error(estimate: Tensor, truth: Tensor) -> Tensor:
     return largest_error / truth.abs().max()
 
 
-def influence_table(result: StepInfluence, train_texts: Sequence[str], test_texts: Sequence[str]) -> list[str]:
+def influence_table(
+    result: StepInfluence,
+    train_texts: Sequence[str],
+    test_texts: Sequence[str],
+) -> list[str]:
     """Return a Markdown table, by line: each test string's top two proponents and opponents."""
     lines = [
         "| test string | role | training string | total | ± | strongest step |",
@@ -252,7 +256,13 @@ def draw_pictures(
             f"The strongest proponents and opponents of `{question}`, by loop step, with two standard errors.",
         ),
         "heatmap.png": (
-            plotting.plot_heatmap(result, 0, k=12, texts=train_texts, title=f"Acting on {question}"),
+            plotting.plot_heatmap(
+                result,
+                0,
+                k=12,
+                texts=train_texts,
+                title=f"Acting on {question}",
+            ),
             "The strongest training strings, sorted by total influence: when does each of them act?",
         ),
         "step_matrix.png": (

@@ -208,7 +208,12 @@ class Tape:
             self.state.called_without_grad |= self._whole_pass.called_without_grad
         return silent_targets(self.model, self.targets, self.state.called)
 
-    def backward(self, losses: Tensor, consume: Consumer, unit: Unit = "example") -> None:
+    def backward(
+        self,
+        losses: Tensor,
+        consume: Consumer,
+        unit: Unit = "example",
+    ) -> None:
         """Backpropagate the sum of the last forward pass's losses; no ``.grad`` is written.
 
         Args:
@@ -319,7 +324,13 @@ class Tape:
         # The output's shape alone: holding the output would keep it, and through it the graph, alive.
         moment = self._clock.moment_of(module)
         report = partial(self._report, owner, rule, moment, output.shape)
-        return observed(output, self.state.dummy, activation.detach(), report, fresh=rule.fresh_output)
+        return observed(
+            output,
+            self.state.dummy,
+            activation.detach(),
+            report,
+            fresh=rule.fresh_output,
+        )
 
     def _report(
         self,

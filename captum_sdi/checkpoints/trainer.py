@@ -163,7 +163,11 @@ def logs_are_late(states: list[TrainerState]) -> bool:
     return any(state.step in state.logged and state.peak is not None for state in states)
 
 
-def rates_of_schedule(step: int, used: Mapping[int, float], states: list[TrainerState]) -> list[float]:
+def rates_of_schedule(
+    step: int,
+    used: Mapping[int, float],
+    states: list[TrainerState],
+) -> list[float]:
     """List what a step's rate can have been by the schedules that all known rates follow."""
     peak, n_steps = states[0].peak, states[0].n_steps
     if peak is None or n_steps is None:
@@ -172,7 +176,11 @@ def rates_of_schedule(step: int, used: Mapping[int, float], states: list[Trainer
     return possible_rates(step - 1, rates, peak, n_steps)
 
 
-def rate_between(current: TrainerState, used: Mapping[int, float], folder: Path) -> float | None:
+def rate_between(
+    current: TrainerState,
+    used: Mapping[int, float],
+    folder: Path,
+) -> float | None:
     """Interpolate linearly between the nearest known steps; beyond the ends take the nearest."""
     step = current.step or 0
     steps_before = [known for known in used if known < step]

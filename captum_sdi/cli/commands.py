@@ -122,7 +122,14 @@ def plot(options: Namespace) -> None:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
     listed = listed_files(folder)
     with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
-        files = pictures.draw(results, queries, options.k, unfinished, options.format, options.width)
+        files = pictures.draw(
+            results,
+            queries,
+            options.k,
+            unfinished,
+            options.format,
+            options.width,
+        )
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)

@@ -182,7 +182,13 @@ def add_plot_options(command: ArgumentParser) -> None:
         metavar="N",
         help="positions of the queries, from 0; without it, the first --pictures",
     )
-    group.add_argument("--pictures", type=positive_integer, default=10, metavar="N", help="draw the first N queries")
+    group.add_argument(
+        "--pictures",
+        type=positive_integer,
+        default=10,
+        metavar="N",
+        help="draw the first N queries",
+    )
     group.add_argument(
         "-k", type=positive_integer, default=5, metavar="K", help="lines of proponents and of opponents in a picture"
     )
@@ -204,7 +210,13 @@ def add_show_options(command: ArgumentParser) -> None:
 
 def add_demo_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi demo``."""
-    command.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="folder to write")
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="folder to write",
+    )
     command.add_argument("--seed", type=int, default=0, help="seed of weights, data and sketch")
     command.add_argument("--steps", type=int, default=500, help="training steps")
 

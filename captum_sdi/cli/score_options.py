@@ -44,7 +44,13 @@ def add_query_options(command: ArgumentParser) -> None:
         help="folder that captum-sdi index wrote; what is missing in it is built first",
     )
     asked = group.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--query", nargs="+", type=Path, metavar="FILE", help="test examples, in files as of --train")
+    asked.add_argument(
+        "--query",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="test examples, in files as of --train",
+    )
     asked.add_argument("--prompt", metavar="TEXT", help="one question, instead of a file")
     answer = group.add_mutually_exclusive_group()
     answer.add_argument("--completion", metavar="TEXT", help="the answer to --prompt that is explained")
@@ -118,7 +124,13 @@ def add_preconditioner_options(command: ArgumentParser) -> None:
 def add_result_options(command: ArgumentParser) -> None:
     """Add where scores and pictures go."""
     group = command.add_argument_group("results")
-    group.add_argument("--out", type=Path, default=Path("scores"), metavar="DIR", help="folder to write")
+    group.add_argument(
+        "--out",
+        type=Path,
+        default=Path("scores"),
+        metavar="DIR",
+        help="folder to write",
+    )
     group.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in DIR")
     group.add_argument(
         "--html", action="store_true", help="write page.html, too: a page to explore the scores in, without a network"
@@ -140,5 +152,11 @@ def add_moved_paths(command: ArgumentParser) -> None:
     group = command.add_argument_group("where things are now, if they have moved")
     group.add_argument("--model", metavar="MODEL", help="where the model is now")
     group.add_argument("--checkpoints", nargs="+", metavar="PATH", help="where the checkpoints are now")
-    group.add_argument("--train", nargs="+", type=Path, metavar="FILE", help="where the training examples are now")
+    group.add_argument(
+        "--train",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="where the training examples are now",
+    )
     group.add_argument("--tokenizer", metavar="PATH", help="where the tokenizer is now")

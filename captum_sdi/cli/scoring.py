@@ -71,7 +71,12 @@ class Scored(NamedTuple):
     roles: dict[str, range]
 
 
-def score_queries(sdi: SDIInfluence, queries: AnyExamples, n_train: int, options: Namespace) -> Scored:
+def score_queries(
+    sdi: SDIInfluence,
+    queries: AnyExamples,
+    n_train: int,
+    options: Namespace,
+) -> Scored:
     """Return the scores of the strongest training examples of each query; of both signs, none stands there twice."""
     counts = {"opponents" if options.opponents else "proponents": options.k}
     if options.both:
@@ -81,7 +86,13 @@ def score_queries(sdi: SDIInfluence, queries: AnyExamples, n_train: int, options
     parts, roles, n_columns = [], {}, 0
     for role, count in counts.items():
         if count:
-            role_scores = strongest(sdi, queries, count, options, proponents=role == "proponents")
+            role_scores = strongest(
+                sdi,
+                queries,
+                count,
+                options,
+                proponents=role == "proponents",
+            )
             n_found = role_scores.influence_scores.shape[1]
             parts.append(role_scores)
             roles[role] = range(n_columns, n_columns + n_found)

@@ -39,7 +39,13 @@ class TableRows(Dataset[dict[str, Tensor]]):
         ValueError: If a row cannot be used, there is none, or they are not those of ``digest``.
     """
 
-    def __init__(self, path: Path, rows: Sequence[dict[str, Any]], encoder: Encoder, digest: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rows: Sequence[dict[str, Any]],
+        encoder: Encoder,
+        digest: str | None = None,
+    ) -> None:
         self.path = path
         self.rows = rows
         self.n_tokens = self.n_cut = self.n_without_target = 0
@@ -311,7 +317,11 @@ def is_dataset_folder(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in DATASET_FILES)
 
 
-def named_rows(rows: list[dict[str, Any]], path: Path, text_column: str | None) -> list[dict[str, Any]]:
+def named_rows(
+    rows: list[dict[str, Any]],
+    path: Path,
+    text_column: str | None,
+) -> list[dict[str, Any]]:
     """Return the rows with the text under its own name."""
     if text_column is None:
         return rows

@@ -97,7 +97,12 @@ def check_messages(tokenizer: Any, messages: Any) -> None:
         raise ValueError('there are "messages", but the tokenizer has no chat template')
 
 
-def templated(tokenizer: Any, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> list[int]:
+def templated(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
     """Return the tokens of messages as the chat template writes them."""
     encoding = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt

@@ -32,7 +32,12 @@ class Stream:
         ValueError: If the loader shuffles, or leaves something out.
     """
 
-    def __init__(self, loader: Iterable[Any], argument: str, loss_fn: LossFn | None = None) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        argument: str,
+        loss_fn: LossFn | None = None,
+    ) -> None:
         if isinstance(loader, DataLoader):
             check_order(loader, argument)
         self._loader = loader

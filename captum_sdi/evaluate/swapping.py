@@ -128,7 +128,11 @@ class BlockSwapper:
             parameter.data = own_values
 
 
-def loop_swaps(model: nn.Module, other: nn.Module | Mapping[str, Tensor], loop: LoopSpec) -> list[Swap]:
+def loop_swaps(
+    model: nn.Module,
+    other: nn.Module | Mapping[str, Tensor],
+    loop: LoopSpec,
+) -> list[Swap]:
     """Pair the loop's parameters with another model's.
 
     Returns:

@@ -141,7 +141,11 @@ def draw_resamples(effects: Tensor, resamples: int, seed: int) -> Resamples:
     return Resamples(tests, _draw_counts(m, resamples, generator))
 
 
-def pooled(scores: Tensor, truth: Tensor, drawn: Resamples) -> tuple[Tensor, Tensor, Resamples]:
+def pooled(
+    scores: Tensor,
+    truth: Tensor,
+    drawn: Resamples,
+) -> tuple[Tensor, Tensor, Resamples]:
     """Return tables ``(q, m, t)`` as ``(q, m t)``, and their draws; an effect's steps stay together."""
     if scores.ndim == 2:
         return scores, truth, drawn

@@ -195,7 +195,15 @@ class TrainIndex:
             What scores them.
         """
         row = next(iter(tests[0].rows.values()))
-        return Search(index, Processes(row.device), checkpoints, tests, row.dtype, self.faiss, unit=unit)
+        return Search(
+            index,
+            Processes(row.device),
+            checkpoints,
+            tests,
+            row.dtype,
+            self.faiss,
+            unit=unit,
+        )
 
     def _compared(self, build: Build) -> SketchIndex:
         """Read the index as it is on disk now, which agrees with the model; a new one where there is none."""
@@ -262,7 +270,13 @@ def compute_missing(
                 # All of it, even where only some is absent: in another company rows would round differently.
                 train, numbers = build.train, positions.tolist()
                 collated_alone = train.collated_alone
-                features = build.point.batch(raw, train.side, numbers, by_step=False, collated_alone=collated_alone)
+                features = build.point.batch(
+                    raw,
+                    train.side,
+                    numbers,
+                    by_step=False,
+                    collated_alone=collated_alone,
+                )
                 rows = index.flat(features)[:, 0].cpu()
                 writer.add(positions[absent], rows[absent], fingerprints[absent])
             bar.update()

@@ -267,7 +267,14 @@ class Search:
         for searched, checkpoint_scores in zip(self._checkpoints, scores, strict=True):
             tests = searched.tests
             norms = tests.norms()[:, 1:]  # behind that of the total
-            yield ScoredBlock(number, positions, searched.checkpoint, checkpoint_scores, tests.n_steps, norms)
+            yield ScoredBlock(
+                number,
+                positions,
+                searched.checkpoint,
+                checkpoint_scores,
+                tests.n_steps,
+                norms,
+            )
 
     def _blocks(self, size_limit: int) -> list[range]:
         """Cut the train set in multiples of a piece, small enough for every process to have one."""

@@ -125,7 +125,13 @@ def check_row(
     stored = Reader(index, name, torch.float64).read(position, position + 1)[0]
     for positions, raw, _ in compared_batches(index, train, only=torch.tensor([position])):
         numbers, collated_alone = positions.tolist(), train.collated_alone
-        features = point.batch(raw, train.side, numbers, by_step=False, collated_alone=collated_alone)
+        features = point.batch(
+            raw,
+            train.side,
+            numbers,
+            by_step=False,
+            collated_alone=collated_alone,
+        )
         computed = index.flat(features)[0, 0].cpu().double()
         length = stored.norm().clamp(min=1e-300)
         distance = float((stored - computed).norm() / length)

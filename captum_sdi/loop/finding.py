@@ -86,8 +86,8 @@ def loop_of_examples(
         warn_user(_nothing_repeats(model, calls))
         return FoundLoop(WHOLE_MODEL.modules, WHOLE_MODEL.anchors)
     warn_user(
-        f"Nothing repeats: {loop_table!r}, the loop of {type(model).__name__}, runs once. It is taken as one loop step, "
-        "and influence as TracIn. Let the model loop more often, or name another module in loop= if another one "
+        f"Nothing repeats: {loop_table!r}, the loop of {type(model).__name__}, runs once. It is taken as one loop "
+        "step, and influence as TracIn. Let the model loop more often, or name another module in loop= if another one "
         "repeats."
     )
     return loop_table

@@ -72,7 +72,11 @@ class FoundLoop(LoopSpec):
         return "\n".join(lines)
 
 
-def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> FoundLoop:
+def tabulate_loop(
+    model: nn.Module,
+    spec: LoopSpec,
+    calls: Sequence[Call],
+) -> FoundLoop:
     """Add to a loop its table: a row for each outermost module, but for those that contain it."""
     modules = dict(canonical_modules(model))
     clock = LoopClock(model, spec)

@@ -109,7 +109,7 @@ class Grid:
             cells = cells.narrow(axis, 0, length)
         device = block.device
         chosen = block[test_rows.to(device), train_rows.to(device)]
-        places = [index.to(device) for index in cell]
+        places = tuple(index.to(device) for index in cell)
         cells.index_put_(places, chosen, accumulate=True)
         return grid
 

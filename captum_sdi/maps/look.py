@@ -88,7 +88,11 @@ def losses_by_token(
     return kept[0]
 
 
-def _columns(losses: Tensor | None, raw: Any, size: int) -> tuple[list[tuple[int, ...]], int]:
+def _columns(
+    losses: Tensor | None,
+    raw: Any,
+    size: int,
+) -> tuple[list[tuple[int, ...]], int]:
     """Return the columns of each example's targets, and the position that the first column belongs to."""
     if losses is None:
         return [(0,)] * size, 0

@@ -56,7 +56,12 @@ class RowSide:
     """How a row is run."""
 
     @classmethod
-    def of(cls, examples: Examples, axes: SideAxes, looks: Mapping[int, Look]) -> RowSide:
+    def of(
+        cls,
+        examples: Examples,
+        axes: SideAxes,
+        looks: Mapping[int, Look],
+    ) -> RowSide:
         """Return the side of examples that have been looked at."""
         side = one_target_side(examples.side) if axes.token else examples.side
         return cls(examples, axes, looks, side)
@@ -106,7 +111,13 @@ class RowSide:
             numbers, columns = rows_of(self.looks, positions.tolist())
             for start in range(0, len(numbers), at_once):
                 chosen = slice(start, start + at_once)
-                batch_rows = self._part(source, raw, positions, numbers[chosen], columns[chosen])
+                batch_rows = self._part(
+                    source,
+                    raw,
+                    positions,
+                    numbers[chosen],
+                    columns[chosen],
+                )
                 yield batch_rows.scaled(scales[numbers[chosen]]) if unit_norm else batch_rows
 
     def _inverse_norms(self, source: RowSource, raw: Any, positions: Tensor) -> Tensor:

@@ -127,7 +127,12 @@ class Repetition:
         """Return a stand-in for each layer."""
         return [StandIn(self, position) for position in range(len(self.layers))]
 
-    def call_layer(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_layer(
+        self,
+        position: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Call the looped layer at `position`, counted from 0; after the last one, repeat them all."""
         layer = self._start + position
         if len(self._calls) != position:

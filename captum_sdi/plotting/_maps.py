@@ -82,7 +82,12 @@ def names_along(
     return [str(label) for label in labels]
 
 
-def without_empty_ends(split: InfluenceMap, axis: str, values: Array, names: list[str]) -> tuple[Array, list[str]]:
+def without_empty_ends(
+    split: InfluenceMap,
+    axis: str,
+    values: Array,
+    names: list[str],
+) -> tuple[Array, list[str]]:
     """Leave out a prelude and a coda in which nothing happened; ``values`` have the axis first."""
     if axis not in ("step", "train_step"):
         return values, names

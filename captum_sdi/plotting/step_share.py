@@ -177,9 +177,25 @@ def _draw_norms(ax: Axes, shares: Array, outer_bins: Sequence[_OuterBin]) -> Lin
     mean = shares.mean(0) if len(shares) else np.zeros(shares.shape[1])
     steps = np.arange(1.0, len(mean) - 1)
     marker = "_" if len(steps) == 1 else ""
-    (line,) = ax.plot(steps, mean[1:-1], color=NORMS, linewidth=2.5, marker=marker, markersize=12, zorder=1)
+    (line,) = ax.plot(
+        steps,
+        mean[1:-1],
+        color=NORMS,
+        linewidth=2.5,
+        marker=marker,
+        markersize=12,
+        zorder=1,
+    )
     for outer in outer_bins:
-        ax.plot(outer.place, mean[outer.column], color=NORMS, marker="_", markersize=12, markeredgewidth=2.5, zorder=1)
+        ax.plot(
+            outer.place,
+            mean[outer.column],
+            color=NORMS,
+            marker="_",
+            markersize=12,
+            markeredgewidth=2.5,
+            zorder=1,
+        )
     return line
 
 

@@ -74,7 +74,13 @@ def plot_tokens(
     check_limit(limit)
     passages = _passages(split, test, train, token, limit)
     default_title = pair_name(split, test, train)
-    return _draw(passages, default_title if title is None else title, width, ax, outlined=token)
+    return _draw(
+        passages,
+        default_title if title is None else title,
+        width,
+        ax,
+        outlined=token,
+    )
 
 
 def plot_token_steps(
@@ -159,7 +165,13 @@ def _passage(
     ends = [place for place, word in enumerate(words) if word]
     length = 1 + max(ends, default=-1)
     total = signed_numbers(np.array([values.sum()]))[0]
-    return Passage(f"{heading}: {total}", list(words[:length]), values[:length], bound, shows_scale)
+    return Passage(
+        f"{heading}: {total}",
+        list(words[:length]),
+        values[:length],
+        bound,
+        shows_scale,
+    )
 
 
 def _shown_steps(values: Array, names: Sequence[str]) -> list[int]:
@@ -197,7 +209,14 @@ def _draw(
     ax.axis("off")
     top = 0.0
     for passage, words, height in zip(passages, flows, heights, strict=True):
-        ax.text(0, top + 0.5 * _LINE, passage.heading, fontsize=SMALL, va="center", parse_math=False)
+        ax.text(
+            0,
+            top + 0.5 * _LINE,
+            passage.heading,
+            fontsize=SMALL,
+            va="center",
+            parse_math=False,
+        )
         if passage.shows_scale:
             _draw_scale(ax, passage.bound, top + 0.5 * _LINE, room)
         _draw_words(ax, passage, words, top + _LINE, outlined=outlined)
@@ -222,7 +241,13 @@ def _draw_words(
     foreground = matplotlib.rcParams["text.color"]
     for number, word in enumerate(words):
         y = top + word.line * _LINE
-        box = Rectangle((word.left, y), word.width, 0.9 * _LINE, facecolor=tints[number], linewidth=0.9)
+        box = Rectangle(
+            (word.left, y),
+            word.width,
+            0.9 * _LINE,
+            facecolor=tints[number],
+            linewidth=0.9,
+        )
         if number == outlined or exceeds_bound[number]:
             box.set_edgecolor(foreground)
             box.set_linestyle("-" if number == outlined else ":")

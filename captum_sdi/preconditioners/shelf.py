@@ -135,7 +135,11 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> 
     return tensor.view(shape)
 
 
-def write_safetensors(file: BinaryIO, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    file: BinaryIO,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+) -> None:
     """Write a safetensors file piece by piece: the library's own writer copies all tensors first."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0

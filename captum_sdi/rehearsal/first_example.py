@@ -223,9 +223,20 @@ class Rehearsal:
         if n_ids is not None and isinstance(raw, Mapping):
             check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, positions)
         if n_labels is not None:
-            check_ids("labels", target_labels(raw, side.loss_fn), n_labels, side.name, positions)
+            check_ids(
+                "labels",
+                target_labels(raw, side.loss_fn),
+                n_labels,
+                side.name,
+                positions,
+            )
 
-    def _with_label_check(self, raw: Any, side: Side, positions: Sequence[int]) -> Side:
+    def _with_label_check(
+        self,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+    ) -> Side:
         """Let the default loss count the logits first, and refuse a label that has none."""
         if not isinstance(side.loss_fn, TokenCrossEntropy):
             return side

@@ -110,7 +110,11 @@ def rounding(features: StepFeatures) -> float:
     return 1e-8 if is_double else 1e-4
 
 
-def relative_difference(batch: StepFeatures, number: int, alone: StepFeatures) -> float:
+def relative_difference(
+    batch: StepFeatures,
+    number: int,
+    alone: StepFeatures,
+) -> float:
     """Return the norm of the difference over that of the example alone, all parameters' rows together."""
     distance, length = 0.0, 0.0
     for name, row in batch.rows.items():

@@ -90,7 +90,11 @@ def check_self_influence(result: Any) -> int:
     return len(result.influence_scores)
 
 
-def matrix_rows(matrix: Any, indices: Sequence[int] | None, n_tests: int) -> list[dict[str, Any]]:
+def matrix_rows(
+    matrix: Any,
+    indices: Sequence[int] | None,
+    n_tests: int,
+) -> list[dict[str, Any]]:
     """Return the step matrices of each test example, beside the training examples they are of.
 
     Args:

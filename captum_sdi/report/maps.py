@@ -68,7 +68,13 @@ def axis_labels(axis: str, labels: Sequence[Any]) -> list[str]:
     return shown
 
 
-def tokens_at(influence_map: Any, axes: Sequence[str], wanted: Sequence[str], test: int, place: int) -> Any:
+def tokens_at(
+    influence_map: Any,
+    axes: Sequence[str],
+    wanted: Sequence[str],
+    test: int,
+    place: int,
+) -> Any:
     """Return the tokens along the first of the wanted axes; None where the map does not know them."""
     text_axes = [axis for axis in wanted if axis in axes]
     if not text_axes or not hasattr(influence_map, "tokens_along"):

@@ -163,7 +163,11 @@ def pair_chunks(pairs: Pairs, table: TextTable) -> Iterator[str]:
     yield from numbered_chunks("pairs", rows, pairs.tests_per_chunk)
 
 
-def map_chunks(facts: dict[str, Any], n_tests: int, influence_map: Any) -> Iterator[str]:
+def map_chunks(
+    facts: dict[str, Any],
+    n_tests: int,
+    influence_map: Any,
+) -> Iterator[str]:
     """Yield the chunks of no, one or several maps, and note in `facts` which axes they have."""
     maps = influence_map if isinstance(influence_map, list | tuple) else [influence_map]
     given = [one_map for one_map in maps if one_map is not None]

@@ -262,7 +262,12 @@ class InfluenceMap:
         labels = {**self.labels, axis: own_labels}
         return replace(self, values=values, errors=errors, labels=labels)
 
-    def _without(self, axis: str, values: Tensor, errors: Tensor | None) -> InfluenceMap:
+    def _without(
+        self,
+        axis: str,
+        values: Tensor,
+        errors: Tensor | None,
+    ) -> InfluenceMap:
         """Return the map of values that no longer have an axis."""
         axes = tuple(other for other in self.axes if other != axis)
         labels = {other: self.labels[other] for other in axes}

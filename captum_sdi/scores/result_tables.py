@@ -97,7 +97,11 @@ def rows_of(trajectories: Tensor) -> Tensor:
     return trajectories.detach().flatten(0, -2)
 
 
-def example_frame(examples: Sequence[Example], positions: Sequence[int], prefix: str) -> Any:
+def example_frame(
+    examples: Sequence[Example],
+    positions: Sequence[int],
+    prefix: str,
+) -> Any:
     """Return the texts and the other fields of the examples at some positions, a column for each."""
     import pandas
 

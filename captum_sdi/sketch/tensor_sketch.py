@@ -99,7 +99,12 @@ class TensorSketch:
                 "like 1/sqrt(dim)."
             )
 
-    def projection(self, name: str, parameter: Tensor, checkpoint: str = "") -> Projection:
+    def projection(
+        self,
+        name: str,
+        parameter: Tensor,
+        checkpoint: str = "",
+    ) -> Projection:
         """Return the map from one parameter's gradients at one checkpoint to ``(n, width)``.
 
         Args:
@@ -125,7 +130,12 @@ class VectorProjection:
 
     dtype = torch.float32
 
-    def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        dim: int,
+        parameter: Tensor,
+        generator: torch.Generator,
+    ) -> None:
         self.width = dim
         self.noise = Noise(1.0 / dim)
         self.device = parameter.device

@@ -74,7 +74,13 @@ def is_affine_at(module: nn.Module, activation: Tensor) -> bool:
     trial = {}
     for name, parameter in lifted_parameters(module).items():
         entries = parameter.numel()
-        trial[name] = torch.linspace(-1.5, 1.4, entries, dtype=parameter.dtype, device=parameter.device)
+        trial[name] = torch.linspace(
+            -1.5,
+            1.4,
+            entries,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
     actual = bare_call(module, {**lifted_buffers(module), **trial}, activation)
     changes = [trial[name] * slope for name, slope in slopes.items()]
     predicted = offset + sum(changes)

@@ -110,7 +110,13 @@ def _dependencies(
     if not connected:
         return frozenset(), False
     ones = [torch.ones_like(output) for output in connected]
-    gradients = torch.autograd.grad(connected, list(aliases.values()), ones, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        connected,
+        list(aliases.values()),
+        ones,
+        retain_graph=True,
+        allow_unused=True,
+    )
     pairs = zip(aliases, gradients, strict=True)
     read = frozenset(name for name, gradient in pairs if gradient is not None)
     firsts = [output[0] for output in connected if output.shape[:1] == (batch_size,)]
