@@ -95,7 +95,8 @@ def chosen_loop(model: nn.Module, plan: LoopPlan, layers: str | None) -> tuple[s
     Raises:
         ValueError: If the layers are not found, or the config is to say how they are looped and does not.
     """
-    if plan.start is None and plan.stop is None and plan.n_loops is None:
+    numbers: tuple[Any, ...] = (plan.start, plan.stop, plan.n_loops)
+    if all(number is None for number in numbers):
         check_says_nothing(plan, layers)
         return plan_of_config(model)
     return find_layers(model, layers), plan
