@@ -168,10 +168,9 @@ class Question:
         checkpoints, tests = [], []
         with index.one_build(len(self.study.checkpoints)), self.study.points() as points:
             for point in points:
-                # First the test examples: what is wrong with them, or with what they need, costs no pass.
-                tests.append(self.test_features(point, by_step=by_step))
                 sketches = self.study.complete_at(point, index)
                 checkpoints.append(point.checkpoint)
+                tests.append(self.test_features(point, by_step=by_step))
         return index.search(sketches, checkpoints, tests, unit=self.study.normalize is not None)
 
 

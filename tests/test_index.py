@@ -24,6 +24,7 @@ from captum_sdi.data.losses import TokenCrossEntropy
 from captum_sdi.index import folder, identity, lock, verify, writer
 from captum_sdi.passes import Point
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # one's gradients are much the larger
 CASE = CASES[0]
 FIELDS = ("influence_scores", "trajectories", "prelude", "coda", "score_errors", "trajectory_errors")
 
@@ -67,7 +68,6 @@ class Stream(IterableDataset):
     [(TensorSketch(64), torch.float32), (TensorSketch(64, pool=True), torch.float32), (Exact(), torch.float64)],
     ids=["sketch", "pooled", "exact"],
 )
-@pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # rates and depths differ on purpose
 def test_every_call_gives_what_it_gives_without_an_index(tmp_path: Path, sketch: Any, dtype: torch.dtype) -> None:
     layers = None if isinstance(sketch, Exact) else "loop"
     settings = {"sketch": sketch, "model": model(dtype), "layers": layers}

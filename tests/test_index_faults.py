@@ -19,7 +19,10 @@ from captum_sdi.index import folder, writer
 
 KILLS = int(os.environ.get("CAPTUM_SDI_KILLS", "3"))  # `make test-faults` kills 20 times
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm process")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm process"),
+    pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from"),  # one's gradients are much the larger
+]
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import CASES, rows
 from reference import one_target_loss, step_gradients
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -107,8 +108,10 @@ def test_the_file_knows_whose_tokens_they_are(tmp_path: Path) -> None:
     assert torch.equal(StepInfluence.load(tmp_path / "rows.safetensors").token_of, steps.token_of)
     replace(steps, token_of=None).save(tmp_path / "plain.safetensors")
     assert StepInfluence.load(tmp_path / "plain.safetensors").token_of is None
+    replace(steps, checkpoints=None).save(tmp_path / "rows.safetensors")
     tensors = load_file(tmp_path / "rows.safetensors")
-    metadata = {"format": "captum_sdi.StepInfluence", "version": "2"}
+    with safe_open(tmp_path / "rows.safetensors", "pt") as file:
+        metadata = file.metadata()
     for broken in (tensors["token_of"][:, :1], tensors["token_of"].float(), -tensors["token_of"] - 1):
         save_file({**tensors, "token_of": broken.contiguous()}, tmp_path / "broken.safetensors", metadata)
         with pytest.raises(ValueError, match="is damaged: token_of must"):

@@ -24,6 +24,8 @@ from captum_sdi.preconditioners.lanczos import ritz_pairs
 from captum_sdi.preconditioners.moments import named_groups
 from captum_sdi.train_side import TrainSide
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # checkpoints differ on purpose
+
 TRAIN, TEST = rows(7, seed=1), rows(3, seed=2)
 RATES = (0.5, 0.25)
 DAMPING = 0.1

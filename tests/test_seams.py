@@ -24,6 +24,8 @@ from captum_sdi.scores.collect import AllPairs, PerCheckpoint
 from captum_sdi.scores.contract import Scores, pair_scores
 from captum_sdi.study import Question
 
+pytestmark = pytest.mark.filterwarnings(r"ignore:\d+% of these scores come from")  # one's gradients are much the larger
+
 RATES = [rate for rate, _ in checkpoints()]
 
 
@@ -96,6 +98,7 @@ def test_a_preconditioner_is_fitted_on_the_train_set_at_every_checkpoint() -> No
     assert (plain - expected).abs().max() > 0.1 * expected.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:.*of these scores come from:UserWarning")
 def test_every_split_of_preconditioned_influence_is_conserved() -> None:
     sdi = influence(None, sketch=Exact(), preconditioner=Weights(), layers="loop")
     steps, matrix = sdi.step_influence(TEST), sdi.step_matrix(TEST)

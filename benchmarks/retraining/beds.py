@@ -1,7 +1,7 @@
 """The beds: a data set, a looped model and a training by AdamW that can be repeated a few hundred times.
 
 Nothing here was chosen by looking at how well a method predicts retraining, except the documented failure: it is the
-setting in which tutorial 06 found that first-order scores say nothing.
+setting in which the tutorial on removal found that first-order scores say nothing.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ class Hessian:
 
     treats what no vector spans, and negative curvature, as flat. P is one linear map for every question and loop step,
     so that every split, the matrix, top k and an index of any sketch work unchanged. It couples all parameters that
-    count: ``layers=None`` is recommended, ``"loop"`` holds what is outside the loop fixed.
+    count: ``layers=None`` is recommended, ``"loop"`` holds what is outside the loop fixed. The start is random,
+    from a fixed seed: at a rank far below the number of parameters another start would give somewhat other scores.
 
     No record of training is needed. Only the last checkpoint is loaded, and learning rates do not enter. It costs rank
     products with H, each a pass over the train set of some four gradients' time, once: the vectors, rank x parameters,

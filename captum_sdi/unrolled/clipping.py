@@ -49,5 +49,5 @@ def clip_pullback(
     if scale == 1:
         return directions
     norm = gradient.norm()
-    along = directions @ gradient / (norm * (norm + _SMALL))
-    return scale * (directions - along.unsqueeze(-1) * gradient)
+    projection = directions @ gradient / (norm * (norm + _SMALL))
+    return scale * (directions - projection.unsqueeze(-1) * gradient)

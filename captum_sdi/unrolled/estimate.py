@@ -81,7 +81,7 @@ def estimated(replay: Replay, n_seeds: int) -> UnrolledEstimate:
         updates.step(initial, 0)
         stepped = time.perf_counter()
         visited(updates, 0, initial, adjoint, torch.ones(n_timed).to(replay.start))
-        done = time.perf_counter()
+        finished = time.perf_counter()
     n_kept = len(replay.kept) + replay.kept.step
     n_vectors = len(initial) * (n_seeds + (n_kept if replay.folder is None else replay.kept.step))
     return UnrolledEstimate(
@@ -89,6 +89,6 @@ def estimated(replay: Replay, n_seeds: int) -> UnrolledEstimate:
         n_updates=updates.run.n_updates,
         n_examples=len(updates.rows),
         update_seconds=stepped - begun,
-        seed_seconds=(done - stepped) / n_timed,
+        seed_seconds=(finished - stepped) / n_timed,
         memory_bytes=n_vectors * replay.start.nbytes,
     )

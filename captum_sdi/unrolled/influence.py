@@ -311,8 +311,8 @@ class UnrolledInfluence(DataInfluence):
         with derivative.updates.borrowed(), test_loss.evaluated() as vector:
             losses, gradients = loss_gradients(test_loss, vector, (raw for _, raw in tests.batches()))
         influence = -derivative.example_scores(gradients, show_progress=show_progress)
-        without = (~kept).to(influence)
-        return losses + without @ influence.T
+        left_out = (~kept).to(influence)
+        return losses + left_out @ influence.T
 
     # --- what they are made of ---
 

@@ -251,16 +251,16 @@ def decays(
     Raises:
         ValueError: If something in ``no_decay`` is in no name.
     """
-    unused = [part for part in optimizer.no_decay if not any(part in name for name in shapes)]
+    unused = [entry for entry in optimizer.no_decay if not any(entry in name for name in shapes)]
     if unused:
         raise ValueError(
             f"no_decay={first_few(unused)} is in no trainable parameter's name; these are {first_few(list(shapes))}."
         )
-    whole_names = {part for part in optimizer.no_decay if part in shapes}
-    fragments = [part for part in optimizer.no_decay if part not in whole_names]
+    whole_names = {entry for entry in optimizer.no_decay if entry in shapes}
+    fragments = [entry for entry in optimizer.no_decay if entry not in whole_names]
     pieces = []
     for name, shape in shapes.items():
-        is_free = name in whole_names or any(part in name for part in fragments)
+        is_free = name in whole_names or any(entry in name for entry in fragments)
         pieces.append(like.new_full((shape.numel(),), 0.0 if is_free else optimizer.weight_decay))
     return torch.cat(pieces)
 

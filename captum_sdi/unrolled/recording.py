@@ -218,8 +218,8 @@ def recorded_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
     """
     torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     kind, defaults = type(torch_optimizer), torch_optimizer.defaults
-    is_other = any(defaults.get(setting) for setting in ("amsgrad", "maximize", "dampening"))
-    if kind not in (torch.optim.AdamW, torch.optim.SGD) or is_other:
+    has_unknown_settings = any(defaults.get(setting) for setting in ("amsgrad", "maximize", "dampening"))
+    if kind not in (torch.optim.AdamW, torch.optim.SGD) or has_unknown_settings:
         raise ValueError(
             f"The optimizer is {kind.__module__}.{kind.__name__}, whose derivative is not known: train with "
             "optim='adamw_torch', 'adamw_torch_fused' or 'sgd', without amsgrad, maximize and dampening."

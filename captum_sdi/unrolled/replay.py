@@ -40,8 +40,8 @@ def kept_updates(n_updates: int, keep: Keep) -> range:
         n_states = min(keep, n_updates)
     else:
         raise ValueError(f"keep must be 'all', 'sqrt' or a number of states of at least 1; got {keep!r}.")
-    between = math.ceil(n_updates / n_states)
-    return range(0, n_updates, between)
+    spacing = math.ceil(n_updates / n_states)
+    return range(0, n_updates, spacing)
 
 
 class Replay:
@@ -113,7 +113,7 @@ class Replay:
             stop = first
 
     def _segment(self, first: int, stop: int) -> Iterator[tuple[int, State]]:
-        """Compute the states between two kept ones again."""
+        """Compute the states spacing two kept ones again."""
         states = [self._states.state_before(first, self.start)]
         for update in range(first, stop - 1):
             states.append(self.updates.step(states[-1], update))

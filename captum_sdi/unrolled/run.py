@@ -141,8 +141,8 @@ def check_optimizer(optimizer: Any) -> None:
     Raises:
         TypeError: If it is not.
     """
-    is_own = all(hasattr(optimizer, name) for name in ("initial", "step", "pullback"))
-    if isinstance(optimizer, type) or not is_own:
+    is_optimizer = all(hasattr(optimizer, name) for name in ("initial", "step", "pullback"))
+    if isinstance(optimizer, type) or not is_optimizer:
         raise TypeError(
             f"optimizer= must be captum_sdi.unrolled.AdamW(...) or SGD(...), got {optimizer!r}: the derivative through "
             "training is known for these. Others, fused or 8-bit ones too, keep other moments."
