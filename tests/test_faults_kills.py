@@ -122,7 +122,7 @@ def test_e2_killed_before_any_change_of_the_results(
     n_moments = n_changes(project.score_new, project.out)
     assert n_moments > 15
     moments = list(range(n_moments))
-    if KILLS < n_moments:
+    if n_moments > KILLS:
         moments = [*random.Random(seed).sample(moments[:-8], KILLS), *random.Random(seed).sample(moments[-8:], KILLS)]
     found = []
     for moment in moments:
@@ -154,11 +154,16 @@ def test_e2_new_results_that_cannot_reach_their_places_are_named(
         replace(source, target)
 
     said = rf"Input/output error: '{project.out / TENSORS}'\. The new files are in {project.out / COMPLETE}\."
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=said):
-        patch.setattr(output.os, "replace", fail)
+
+    def write() -> None:
         with output.written_whole(project.out, overwrite=True) as stage:
             for name in project.new.keys() - {MINE}:
                 (stage / name).write_bytes(project.new[name])
+
+    monkeypatch.setattr(output.os, "replace", fail)
+    with pytest.raises(ValueError, match=said):
+        write()
+    monkeypatch.setattr(output.os, "replace", replace)
     assert project.assert_whole() == project.new
 
 
@@ -188,8 +193,8 @@ def test_killed_while_scoring_on_an_index(tmp_path: Path, seed: int, monkeypatch
     chance = random.Random(seed)
     for _ in range(KILLS):
         chance.choice(DAMAGES)(chance.choice(sorted(tmp_path.rglob("*.safetensors"))[1:]))
-        scoring = influence(tmp_path)
-        assert killed_after(lambda: scoring.step_influence(TEST), chance.uniform(0, 1.5) * seconds) in (0, KILLED)
+        wait = chance.uniform(0, 1.5) * seconds
+        assert killed_after(lambda: influence(tmp_path).step_influence(TEST), wait) in (0, KILLED)
         SketchIndex.open(tmp_path)
     ours = influence(tmp_path).step_influence(TEST)
     assert torch.equal(ours.trajectories, theirs.trajectories)
