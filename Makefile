@@ -31,7 +31,7 @@ demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write a page
 test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS="-k sketch")
 	$(call PYTEST,$(VENV))
 
-test-faults: $(VENV)/.stamp  ## kill builders and scorers, fill disks, read 10,000 hostile files; `make test` tries fewer
+test-faults: $(VENV)/.stamp  ## kill builders and scorers, fill disks, read 8,000 hostile files; `make test` tries fewer
 	OMP_NUM_THREADS=1 CAPTUM_SDI_KILLS=20 $(BIN)/python -m pytest -n $(WORKERS) tests/test_index_faults.py \
 		tests/test_faults_*.py $(ARGS)
 

@@ -34,7 +34,7 @@ from captum_sdi.unrolled import SGD, TrainingRun
 from captum_sdi.unrolled.run_files import read_start, read_tensors, write_tensors
 from captum_sdi.unrolled.states import WayBack
 
-TRIED = 20 * int(os.environ.get("CAPTUM_SDI_KILLS", "3"))
+TRIED = 15 * int(os.environ.get("CAPTUM_SDI_KILLS", "3"))
 """How many hostile files of each format; `make test-faults` tries more."""
 
 WORDS = [*"abcdefghi", "[PAD]", "[UNK]"]
