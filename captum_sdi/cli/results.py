@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS
+from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS, finish_interrupted
 from captum_sdi.cli.result_lines import ROLES, describe_pairs, json_line, pairs_of, read_lines
 from captum_sdi.cli.rows import clip
 from captum_sdi.cli.spreadsheet import write_spreadsheet
@@ -72,6 +72,7 @@ class Results:
     @staticmethod
     def read(folder: Path) -> Results:
         """Read what `write` wrote, and check that it is of one run."""
+        finish_interrupted(folder)
         for name in (LINES, TENSORS):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no results of captum-sdi score: there is no {name} in it.")

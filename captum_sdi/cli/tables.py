@@ -282,9 +282,11 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ImportError("Parquet files are read by pyarrow: pip install pyarrow.") from error
     try:
-        return parquet.read_table(path).to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"{path} is no Parquet file: {error}.") from error
+        table = parquet.read_table(path)
+        table.validate(full=True)  # Arrow reads where a damaged file tells it to, and ends the process
+        return table.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or is damaged: {first_line(error)}.") from error
 
 
 def read_dataset(path: Path, split: str | None) -> list[dict[str, Any]]:
@@ -293,14 +295,31 @@ def read_dataset(path: Path, split: str | None) -> list[dict[str, Any]]:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:
         raise ImportError("Such a folder is read by datasets: pip install datasets.") from error
-    dataset = load_from_disk(str(path))
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:  # a damaged folder raises nearly anything: KeyError, TypeError, ...
+        raise damaged_dataset(path, error) from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise ValueError(f"{path} has the splits {', '.join(dataset)}: say which one with --split.")
         dataset = dataset[split]
     elif split is not None:
         raise ValueError(f"--split {split}: {path} has no splits.")
-    return [dict(row) for row in dataset]
+    try:
+        dataset.data.validate(full=True)  # Arrow reads where a damaged file tells it to, and ends the process
+        return [dict(row) for row in dataset]
+    except Exception as error:
+        raise damaged_dataset(path, error) from error
+
+
+def damaged_dataset(path: Path, error: Exception) -> ValueError:
+    """Return the error of a folder that `datasets` cannot read."""
+    return ValueError(f"{path} cannot be read by datasets, or is damaged: {type(error).__name__}, {first_line(error)}.")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, without a period."""
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {

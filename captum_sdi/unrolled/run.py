@@ -127,8 +127,11 @@ class TrainingRun:
         settings = run_files.read_settings(folder)
         kinds: dict[str, Any] = {"AdamW": AdamW, "SGD": SGD}
         kind = kinds[settings.pop("optimizer_kind")]
-        optimizer = kind(**settings.pop("optimizer"))
-        return cls(optimizer, **settings)
+        try:
+            optimizer = kind(**settings.pop("optimizer"))
+            return cls(optimizer, **settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The training run in {os.fspath(folder)} is damaged: {error}") from error
 
 
 # --- checks ---
