@@ -31,6 +31,7 @@ def trained(
     train: list[dict[str, Tensor]] = TRAIN,
     weights: Tensor | None = None,
     loss_fn: Any = None,
+    **forward: Any,
 ) -> None:
     """Train in place, as anybody would."""
     weights = torch.ones(len(train), dtype=torch.float64) if weights is None else weights
@@ -38,7 +39,7 @@ def trained(
         optimizer.param_groups[0]["lr"] = rate
         raw = Collator()([train[i] for i in batch])
         labels = raw.pop("labels")
-        losses = (loss_fn or default_loss(model))(model(**raw), labels)
+        losses = (loss_fn or default_loss(model))(model(**raw, **forward), labels)
         optimizer.zero_grad()
         (weights[batch] * losses).mean().backward()
         optimizer.step()
@@ -53,6 +54,16 @@ def ran(
     trained(model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-6))
     run = TrainingRun(AdamW(betas=(0.9, 0.99), eps=1e-6), RATES, BATCHES)
     return model, UnrolledInfluence(model, TRAIN, run, start, **{"layers": None, "check": False, **settings})
+
+
+def shallowly_trained(**settings: Any) -> tuple[nn.Module, UnrolledInfluence]:
+    """Train with the depth of ``forward_kwargs``."""
+    model = TIED.model()
+    start = copy.deepcopy(model.state_dict())
+    depth = settings.get("forward_kwargs", {})
+    trained(model, torch.optim.SGD(model.parameters()), **depth)
+    run = TrainingRun(SGD(), RATES, BATCHES)
+    return model, UnrolledInfluence(model, TRAIN, run, start, check=False, **settings)
 
 
 # --- what is kept ---
@@ -272,6 +283,27 @@ def test_an_estimate_counts_updates_and_seeds_and_says_when_retraining_is_cheape
     assert "cheaper" not in str(dataclasses.replace(cheap, n_examples=100))
     with pytest.raises(ValueError, match="n_seeds must be an int of at least 1, got 0"):
         unrolled.estimate(0)
+
+
+@pytest.mark.parametrize("loop", [None, "core"])
+def test_the_loop_is_looked_for_as_tests_are_run(loop: str | None) -> None:
+    """A model trained without a loop may loop in its tests: no warning, and the tests' steps."""
+    deeper: dict[str, Any] = {"loop": loop, "forward_kwargs": {"n_loops": 1}, "test_forward_kwargs": {"n_loops": 3}}
+    _, asked_first = shallowly_trained(**deeper)
+    _, checked_first = shallowly_trained(**deeper)
+    checked_first.check()
+    found = checked_first.step_influence(TEST)
+    assert found.n_steps.tolist() == [3, 3]
+    assert found.trajectories.abs().amin(dim=(0, 1)).gt(0).all()
+    assert torch.equal(asked_first.step_influence(TEST).trajectories, found.trajectories)
+
+
+@pytest.mark.parametrize("loop", [None, "core"])
+@pytest.mark.parametrize("depths", [{"forward_kwargs": {"n_loops": 1}}, {"test_forward_kwargs": {"n_loops": 1}}])
+def test_tests_that_do_not_loop_are_warned_of(loop: str | None, depths: dict[str, Any]) -> None:
+    _, unrolled = shallowly_trained(loop=loop, **depths)
+    with pytest.warns(UserWarning, match="Nothing repeats"):
+        unrolled.step_influence(TEST)
 
 
 # --- what is refused ---
