@@ -46,9 +46,7 @@ def trained(
         optimizer.zero_grad()
 
 
-def ran(
-    case: Case = TIED, dtype: torch.dtype = torch.float64, **settings: Any
-) -> tuple[nn.Module, UnrolledInfluence]:
+def ran(case: Case = TIED, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[nn.Module, UnrolledInfluence]:
     model = case.model(dtype)
     start = copy.deepcopy(model.state_dict())
     trained(model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-6))
@@ -338,7 +336,7 @@ def test_bad_arguments_are_refused_before_any_work() -> None:
         UnrolledInfluence(model, TRAIN, run, start, keep=0)
     with pytest.raises(TypeError, match="run= must be a TrainingRun, got dict"):
         UnrolledInfluence(model, TRAIN, {}, start)  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="holds no weights to start from"):
+    with pytest.raises(FileNotFoundError, match="holds no training run"):
         UnrolledInfluence(model, TRAIN, run, "nowhere")
     with pytest.raises(ValueError, match="no_decay='biass' is in no trainable parameter's name"):
         UnrolledInfluence(model, TRAIN, TrainingRun(AdamW(no_decay=("biass",)), RATES, BATCHES), start)
