@@ -182,7 +182,12 @@ def text_goals(results: Results) -> Iterable[list[str]]:
         tracin = agreements_of(results, "text", kind, TRACIN)
         if fisher is not None and tracin is not None:
             ratio = fisher["total"]["value"] / tracin["total"]["value"]
-            yield [f"text, {kind}", "Fisher / TracIn", ">= 1.5", f"{ratio:.2f}", yes(ratio >= 1.5)]
+            differences = results["text"]["agreement"][kind]["differences"]
+            difference = differences[f"{FISHER} - {TRACIN}, total"]
+            is_shown = difference["interval"][0] > 0
+            reached = yes(ratio >= 1.5) if is_shown else "not shown: the interval holds 0"
+            measured = f"{ratio:.2f}; difference {with_interval(difference)}"
+            yield [f"text, {kind}", "Fisher / TracIn", ">= 1.5", measured, reached]
     for kind in ("50% removed", "20% removed", "5% removed"):
         hessian = agreements_of(results, "text", kind, HESSIAN)
         if hessian is not None:

@@ -104,9 +104,12 @@ class Results:
 
     def agree(self) -> bool:
         """Return whether the lines hold the scores of the tensors, which have more digits."""
-        totals = [[pair["score"] for pair in pairs] for pairs in self.pairs]
+        totals = []
+        for pairs in self.pairs:
+            totals.append([pair["score"] for pair in pairs])
         written = np.array(totals, dtype=np.float64)
-        return np.allclose(written, self.scores.influence_scores.double().numpy(), rtol=1e-5, atol=0, equal_nan=True)
+        computed = self.scores.influence_scores.double().numpy()
+        return np.allclose(written, computed, rtol=1e-5, atol=0, equal_nan=True)
 
     @property
     def pairs(self) -> list[list[dict[str, Any]]]:
@@ -177,8 +180,11 @@ def shown_fields(example: dict[str, Any]) -> dict[str, Any]:
 
 def table_row(pair: dict[str, Any]) -> str:
     """Return a pair's numbers and its training example as a row of the table."""
-    step = 1 + int(np.abs(pair["trajectory"]).argmax())
-    return f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}  #{pair['index']}: {pair['example']['text']}"
+    sizes = np.abs(pair["trajectory"])
+    step = 1 + int(sizes.argmax())
+    numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}"
+    text = pair["example"]["text"]
+    return f"{numbers}  #{pair['index']}: {text}"
 
 
 def printable(text: str) -> str:

@@ -46,7 +46,12 @@ class Faiss:
         ValueError: If ``nprobe`` or ``checked`` is below 1.
     """
 
-    def __init__(self, factory: str = "Flat", nprobe: int | None = None, checked: int = 16) -> None:
+    def __init__(
+        self,
+        factory: str = "Flat",
+        nprobe: int | None = None,
+        checked: int = 16,
+    ) -> None:
         if (nprobe is not None and nprobe < 1) or checked < 1:
             raise ValueError(f"Faiss(nprobe=..., checked=...) must be at least 1, got {nprobe} and {checked}.")
         try:

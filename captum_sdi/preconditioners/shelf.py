@@ -150,7 +150,11 @@ def take_space(path: Path, n_bytes: int) -> None:
             raise
 
 
-def write_safetensors(file: BinaryIO, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+def write_safetensors(
+    file: BinaryIO,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+) -> None:
     """Write a safetensors file piece by piece: the library's own writer copies all tensors first."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0

@@ -135,7 +135,13 @@ class UnrolledInfluence(DataInfluence):
         updates = Updates(BatchLoss(model, train_side), TrainRows(loader), run)
         states = None if folder is None else Path(folder)
         replay = Replay(updates, start_vector(start, updates), keep, states)
-        self._derivative = Derivative(replay, engine, loader, is_gauged=check, owner=self.get_name())
+        self._derivative = Derivative(
+            replay,
+            engine,
+            loader,
+            is_gauged=check,
+            owner=self.get_name(),
+        )
 
     # --- before the work ---
 
@@ -283,7 +289,12 @@ class UnrolledInfluence(DataInfluence):
         return -self._derivative.update_scores(seeds.flat, show_progress=show_progress)
 
     @log_usage(part_of_slo=True)
-    def predicted_losses(self, inputs: Any, kept: Tensor, show_progress: bool = False) -> Tensor:
+    def predicted_losses(
+        self,
+        inputs: Any,
+        kept: Tensor,
+        show_progress: bool = False,
+    ) -> Tensor:
         """Predict test losses of runs on subsets of the train set, to first order: what Simfluence simulates.
 
         ``loss(kept) ≈ loss(all) + Σ_{i not kept} influence(z', z_i)``, over all trainable parameters whatever

@@ -58,7 +58,7 @@ def write_run(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    names = {_START: None, _RANDOM_STATES: None}
+    names: dict[str, str | None] = {_START: None, _RANDOM_STATES: None}
     if start is not None:
         names[_START] = write_named(path, _START, start)
     if run.random_states is not None:
