@@ -181,14 +181,14 @@ def test_long_axes_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 
 def token_gradients(looped: Looped, model: nn.Module, row: dict[str, Tensor], names: list[str]) -> list[Tensor]:
     """By target ``(2 + t, entries)``, of one example alone."""
-    each = []
+    each, loop = [], looped.loop_of(model)
     for column in range(len(row["labels"])):
 
         def loss(model: nn.Module, column: int = column) -> Tensor:
             output = model(**{looped.inputs: row[looped.inputs].unsqueeze(0)}, **_no_cache(model))
             return one_target_loss(output.logits[0], row["labels"], column, looped.causal)
 
-        by_name = aliased_gradients(model, loss, names, looped.modules, looped.anchors)
+        by_name = aliased_gradients(model, loss, names, loop.modules, loop.anchors)
         each.append(torch.cat([by_name[name] for name in names], dim=1))
     return each
 

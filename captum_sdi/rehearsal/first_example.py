@@ -40,8 +40,8 @@ class FirstExample:
     """``(1,)`` from a pass under the hooks."""
     is_coarse: bool
     """Whether the model computes in half precision."""
-    is_very_first: bool
-    """Whether no other side was rehearsed before."""
+    is_asked_first: bool
+    """Whether loop steps of this side are asked for, and those of no other side were before."""
 
 
 def check_loss_is_finite(first: FirstExample) -> None:
@@ -124,7 +124,7 @@ def needs_labels(capture: Capture, example: Any, side: Side) -> bool:
 
 def check_loop_repeats(first: FirstExample) -> None:
     """Warn where the loop that the user named runs once; one that was found has warned already."""
-    if first.is_very_first and first.capture.n_steps == 1 and not isinstance(first.loop, FoundLoop):
+    if first.is_asked_first and first.capture.n_steps == 1 and not isinstance(first.loop, FoundLoop):
         warn_user(
             f"Nothing repeats: {first.loop} runs once in the first {first.side.name} example. It is taken as one loop "
             "step, and influence as TracIn. Name the repeated module in loop=, or pass None to look for it."
@@ -153,6 +153,7 @@ class Rehearsal:
         self._model, self._loop = model, loop
         self._n_labels: dict[tuple[int, int], int] = {}
         self._rehearsed: set[tuple[int, int]] = set()
+        self._is_asked_first = True
         self._warned_of_padding: set[tuple[int, int]] = set()
         self._limit = position_limit(model)
         self._neighbours = Neighbours(model)
@@ -163,8 +164,17 @@ class Rehearsal:
         raw: Any,
         side: Side,
         positions: Sequence[int],
+        *,
+        steps_count: bool = True,
     ) -> None:
         """Refuse or warn of what cannot work with a batch.
+
+        Args:
+            capture: Runs the model.
+            raw: The batch.
+            side: How it is run.
+            positions: Of its examples.
+            steps_count: Whether a loop that runs once on this side is worth a warning.
 
         Raises:
             ValueError: If a check says so.
@@ -179,15 +189,17 @@ class Rehearsal:
         check_keywords_are_named(self._model, example, side)
         check_labels_are_unshifted(raw, side)
         checked_side = self._with_label_check(raw, side, positions)
+        is_asked_first = steps_count and self._is_asked_first
         try:
-            self._rehearse(capture, example, side, checked_side, positions[number])
+            self._rehearse(capture, example, side, checked_side, positions[number], is_asked_first=is_asked_first)
         except ValueError:
             if not needs_labels(capture, example, side):
                 raise
             capture.labelled.update({identity(side), identity(checked_side)})
-            self._rehearse(capture, example, side, checked_side, positions[number])
+            self._rehearse(capture, example, side, checked_side, positions[number], is_asked_first=is_asked_first)
             capture.labelled.discard(identity(checked_side))
         self._rehearsed.add(identity(side))
+        self._is_asked_first = self._is_asked_first and not steps_count
 
     def _rehearse(
         self,
@@ -196,12 +208,13 @@ class Rehearsal:
         side: Side,
         checked_side: Side,
         position: int,
+        *,
+        is_asked_first: bool,
     ) -> None:
         """Run an example alone, and let every check look at it."""
         _, losses = capture.forward(example, checked_side)
-        is_very_first = not self._rehearsed
         first = FirstExample(
-            capture, self._loop, example, side, position, losses, is_coarse(self._model), is_very_first
+            capture, self._loop, example, side, position, losses, is_coarse(self._model), is_asked_first
         )
         for check in CHECKS:
             check(first)

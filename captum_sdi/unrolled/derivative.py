@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.data.examples import Examples
+from captum_sdi.data.side import Side, identity
 from captum_sdi.data.stream import Stream
 from captum_sdi.features import join
 from captum_sdi.passes import Engine, Point
@@ -40,6 +41,8 @@ class Derivative:
     """Whether the gauge is measured before the first scores."""
     owner: str
     """Whose work it is, as progress bars begin."""
+    test_side: Side
+    """How test examples are run: a model may loop there that did not in training."""
     gauge: Gauge | None = None
     replay_error: float | None = None
 
@@ -87,10 +90,13 @@ class Derivative:
 
     def rehearse(self) -> None:
         """Say what cannot work with the train set before hours are spent."""
+        side = self.updates.loss.side
+        steps_count = identity(side) == identity(self.test_side)
         positions = list(self.updates.run.batches[0])
         raw = self.updates.rows.batch(positions, 0)
-        with self.final_point() as point:
-            point.rehearsal.before_batch(point.capture, raw, self.updates.loss.side, positions)
+        as_tests = Examples(self.train_examples().stream, self.test_side)
+        with self.final_point(as_tests) as point:
+            point.rehearsal.before_batch(point.capture, raw, side, positions, steps_count=steps_count)
 
     def measure_gauge(self, *, show_progress: bool) -> Gauge:
         """Measure the gauge, once."""
@@ -106,14 +112,14 @@ class Derivative:
     # --- seeds, and their way back ---
 
     @contextmanager
-    def final_point(self) -> Iterator[Point]:
-        """Open the model at its present weights, hooked."""
-        with self.engine.points([Checkpoint("final", None)], self.train_examples()) as points:
+    def final_point(self, tests: Examples) -> Iterator[Point]:
+        """Open the model at its present weights, hooked; its loop is what repeats in examples run as tests are."""
+        with self.engine.points([Checkpoint("final", None)], tests) as points:
             yield next(points)
 
     def seeds(self, tests: Examples, *, by_step: bool, aggregate: bool) -> Seeds:
         """Compute the gradients of test losses at the end of training, split by loop step."""
-        with self.final_point() as point:
+        with self.final_point(tests) as point:
             blocks = point.blocks(tests, by_step=by_step)
             features = join((block.features for block in blocks), aggregate=aggregate)
         return Seeds.of(features, self.updates.loss.layout)

@@ -141,6 +141,7 @@ class UnrolledInfluence(DataInfluence):
             loader,
             is_gauged=check,
             owner=self.get_name(),
+            test_side=self._test_side,
         )
 
     # --- before the work ---
