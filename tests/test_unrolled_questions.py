@@ -46,9 +46,7 @@ def trained(
         optimizer.zero_grad()
 
 
-def ran(
-    case: Case = TIED, dtype: torch.dtype = torch.float64, **settings: Any
-) -> tuple[nn.Module, UnrolledInfluence]:
+def ran(case: Case = TIED, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[nn.Module, UnrolledInfluence]:
     model = case.model(dtype)
     start = copy.deepcopy(model.state_dict())
     trained(model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-6))
