@@ -58,7 +58,14 @@ def scored_block(
 ) -> ScoredBlock:
     """Say of a block's scores what they are of, and multiply them by the checkpoint's weight."""
     weighted = scores.times(checkpoint.weight)
-    return ScoredBlock(block.number, block.positions, checkpoint, weighted, n_steps, test_norms)
+    return ScoredBlock(
+        block.number,
+        block.positions,
+        checkpoint,
+        weighted,
+        n_steps,
+        test_norms,
+    )
 
 
 class Source(Protocol):

@@ -282,7 +282,8 @@ def recompute(forward: Callable[..., Any], is_pass: Callable[[], bool], *args: A
             )
         return output
 
-    with set_checkpoint_early_stop(False):  # else the recomputation would end before there is an output to compare
+    # Else the recomputation would end before there is an output to compare.
+    with set_checkpoint_early_stop(enable=False):
         return checkpoint(run, *copied_args, use_reentrant=False, **copied_kwargs)
 
 
@@ -306,9 +307,9 @@ def standing_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     tensor_of = {id(model.get_parameter(name)): tensor for name, tensor in tensors.items()}
     with ExitStack() as stack:
         for module in model.modules():
-            own = dict(module._parameters)
-            stack.callback(module._parameters.update, own)
-            for name, parameter in own.items():
+            own_parameters = dict(module._parameters)
+            stack.callback(module._parameters.update, own_parameters)
+            for name, parameter in own_parameters.items():
                 if id(parameter) in tensor_of:
                     module._parameters[name] = tensor_of[id(parameter)]  # type: ignore[assignment]
         yield
@@ -320,7 +321,7 @@ def observable() -> Iterator[None]:
     # Hooks capture nothing inside compiled code, without any error; the fast path of nn.TransformerEncoderLayer goes
     # round the layers it consists of.
     has_fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(value=False)
     try:
         with torch.inference_mode(mode=False), torch.compiler.set_stance("force_eager"):
             yield

@@ -63,19 +63,25 @@ class Estimate:
     def __str__(self) -> str:
         batch, checkpoint = readable_time(self.batch_seconds), readable_time(self.checkpoint_seconds)
         model, row = readable_size(self.model_bytes), readable_size(self.row_bytes)
-        whose = "the whole process" if self.device == "cpu" else "of the GPU"
+        memory_owner = "the whole process" if self.device == "cpu" else "of the GPU"
         return "\n".join(
             (
                 f"{_count(self.n_examples, 'example')} at {_count(self.n_checkpoints, 'checkpoint')} on {self.device}",
                 f"time    {readable_time(self.seconds):>11}  {batch} a batch, {_count(self.n_batches, 'batch', 'es')}, "
                 f"and {checkpoint} a checkpoint",
-                f"memory  {readable_size(self.peak_bytes):>11}  {whose} at the peak of a batch; the model is {model}",
+                f"memory  {readable_size(self.peak_bytes):>11}  {memory_owner} at the peak of a batch; "
+                f"the model is {model}",
                 f"disk    {readable_size(self.disk_bytes):>11}  {row} an example and checkpoint",
             )
         )
 
 
-def estimate(sdi: SDIInfluence, n_examples: int | None = None, *, longest: int | None = None) -> Estimate:
+def estimate(
+    sdi: SDIInfluence,
+    n_examples: int | None = None,
+    *,
+    longest: int | None = None,
+) -> Estimate:
     """Measure one batch, and multiply: how long will it take, how much memory and how much disk?
 
     After a warm-up, a batch of examples from all over the training set is timed at the first checkpoint. Nothing is
@@ -144,7 +150,9 @@ def readable_time(seconds: float) -> str:
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if minutes < 60:
         return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
+    if hours < 24:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def _two_digits(value: float) -> str:
@@ -208,7 +216,11 @@ def _checked_size(stream: Stream, n_examples: int | None) -> int:
     return n_examples
 
 
-def _batches(sdi: SDIInfluence, stream: Stream, longest: int | None) -> tuple[Any, list[Any]]:
+def _batches(
+    sdi: SDIInfluence,
+    stream: Stream,
+    longest: int | None,
+) -> tuple[Any, list[Any]]:
     """Collate a batch of examples from all over the training set, and, when asked for, one of the longest."""
     loader: Any = sdi.train_dataloader
     n = stream.n_examples

@@ -180,13 +180,13 @@ def check_against_autograd(
     checkpoint: str,
 ) -> None:
     """Check that the steps sum to TracIn: exactly, on a few strings, against plain autograd."""
-    few = Subset(train, range(8))
+    sample = Subset(train, range(8))
     model = copy.deepcopy(model)
     load_checkpoint(model, checkpoint)  # a trained model's gradients are so small that rounding would show
-    sdi = SDIInfluence(model, few, batch_size=8, sketch=Exact())
+    sdi = SDIInfluence(model, sample, batch_size=8, sketch=Exact())
     exact = sdi.step_influence(tests)
     test_gradient = core_gradient(model, tests[0])
-    train_gradients = [core_gradient(model, few[index]) for index in range(8)]
+    train_gradients = [core_gradient(model, sample[index]) for index in range(8)]
     tracin = torch.stack([test_gradient @ train_gradient for train_gradient in train_gradients])
     error = relative_error(exact.trajectories[0].sum(-1), tracin)
     assert error < 1e-4, f"the steps do not sum to TracIn from plain autograd: {error}"
@@ -214,7 +214,11 @@ def relative_error(estimate: Tensor, truth: Tensor) -> Tensor:
     return largest_error / truth.abs().max()
 
 
-def influence_table(result: StepInfluence, train_texts: Sequence[str], test_texts: Sequence[str]) -> list[str]:
+def influence_table(
+    result: StepInfluence,
+    train_texts: Sequence[str],
+    test_texts: Sequence[str],
+) -> list[str]:
     """Return a Markdown table, by line: each test string's top two proponents and opponents."""
     lines = [
         "| test string | role | training string | total | ± | strongest step |",
@@ -252,7 +256,13 @@ def draw_pictures(
             f"The strongest proponents and opponents of `{question}`, by loop step, with two standard errors.",
         ),
         "heatmap.png": (
-            plotting.plot_heatmap(result, 0, k=12, texts=train_texts, title=f"Acting on {question}"),
+            plotting.plot_heatmap(
+                result,
+                0,
+                k=12,
+                texts=train_texts,
+                title=f"Acting on {question}",
+            ),
             "The strongest training strings, sorted by total influence: when does each of them act?",
         ),
         "step_matrix.png": (

@@ -279,7 +279,8 @@ def concatenate(batches: Sequence[StepFeatures]) -> StepFeatures:
         Features of all examples in order.
     """
     first = batches[0]
-    deepest = max(next(iter(batch.rows.values())).shape[1] for batch in batches)
+    first_rows = [next(iter(batch.rows.values())) for batch in batches]
+    deepest = max(row.shape[1] for row in first_rows)
     padded = [batch.map(lambda row: F.pad(row, (0, 0, 0, deepest - row.shape[1]))) for batch in batches]
     rows = {}
     for name in first.rows:

@@ -52,7 +52,8 @@ def as_dataset(data: Any, argument: str) -> Any:
     if isinstance(data, Mapping):
         return rows_of_columns(data, argument)
     if isinstance(data, tuple) and len(data) > 1 and all(isinstance(column, Tensor) for column in data):
-        check_same_length({f"{argument}[{place}]": column for place, column in enumerate(data)})
+        columns = {f"{argument}[{place}]": column for place, column in enumerate(data)}
+        check_same_length(columns)
         return TensorDataset(*data)
     if hasattr(data, "iloc"):
         raise TypeError(f"{argument} is a {type(data).__name__}: pass its rows, {argument}.to_dict('records').")
@@ -76,7 +77,8 @@ def rows_of_columns(columns: Mapping[Any, Any], argument: str) -> list[dict[str,
     if splits:
         name = splits[0]
         raise TypeError(f"{argument} holds several datasets: name one, such as {argument}[{name!r}]; has {splits}.")
-    if not columns or not all(isinstance(value, list | tuple | np.ndarray | Tensor) for value in columns.values()):
+    are_columns = [isinstance(column, list | tuple | np.ndarray | Tensor) for column in columns.values()]
+    if not columns or not all(are_columns):
         raise TypeError(
             f"{argument} is a {type(columns).__name__} of {first_few(list(columns))}, neither a Dataset nor columns, "
             "each with one entry per row. Pass a list of rows, a Dataset or a DataLoader."
@@ -118,7 +120,8 @@ def first_batch(model: nn.Module, batch: Any, n_rows: int) -> Any:
         batch: A batch, or rows, a Dataset or a DataLoader.
         n_rows: How many rows of a Dataset are taken.
     """
-    batches = as_batches(batch, n_rows, Collator(padding_token(model)), "batch")
+    collator = Collator(padding_token(model))
+    batches = as_batches(batch, n_rows, collator, "batch")
     return Stream(batches, "batch").peek()
 
 
@@ -130,7 +133,8 @@ def first_examples(model: nn.Module, batch: Any, at_most: int) -> Iterator[Any]:
         batch: A batch, or rows, a Dataset or a DataLoader.
         at_most: How many examples are read.
     """
-    batches = as_batches(batch, 1, Collator(padding_token(model)), "batch")
+    collator = Collator(padding_token(model))
+    batches = as_batches(batch, 1, collator, "batch")
     return Stream(batches, "batch").peek_examples(at_most)
 
 
@@ -166,7 +170,8 @@ def check_is_no_row(data: Mapping[Any, Any], argument: str) -> None:
     """
     ids = data.get("input_ids")
     is_flat = isinstance(ids, Tensor | np.ndarray) and ids.ndim == 1
-    if is_flat or (isinstance(ids, list | tuple) and len(ids) > 0 and all(map(is_integer, ids))):
+    is_list_of_ids = isinstance(ids, list | tuple) and len(ids) > 0 and all(map(is_integer, ids))
+    if is_flat or is_list_of_ids:
         raise ValueError(f"{argument} is one row of a dataset, not a batch of rows: pass it in a list, [row].")
 
 

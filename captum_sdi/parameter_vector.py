@@ -65,7 +65,8 @@ class ParameterVector:
         """Return a vector's views in the parameters' shapes; gradients flow back into it."""
         # One split for all: a slice for each parameter would cost a whole vector each in the backward pass.
         pieces = vector.split(self.sizes)
-        return {name: piece.view(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        named_shapes = zip(self.shapes.items(), pieces, strict=True)
+        return {name: piece.view(shape) for (name, shape), piece in named_shapes}
 
     def rows(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Lay exact features out as vectors, zero where a parameter is not targeted.

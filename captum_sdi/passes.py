@@ -81,7 +81,14 @@ class Point:
         """
 
         def features_of(raw: Any, positions: Sequence[int]) -> StepFeatures:
-            return self.pieces.features(self.capture, raw, side, positions, by_step=by_step, transform=transform)
+            return self.pieces.features(
+                self.capture,
+                raw,
+                side,
+                positions,
+                by_step=by_step,
+                transform=transform,
+            )
 
         self.rehearsal.before_batch(self.capture, raw, side, positions)
         features = features_of(raw, positions)
@@ -252,7 +259,15 @@ class Engine:
             loaded = checkpoint.loaded(self.model, self._load)
             trainable = frozenset(name for name, each in self.model.named_parameters() if each.requires_grad)
             with prepared.featurizer.installed(checkpoint.name) as capture:
-                yield Point(loaded, self.model, prepared.loop, capture, prepared.rehearsal, self._pieces, trainable)
+                yield Point(
+                    loaded,
+                    self.model,
+                    prepared.loop,
+                    capture,
+                    prepared.rehearsal,
+                    self._pieces,
+                    trainable,
+                )
 
     def _prepare(self, examples: Examples) -> Prepared:
         """Find the loop on the first batch, once, and the targets, anew where the model has others by now."""
@@ -260,7 +275,13 @@ class Engine:
         loop = self.loop or self._found_loop(examples)
         targets = self._checked_targets(loop)
         if self._prepared is None or self._prepared.targets != targets:
-            featurizer = Featurizer(self.model, targets, loop, self.sketch, self.activation_checkpointing)
+            featurizer = Featurizer(
+                self.model,
+                targets,
+                loop,
+                self.sketch,
+                self.activation_checkpointing,
+            )
             self._prepared = Prepared(loop, targets, featurizer, Rehearsal(self.model, loop))
         return self._prepared
 
@@ -276,7 +297,13 @@ class Engine:
         for position, raw in enumerate(examples.stream.peek_examples(N_EXAMPLES)):
             check_length(raw, limit, examples.side.name, [position])
             if n_ids is not None and isinstance(raw, Mapping):
-                check_ids("input_ids", raw.get("input_ids"), n_ids, examples.side.name, [position])
+                check_ids(
+                    "input_ids",
+                    raw.get("input_ids"),
+                    n_ids,
+                    examples.side.name,
+                    [position],
+                )
             yield raw
 
     def _checked_targets(self, loop: LoopSpec) -> list[str]:
@@ -317,8 +344,8 @@ def largest_batch(engine: Engine, examples: Examples) -> int:
         point.rehearsal.before_batch(point.capture, raw, examples.side, range(n_most))
 
         def attempt(size: int) -> int:
-            some = range(size)
-            point.capture(select(raw, some), examples.side, by_step=True, positions=some)
+            positions = range(size)
+            point.capture(select(raw, positions), examples.side, by_step=True, positions=positions)
             return size
 
         return find_executable_batch_size(attempt, starting_batch_size=n_most)()

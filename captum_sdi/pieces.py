@@ -38,8 +38,8 @@ class Pieces:
         n_done = 0
         while n_done < len(positions):
             stop = min(n_done + self._largest, len(positions))
-            is_whole = stop - n_done == len(positions)
-            piece = raw if is_whole else select(raw, range(n_done, stop))
+            takes_batch = stop - n_done == len(positions)
+            piece = raw if takes_batch else select(raw, range(n_done, stop))
             try:
                 own_positions = positions[n_done:stop]
                 pieces.append(

@@ -215,7 +215,7 @@ def reranked(question: Question, ranking: Ranking, n_candidates: int) -> Reranke
     candidates = candidates.sort(dim=1).values
     checkpoint_sums = CheckpointSums()
     winners = winners_by_batch(exact, candidates, pair_values, checkpoint_sums)
-    sums = join_tests([each.result() for each in winners])
+    sums = join_tests([winner.result() for winner in winners])
     values = sums.scores.values
     order, _ = ranking.best(ranking.column_of(values))
     best = gather_pairs(values, order)
@@ -332,9 +332,9 @@ def both_sides(
     if preconditioned.acts_on != "row":
         for number, (positions, raw) in enumerate(examples.batches()):
             side, places = examples.side, positions.tolist()
-            alone = examples.collated_alone
-            train = point.batch(raw, side, places, by_step=by_step, collated_alone=alone)
-            test = preconditioned.batch(raw, side, places, by_step=by_step, collated_alone=alone)
+            collated_alone = examples.collated_alone
+            train = point.batch(raw, side, places, by_step=by_step, collated_alone=collated_alone)
+            test = preconditioned.batch(raw, side, places, by_step=by_step, collated_alone=collated_alone)
             yield Block(number, positions, train), test
         return
     if study.index is None:

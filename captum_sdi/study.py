@@ -59,7 +59,13 @@ class Study:
                 sketches = self.complete_at(point, index, thorough=is_first)
         return sketches
 
-    def complete_at(self, point: Point, index: TrainIndex, *, thorough: bool = False) -> SketchIndex:
+    def complete_at(
+        self,
+        point: Point,
+        index: TrainIndex,
+        *,
+        thorough: bool = False,
+    ) -> SketchIndex:
         """Write what an index lacks at one checkpoint."""
         return index.complete(point, self.train, thorough=thorough, progress=self.progress)
 
@@ -134,7 +140,13 @@ class Question:
         n_batches = None if only is not None else self.study.train.n_batches  # of some examples nobody knows it
         n_blocks = None if n_batches is None else n_batches * len(self.study.checkpoints)
         with self.study.progress.bar(purpose, n_blocks) as bar, self.study.points() as points:
-            blocks = self._live_blocks(points, train or Live(self.study.train), only, contract, by_step=by_step)
+            blocks = self._live_blocks(
+                points,
+                train or Live(self.study.train),
+                only,
+                contract,
+                by_step=by_step,
+            )
             yield counted(blocks, bar)
 
     def _live_blocks(

@@ -42,7 +42,12 @@ class TrainSide:
             return Live(self.examples).blocks(point, only)
         return Indexed(self._completed(self.index, point)).blocks(point, only)
 
-    def fitted_on_rows(self, kind: str, point: Point, compute: Callable[[], Tensors]) -> Tensors:
+    def fitted_on_rows(
+        self,
+        kind: str,
+        point: Point,
+        compute: Callable[[], Tensors],
+    ) -> Tensors:
         """Return what depends on the rows at a checkpoint alone; kept where they are those of an index."""
         if self.index is None:
             return compute()

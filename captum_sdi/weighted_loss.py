@@ -54,7 +54,13 @@ class BatchLoss:
         self.layout = ParameterVector.of(model)
         self._read = BatchReader(model)
 
-    def __call__(self, vector: Tensor, raw: Any, *, hands_labels: bool = False) -> Tensor:
+    def __call__(
+        self,
+        vector: Tensor,
+        raw: Any,
+        *,
+        hands_labels: bool = False,
+    ) -> Tensor:
         """Compute the losses of a batch's examples.
 
         Args:
@@ -70,7 +76,13 @@ class BatchLoss:
             if hands_labels:
                 batch = with_labels(batch)
             output = run_model(self.model, batch, self.layout.named(vector))
-            return example_losses(self.side.loss_fn, output, batch.labels, batch.size, self.side.argument)
+            return example_losses(
+                self.side.loss_fn,
+                output,
+                batch.labels,
+                batch.size,
+                self.side.argument,
+            )
 
     @contextmanager
     def evaluated(self) -> Iterator[Tensor]:

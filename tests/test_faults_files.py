@@ -6,11 +6,8 @@ import html
 import json
 import os
 import random
-import re
 import shutil
-import time
 from collections import namedtuple
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,13 @@ import pytest
 import torch
 from cases import CASES
 from filelock import FileLock
+from hostile import mutated_bytes, mutated_json, survives
 from index_faults import TEST, TRAIN, influence
 from safetensors import safe_open
 from safetensors.torch import save_file
+from shell_project import INDEX, ROWS, SCORE, contents, make_project, run, write_rows
 
 from captum_sdi import SketchIndex, StepInfluence, find_loop
-from captum_sdi.__main__ import main
 from captum_sdi.capture.coverage import Coverage
 from captum_sdi.cli import pictures
 from captum_sdi.cli.recipe import Recipe
@@ -33,29 +31,12 @@ from captum_sdi.data.encoder import Encoder
 from captum_sdi.index import build, lock
 from captum_sdi.index.shards import Shard
 
-ROWS = [{"input_ids": [1 + i % 5, 2, 3 + i % 3], "id": i} for i in range(6)]
-INDEX = "index --model model --train train.jsonl --index idx --dim 16 --quiet"
-SCORE = "score --index idx --query queries.jsonl -k 2 --out out --quiet --pictures 0"
-
-
-def write_rows(path: Path, lines: list[Any]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, two files, an index and results, made once."""
     folder = tmp_path_factory.mktemp("files")
-    CASES[1].make().float().save_pretrained(folder / "model")
-    write_rows(folder / "train.jsonl", ROWS)
-    write_rows(folder / "queries.jsonl", ROWS[:2])
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        assert main(INDEX.split()) == 0
-        assert main(SCORE.split()) == 0
-    finally:
-        os.chdir(before)
+    make_project(folder, SCORE)
     return folder
 
 
@@ -65,14 +46,6 @@ def here(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(project, tmp_path, dirs_exist_ok=True, copy_function=shutil.copy2)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(line: str) -> int:
-    return main(line.split())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # --- files that are not ours ---
@@ -339,58 +312,6 @@ def test_e10_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 # --- hostile files ---
-
-HOSTILE: list[Any] = [None, True, -1, 0, 2**70, 1e308, float("nan"), "", "\x1b[2J", "../..", [], [[]], {}, {"a": []}]
-
-
-def mutated_json(text: str, chance: random.Random) -> str:
-    """A document with one value replaced or removed, or bytes of it changed, or nested without end."""
-    kind = chance.randrange(8)
-    if kind == 0:
-        return text[: chance.randrange(len(text))]
-    if kind == 1:
-        place = chance.randrange(len(text))
-        return text[:place] + chance.choice('{}[]",:0x\0') + text[place + 1 :]
-    if kind == 2:
-        return '{"format": ' + "[" * 10**5
-    content = json.loads(text)
-    places: list[tuple[Any, Any]] = []
-
-    def walk(value: Any) -> None:
-        for key in value if isinstance(value, dict) else range(len(value)):
-            places.append((value, key))
-            if isinstance(value[key], dict | list):
-                walk(value[key])
-
-    walk(content)
-    owner, key = chance.choice(places)
-    if chance.random() < 0.3:
-        del owner[key]
-    else:
-        owner[key] = chance.choice(HOSTILE)
-    return json.dumps(content)
-
-
-def mutated_bytes(data: bytes, chance: random.Random) -> bytes:
-    """A file cut, or with bytes of its header or its data changed."""
-    if chance.random() < 0.2:
-        return data[: chance.randrange(len(data))]
-    changed = bytearray(data)
-    for _ in range(chance.randrange(1, 4)):
-        changed[chance.randrange(min(len(data), 1500))] = chance.randrange(256)
-    return bytes(changed)
-
-
-def survives(read: Callable[[], object]) -> None:
-    """Reads a hostile file: our error or none, in bounded time."""
-    since = time.monotonic()
-    said = "damaged"
-    try:
-        read()
-    except ValueError as error:
-        said = str(error)
-    assert re.search("damaged|not a saved|says|different runs|newer|not finite|written for another", said), said
-    assert time.monotonic() - since < 10
 
 
 def test_e8_hostile_manifests_give_only_our_errors(here: Path, seed: int) -> None:

@@ -182,13 +182,15 @@ def test_long_axes_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> No
 def token_gradients(looped: Looped, model: nn.Module, row: dict[str, Tensor], names: list[str]) -> list[Tensor]:
     """By target ``(2 + t, entries)``, of one example alone."""
     each = []
+    first_names = {name for name, _ in model.named_modules()}  # of a module that has several
+    modules, anchors = ([name for name in loop if name in first_names] for loop in (looped.modules, looped.anchors))
     for column in range(len(row["labels"])):
 
         def loss(model: nn.Module, column: int = column) -> Tensor:
             output = model(**{looped.inputs: row[looped.inputs].unsqueeze(0)}, **_no_cache(model))
             return one_target_loss(output.logits[0], row["labels"], column, looped.causal)
 
-        by_name = aliased_gradients(model, loss, names, looped.modules, looped.anchors)
+        by_name = aliased_gradients(model, loss, names, modules, anchors)
         each.append(torch.cat([by_name[name] for name in names], dim=1))
     return each
 

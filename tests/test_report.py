@@ -195,6 +195,7 @@ def test_a_row_for_each_target_token_names_it(target: Path) -> None:
         ["first", {"target token": "2"}],
         ["second", {"target token": "1", "id": "7"}],
     ]
+    pytest.importorskip("pandas")
     frame = rows.to_pandas(test_texts=["first", "second"])
     assert frame.groupby("test_text")["token"].unique().map(list).to_dict() == {"first": [1, 2], "second": [1]}
     assert rows.with_words(Words(["first", "second"], None)).words.test == ["first", "second"]

@@ -40,6 +40,7 @@ def test_set() -> captum_sdi.data.texts.Texts:
 
 
 def test_a_result_knows_both_sides(sdi: SDIInfluence, test_set: object, tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
     result = sdi.step_influence(test_set, k=2)
     frame = result.to_pandas()
     assert frame["test_text"].tolist() == ["a b c d", "a b c d", "e f", "e f"]
@@ -84,6 +85,7 @@ def test_a_printed_result_shows_the_strongest_and_what_they_say() -> None:
 
 
 def test_loaders_other_tests_and_self_influence(sdi: SDIInfluence, test_set: object) -> None:
+    pytest.importorskip("pandas")
     loaded = sdi.step_influence(DataLoader(test_set, batch_size=1))
     assert loaded.words.test[0] == {"text": "a b c d"}
     assert sdi.step_influence([test_set[0]]).words.test is None
@@ -118,6 +120,7 @@ def test_words_that_are_none_are_no_reason_to_refuse_numbers(note: str, tmp_path
 
 
 def test_arguments_come_before_what_is_known(tmp_path: Path) -> None:
+    pytest.importorskip("pandas")
     result = random_result().with_words(Words(["x", "y", "z"], ["t"] * TRAINS))
     assert set(result.to_pandas()["text"]) == {"t"}
     assert set(result.to_pandas(TEXTS, TEST_TEXTS)["test_text"]) == set(TEST_TEXTS)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed
 from index_faults import ended, forked
 from test_unrolled import TEST
-from test_unrolled_questions import setup
+from test_unrolled_questions import ran
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a warm process")
 
@@ -19,12 +19,12 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     def work(rank: int) -> None:
         rendezvous = f"file://{tmp_path}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-        torch.save(setup()[1].step_influence(TEST).trajectories, tmp_path / f"scores-{rank}.pt")
+        torch.save(ran()[1].step_influence(TEST).trajectories, tmp_path / f"scores-{rank}.pt")
         torch.distributed.destroy_process_group()
 
     processes = [forked(lambda rank=rank: work(rank)) for rank in range(2)]  # type: ignore[misc]
     assert [ended(process) for process in processes] == [0, 0]
-    expected = setup()[1].step_influence(TEST).trajectories
+    expected = ran()[1].step_influence(TEST).trajectories
     for rank in range(2):
         found = torch.load(tmp_path / f"scores-{rank}.pt")
         assert torch.allclose(found, expected, rtol=1e-9)

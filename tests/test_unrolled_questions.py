@@ -46,9 +46,7 @@ def trained(
         optimizer.zero_grad()
 
 
-def setup(
-    case: Case = TIED, dtype: torch.dtype = torch.float64, **settings: Any
-) -> tuple[nn.Module, UnrolledInfluence]:
+def ran(case: Case = TIED, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[nn.Module, UnrolledInfluence]:
     model = case.model(dtype)
     start = copy.deepcopy(model.state_dict())
     trained(model, torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-6))
@@ -71,8 +69,8 @@ def shallowly_trained(**settings: Any) -> tuple[nn.Module, UnrolledInfluence]:
 
 @pytest.mark.parametrize("keep", ["all", "sqrt", 1])
 def test_scores_do_not_depend_on_what_is_kept(keep: Any, tmp_path: Path) -> None:
-    _, unrolled = setup(keep="all")
-    _, other = setup(keep=keep, folder=tmp_path)
+    _, unrolled = ran(keep="all")
+    _, other = ran(keep=keep, folder=tmp_path)
     expected = unrolled.influence(TEST)
     assert torch.equal(other.influence(TEST), expected)
     assert torch.equal(other.influence(TEST), expected)
@@ -81,7 +79,7 @@ def test_scores_do_not_depend_on_what_is_kept(keep: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("n_before", [1, 2, 5])
 def test_a_killed_question_goes_on_where_it_was(n_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = setup(keep="all")[1].influence(TEST)
+    expected = ran(keep="all")[1].influence(TEST)
     n_micro_batches = len(BATCHES)
     counted: list[int] = []
     read = Updates.micro_batches
@@ -92,13 +90,13 @@ def test_a_killed_question_goes_on_where_it_was(n_before: int, tmp_path: Path, m
         counted.append(update)
         return read(self, update)
 
-    _, killed = setup(keep="all", folder=tmp_path)
+    _, killed = ran(keep="all", folder=tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(Updates, "micro_batches", dying)
         with pytest.raises(KeyboardInterrupt):
             killed.influence(TEST)
     counted.clear()
-    _, resumed = setup(keep="all", folder=tmp_path)
+    _, resumed = ran(keep="all", folder=tmp_path)
     monkeypatch.setattr(Updates, "micro_batches", lambda self, update: (counted.append(update), read(self, update))[1])
     assert torch.equal(resumed.influence(TEST), expected)
     forwards = n_micro_batches - max(0, min(n_before, n_micro_batches - 1))
@@ -108,8 +106,8 @@ def test_a_killed_question_goes_on_where_it_was(n_before: int, tmp_path: Path, m
 
 
 def test_states_of_another_run_are_not_taken(tmp_path: Path) -> None:
-    setup(folder=tmp_path)[1].influence(TEST)
-    model, _ = setup()
+    ran(folder=tmp_path)[1].influence(TEST)
+    model, _ = ran()
     other_rows = [{**row, "labels": row["labels"].roll(1)} for row in TRAIN]
     run = TrainingRun(AdamW(betas=(0.9, 0.99), eps=1e-6), RATES, BATCHES)
     other = UnrolledInfluence(model, other_rows, run, TIED.model().state_dict(), folder=tmp_path, check=False)
@@ -119,8 +117,8 @@ def test_states_of_another_run_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_float32_run_of_torch_is_replayed_to_the_bit_nearly() -> None:
-    _, precise = setup()
-    _, single = setup(dtype=torch.float32)
+    _, precise = ran()
+    _, single = ran(dtype=torch.float32)
     assert single.check().replay_error < 1e-5
     expected = precise.influence(TEST)
     assert (single.influence(TEST) - expected).norm() < 1e-3 * expected.norm()
@@ -130,7 +128,7 @@ def test_a_float32_run_of_torch_is_replayed_to_the_bit_nearly() -> None:
 
 
 def test_the_model_comes_back_as_it_was() -> None:
-    model, unrolled = setup()
+    model, unrolled = ran()
     model.train()
     before = copy.deepcopy(model.state_dict())
     objects = [id(parameter) for parameter in model.parameters()]
@@ -143,7 +141,7 @@ def test_the_model_comes_back_as_it_was() -> None:
 
 
 def test_the_top_k_are_the_best_of_all() -> None:
-    _, unrolled = setup()
+    _, unrolled = ran()
     whole = unrolled.step_influence(TEST)
     best = unrolled.step_influence(TEST, k=2)
     assert torch.equal(best.indices, whole.influence_scores.argsort(descending=True)[:, :2])
@@ -187,8 +185,8 @@ def test_a_step_matrix_of_one_update_is_a_product_of_step_gradients() -> None:
 
 
 def test_predicted_losses_add_the_influence_of_what_is_left_out() -> None:
-    model, unrolled = setup()
-    _, loop_alone = setup(layers="loop")
+    model, unrolled = ran()
+    _, loop_alone = ran(layers="loop")
     kept = torch.tensor([[True] * N, [True, False, True, False]])
     raw = Collator()(TEST)
     labels = raw.pop("labels")
@@ -249,7 +247,7 @@ def test_a_gentle_run_is_trusted_and_a_wild_one_is_not() -> None:
 
 
 def test_metasmoothness_is_the_formula_of_two_more_trainings() -> None:
-    _, unrolled = setup()
+    _, unrolled = ran()
     found = unrolled.check().metasmoothness
     change = 0.05 * torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     ends = []
@@ -271,7 +269,7 @@ def test_the_share_of_noise_counts_small_moments_but_none_of_zero() -> None:
 
 
 def test_an_estimate_counts_updates_and_seeds_and_says_when_retraining_is_cheaper() -> None:
-    _, unrolled = setup()
+    _, unrolled = ran()
     cost = unrolled.estimate(n_seeds=8)
     expected = len(BATCHES) * (2 * cost.update_seconds + 8 * cost.seed_seconds)
     assert cost.seconds == pytest.approx(expected)
@@ -310,7 +308,7 @@ def test_tests_that_do_not_loop_are_warned_of(loop: str | None, depths: dict[str
 
 
 def test_a_replay_that_ends_elsewhere_is_refused() -> None:
-    model, _ = setup()
+    model, _ = ran()
     start = TIED.model().state_dict()
     for changes in (
         {"rates": [0.002, 0.003, 0.002]},
@@ -338,7 +336,7 @@ def test_bad_arguments_are_refused_before_any_work() -> None:
         UnrolledInfluence(model, TRAIN, run, start, keep=0)
     with pytest.raises(TypeError, match="run= must be a TrainingRun, got dict"):
         UnrolledInfluence(model, TRAIN, {}, start)  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="holds no weights to start from"):
+    with pytest.raises(FileNotFoundError, match="holds no training run"):
         UnrolledInfluence(model, TRAIN, run, "nowhere")
     with pytest.raises(ValueError, match="no_decay='biass' is in no trainable parameter's name"):
         UnrolledInfluence(model, TRAIN, TrainingRun(AdamW(no_decay=("biass",)), RATES, BATCHES), start)

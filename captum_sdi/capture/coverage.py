@@ -45,7 +45,13 @@ class Coverage:
         header = "parameter"
         width = max(map(len, (header, *self.parameters)))
         lines = [f"{header:<{width}}    captured    expected  difference"]
-        columns = zip(self.parameters, self.captured, self.expected, self.differences, strict=True)
+        columns = zip(
+            self.parameters,
+            self.captured,
+            self.expected,
+            self.differences,
+            strict=True,
+        )
         for name, captured, expected, difference in columns:
             numbers = f"{captured:>10.4g}  {expected:>10.4g}  {difference:>10.1e}"
             lines.append(f"{name:<{width}}  {numbers}")
@@ -115,7 +121,11 @@ def coverage_check(
     return table
 
 
-def captured_gradients(tape: Tape, summed_loss: Callable[[], Tensor], batch_size: int) -> dict[str, Tensor]:
+def captured_gradients(
+    tape: Tape,
+    summed_loss: Callable[[], Tensor],
+    batch_size: int,
+) -> dict[str, Tensor]:
     """Return the sum over examples and uses of what a tape captures, flattened."""
     projections = {}
     sums: dict[str, Tensor] = {}

@@ -86,7 +86,7 @@ class ReportingIdentities(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Return copies of the outputs."""
         ctx.save_for_backward(*saved)
-        ctx.set_materialize_grads(False)  # an output without a gradient has None
+        ctx.set_materialize_grads(value=False)  # an output without a gradient has None
         ctx.report = report
         ctx.owner = owner
         return tuple(output.clone() for output in outputs)

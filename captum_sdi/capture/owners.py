@@ -93,7 +93,11 @@ def find_owners(
     return owners
 
 
-def holders_of(model: nn.Module, targets: Mapping[str, nn.Parameter], names: Collection[str]) -> list[str]:
+def holders_of(
+    model: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    names: Collection[str],
+) -> list[str]:
     """Return the names of all layers that hold targets of these names."""
     holders: list[str] = []
     for layer in _layers(model, targets):
@@ -127,7 +131,14 @@ def _adopters(
     module = model.get_submodule(name)
     if name == WHOLE_PASS or holds_loop(module, loop):
         for layer in layers:
-            yield Owner(layer.name, layer.module, layer.targets, layer.device, layer.holders, "whole pass")
+            yield Owner(
+                layer.name,
+                layer.module,
+                layer.targets,
+                layer.device,
+                layer.holders,
+                "whole pass",
+            )
         return
     targets = {}
     holders: list[str] = []
@@ -137,10 +148,21 @@ def _adopters(
         for own_name, target in layer.targets.items():
             targets[f"{prefix}.{own_name}" if prefix else own_name] = target
         holders.append(holder)
-    yield Owner(canonical_name(name), module, targets, layers[0].device, tuple(holders), "recompute")
+    yield Owner(
+        canonical_name(name),
+        module,
+        targets,
+        layers[0].device,
+        tuple(holders),
+        "recompute",
+    )
 
 
-def _check(model: nn.Module, targets: Mapping[str, nn.Parameter], layers: Sequence[Owner]) -> None:
+def _check(
+    model: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    layers: Sequence[Owner],
+) -> None:
     """Refuse, in one sentence, all layers whose per-example gradients do not exist."""
     refused = []
     names: set[str] = set()
@@ -167,4 +189,10 @@ def _layers(model: nn.Module, targets: Mapping[str, nn.Parameter]) -> Iterator[O
                 owned[local_name] = target_names[id(parameter)]
         if owned:
             first_target = next(iter(owned.values()))
-            yield Owner(canonical_name(name), module, owned, targets[first_target].device, (name,))
+            yield Owner(
+                canonical_name(name),
+                module,
+                owned,
+                targets[first_target].device,
+                (name,),
+            )

@@ -35,7 +35,13 @@ class PassState:
         trims_heap: Whether free memory goes back to the system at every step.
     """
 
-    def __init__(self, clock: LoopClock, device: torch.device, *, trims_heap: bool) -> None:
+    def __init__(
+        self,
+        clock: LoopClock,
+        device: torch.device,
+        *,
+        trims_heap: bool,
+    ) -> None:
         self.clock = clock
         self.dummy = torch.zeros((), device=device, requires_grad=True)
         self.running_rule = RunningRule()

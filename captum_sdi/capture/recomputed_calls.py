@@ -107,8 +107,8 @@ class RecomputedCalls:
                 return False
             if trial.mixes:
                 state.mixing[str(owner)] = None
-            own = {target for name, target in owner.targets.items() if "." not in name}
-            if not own <= trial.read and self._owner.name in self._owner.holders:
+            direct_targets = {target for name, target in owner.targets.items() if "." not in name}
+            if not direct_targets <= trial.read and self._owner.name in self._owner.holders:
                 return False  # a hook of the user's computes from it what the forward reads
             vouched = self._adoption.vouches_for(owner.holders)
             if any(by_example) or not any(map(self._may_be_by_example, tensors)):

@@ -30,7 +30,11 @@ def settled(attempt: Callable[[], Answer]) -> Answer:
             state.restore()
 
 
-def seen_forward(tape: Tape, run: Callable[[], tuple[Any, Tensor]], batch_size: int) -> tuple[Any, Tensor]:
+def seen_forward(
+    tape: Tape,
+    run: Callable[[], tuple[Any, Tensor]],
+    batch_size: int,
+) -> tuple[Any, Tensor]:
     """Attempt a forward pass that sees every target used.
 
     Args:

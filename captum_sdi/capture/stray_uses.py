@@ -34,7 +34,11 @@ def only_stray_uses(owners: Sequence[Owner], targets: Mapping[str, nn.Parameter]
         yield aliases
 
 
-def stray_targets(losses: Tensor, targets: Mapping[str, nn.Parameter], aliases: Aliases) -> list[str]:
+def stray_targets(
+    losses: Tensor,
+    targets: Mapping[str, nn.Parameter],
+    aliases: Aliases,
+) -> list[str]:
     """Return the names of the targets whose stray uses the losses depend on."""
     leaves = leaves_of(losses)
     stray = {name for name, parameter in targets.items() if id(parameter) in leaves}

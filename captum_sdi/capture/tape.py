@@ -155,10 +155,13 @@ class Tape:
             UnsettledError: If that was possible.
             ValueError: If the whole pass did not tell of a layer.
         """
-        by_holder = {one.holder: one for one in unseen}
-        stuck = [one.holder for one in by_holder.values() if not self._adoption.climb(self.model, one)]
+        by_holder = {sighting.holder: sighting for sighting in unseen}
+        stuck = [sighting.holder for sighting in by_holder.values() if not self._adoption.climb(self.model, sighting)]
         if stuck:
-            names = [name for owner in self.owners if set(stuck) & {*owner.holders} for name in owner.targets.values()]
+            names: list[str] = []
+            for owner in self.owners:
+                if set(stuck) & {*owner.holders}:
+                    names += owner.targets.values()
             raise ValueError(refusals.never_called(names, self.layers_without(names)))
         self._find_owners()
         self._watch()
@@ -205,7 +208,12 @@ class Tape:
             self.state.called_without_grad |= self._whole_pass.called_without_grad
         return silent_targets(self.model, self.targets, self.state.called)
 
-    def backward(self, losses: Tensor, consume: Consumer, unit: Unit = "example") -> None:
+    def backward(
+        self,
+        losses: Tensor,
+        consume: Consumer,
+        unit: Unit = "example",
+    ) -> None:
         """Backpropagate the sum of the last forward pass's losses; no ``.grad`` is written.
 
         Args:
@@ -316,7 +324,13 @@ class Tape:
         # The output's shape alone: holding the output would keep it, and through it the graph, alive.
         moment = self._clock.moment_of(module)
         report = partial(self._report, owner, rule, moment, output.shape)
-        return observed(output, self.state.dummy, activation.detach(), report, fresh=rule.fresh_output)
+        return observed(
+            output,
+            self.state.dummy,
+            activation.detach(),
+            report,
+            fresh=rule.fresh_output,
+        )
 
     def _report(
         self,
@@ -355,7 +369,8 @@ class Tape:
 
     def _rule(self, owner: Owner, activation: Tensor, output: Any) -> Rule | None:
         """Return the rule for a layer's call; None where none tells its examples' gradients."""
-        has_axes = isinstance(output, Tensor) and activation.shape[:1] == output.shape[:1] == (self.state.batch_size,)
+        batch_shape = (self.state.batch_size,)
+        has_axes = isinstance(output, Tensor) and activation.shape[:1] == output.shape[:1] == batch_shape
         key = owner.name, self.state.batch_size > 1  # a single example cannot tell whether examples mix
         rule = self._rules.get(key)
         if rule is None and has_axes:

@@ -128,8 +128,8 @@ class WholePass:
             return
         aliases = [use.alias for use in self._uses]
         with torch.enable_grad():
-            each = losses.reshape(-1).unbind()
-        for number, loss in enumerate(each):
+            example_losses = losses.reshape(-1).unbind()
+        for number, loss in enumerate(example_losses):
             gradients = torch.autograd.grad(loss, aliases, retain_graph=True, allow_unused=True)
             sums: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(()))
             for use, gradient in zip(self._uses, gradients, strict=True):

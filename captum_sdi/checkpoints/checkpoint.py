@@ -120,7 +120,8 @@ def checkpoint_names(checkpoints: list[Any]) -> list[str]:
     paths = [name_components(checkpoint, position) for position, checkpoint in enumerate(checkpoints)]
     lengths = [1] * len(paths)  # how many of its last components a name consists of
     while True:
-        names = ["/".join(path[-length:]) for path, length in zip(paths, lengths, strict=True)]
+        endings = zip(paths, lengths, strict=True)
+        names = ["/".join(path[-length:]) for path, length in endings]
         repeats = Counter(names)
         ambiguous = [position for position, name in enumerate(names) if repeats[name] > 1]
         extensible = [position for position in ambiguous if lengths[position] < len(paths[position])]

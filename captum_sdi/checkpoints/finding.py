@@ -116,8 +116,10 @@ def trainer_folders_in(path: str) -> list[str]:
 
 def numbered_folders_in(path: str) -> list[str]:
     """List the folders with weights whose names end in a number, as accelerate's do, in that order."""
-    folders = [entry for entry in Path(path).iterdir() if entry.name[-1].isdecimal() and entry.is_dir()]
-    return AV.sort_files([os.path.join(path, entry.name) for entry in folders if is_checkpoint(entry)])
+    entries = Path(path).iterdir()
+    folders = [entry for entry in entries if entry.name[-1].isdecimal() and entry.is_dir()]
+    numbered = [os.path.join(path, entry.name) for entry in folders if is_checkpoint(entry)]
+    return AV.sort_files(numbered)
 
 
 def warn_of_others_within(folder: Path) -> None:

@@ -40,18 +40,18 @@ def possible_rates(
     """
     if not 0 < n_steps <= _MOST_STEPS or peak <= 0:
         return []
-    found: list[Tensor] = []
+    fitting_rates: list[Tensor] = []
     for decay in _DECAYS:
         warmups = torch.arange(n_steps + 1, dtype=torch.float64)
         for steps, rate in known.items():
-            off = (peak * share_of_peak(steps, warmups, n_steps, decay) - rate).abs()
-            warmups = warmups[off <= _SAME_RATE * peak]
-        found.append(peak * share_of_peak(after, warmups, n_steps, decay))
-    rates = torch.cat(found)
+            deviation = (peak * share_of_peak(steps, warmups, n_steps, decay) - rate).abs()
+            warmups = warmups[deviation <= _SAME_RATE * peak]
+        fitting_rates.append(peak * share_of_peak(after, warmups, n_steps, decay))
+    rates = torch.cat(fitting_rates)
     if not len(rates):
         return []
-    least, greatest = rates.min().item(), rates.max().item()
-    return [least] if greatest - least <= _SAME_RATE * peak else [least, greatest]
+    lowest, highest = rates.min().item(), rates.max().item()
+    return [lowest] if highest - lowest <= _SAME_RATE * peak else [lowest, highest]
 
 
 def share_of_peak(
@@ -62,5 +62,5 @@ def share_of_peak(
 ) -> Tensor:
     """Return the share of the peak rate that a schedule has after some steps, for each length of the warm-up."""
     rising = steps / warmups.clamp(min=1)
-    done = (steps - warmups) / (n_steps - warmups).clamp(min=1)
-    return torch.where(warmups > steps, rising, decay(done.clamp(0, 1)))
+    progress = (steps - warmups) / (n_steps - warmups).clamp(min=1)
+    return torch.where(warmups > steps, rising, decay(progress.clamp(0, 1)))

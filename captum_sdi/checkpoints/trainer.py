@@ -33,9 +33,12 @@ class TrainerState:
 
     def is_of_the_same_run(self, other: TrainerState) -> bool:
         """Say whether two logs, one of which ends earlier, contradict each other."""
-        mine, others = self.logged.items(), other.logged.items()
-        share_a_log = (mine <= others or others <= mine) and bool(mine & others)
-        nothing_differs = (self.n_steps, self.peak) == (other.n_steps, other.peak) and not (mine and others)
+        own_entries = self.logged.items()
+        other_entries = other.logged.items()
+        one_goes_on = own_entries <= other_entries or other_entries <= own_entries
+        share_a_log = one_goes_on and bool(own_entries & other_entries)
+        have_one_schedule = (self.n_steps, self.peak) == (other.n_steps, other.peak)
+        nothing_differs = have_one_schedule and not (own_entries and other_entries)
         return share_a_log or nothing_differs
 
     @property
@@ -43,8 +46,9 @@ class TrainerState:
         """Say whether the log holds the rate used at its last step; None if that or the next step's."""
         if self.step not in self.logged:
             return None
-        is_the_next = self.next_rate is not None and math.isclose(self.logged[self.step], self.next_rate)
-        return None if is_the_next else True
+        rate = self.logged[self.step]
+        is_next_rate = self.next_rate is not None and math.isclose(rate, self.next_rate)
+        return None if is_next_rate else True
 
 
 def trainer_rate(folder: Path) -> float | None:
@@ -52,18 +56,18 @@ def trainer_rate(folder: Path) -> float | None:
     file = folder / "trainer_state.json"
     if not file.is_file():
         return None
-    own = read_state(file)
-    if own.step is None:
+    current = read_state(file)
+    if current.step is None:
         return None
-    if own.logged_its_own_rate:
-        return own.logged[own.step]
-    states = [own, *other_states(folder, own)]
+    if current.logged_its_own_rate:
+        return current.logged[current.step]
+    states = [current, *other_states(folder, current)]
     used = rates_by_step(states, logs_are_late=logs_are_late(states))
-    if own.step in used:
-        return used[own.step]
-    rates = rates_of_schedule(own.step, used, states)
+    if current.step in used:
+        return used[current.step]
+    rates = rates_of_schedule(current.step, used, states)
     if len(rates) != 1:
-        return rate_between(own, used, folder)
+        return rate_between(current, used, folder)
     # The same words for every checkpoint of a run, so that Python shows them once.
     warn_user(
         f"The Trainer in {folder.absolute().parent} logged no learning rate at the steps of some checkpoints: they are "
@@ -79,20 +83,21 @@ def read_state(file: Path) -> TrainerState:
     step = steps_in(content, "global_step", file)
     logged = logged_rates(content, file)
     next_rate, peak = scheduler_rates(file.parent / "scheduler.pt")
-    return TrainerState(step, steps_in(content, "max_steps", file), logged, next_rate, peak)
+    n_steps = steps_in(content, "max_steps", file)
+    return TrainerState(step, n_steps, logged, next_rate, peak)
 
 
 def steps_in(
     content: Mapping[str, Any],
     key: str,
     file: Path,
-    where: str = "",
+    prefix: str = "",
 ) -> int | None:
     """Read a number of steps; None where the file has none."""
     steps = content.get(key)
     if steps is None or (is_integer(steps) and 0 <= steps <= _MOST_STEPS):
         return steps
-    raise damaged(file, f"'{where}{key}'", "a number of steps", steps)
+    raise damaged(file, f"'{prefix}{key}'", "a number of steps", steps)
 
 
 def logged_rates(content: Mapping[str, Any], file: Path) -> dict[int, float]:
@@ -121,16 +126,17 @@ def scheduler_rates(file: Path) -> tuple[float | None, float | None]:
     return next_rate, peak
 
 
-def other_states(folder: Path, own: TrainerState) -> list[TrainerState]:
+def other_states(folder: Path, current: TrainerState) -> list[TrainerState]:
     """Read what the same run's other checkpoints, and the folder they are in, know of it."""
     # A checkpoint's own log ends at its step at the latest, so the next logged rate is never in it.
-    if not TRAINER_FOLDER.fullmatch(folder.absolute().name):
+    folder = folder.absolute()
+    if not TRAINER_FOLDER.fullmatch(folder.name):
         return []
-    run = folder.absolute().parent
+    run = folder.parent
     files = [*run.glob("checkpoint-*/trainer_state.json"), run / "trainer_state.json"]
-    states = [read_state(file) for file in files if file.is_file() and file.parent != folder.absolute()]
+    states = [read_state(file) for file in files if file.is_file() and file.parent != folder]
     # A log that contradicts the checkpoint's own is of another run in the same directory.
-    return [state for state in states if state.is_of_the_same_run(own)]
+    return [state for state in states if state.is_of_the_same_run(current)]
 
 
 def rates_by_step(states: list[TrainerState], *, logs_are_late: bool) -> dict[int, float]:
@@ -140,7 +146,8 @@ def rates_by_step(states: list[TrainerState], *, logs_are_late: bool) -> dict[in
         if state.next_rate is not None and state.step is not None:
             used[state.step + 1] = state.next_rate
     for state in states:
-        used |= {step + int(logs_are_late): rate for step, rate in state.logged.items()}
+        for step, rate in state.logged.items():
+            used[step + int(logs_are_late)] = rate
     return used
 
 
@@ -149,29 +156,41 @@ def logs_are_late(states: list[TrainerState]) -> bool:
     if any(state.logged_its_own_rate and state.next_rate is not None for state in states):
         return False
     for late in (False, True):  # on a plateau a rate is the next one as well, and only the whole schedule can tell
-        if rates_of_schedule(1, rates_by_step(states, logs_are_late=late), states):
+        used = rates_by_step(states, logs_are_late=late)
+        if rates_of_schedule(1, used, states):
             return late
     # A scheduler without base_lrs (ReduceLROnPlateau) moves at evaluations only: the next rate is mostly the same.
     return any(state.step in state.logged and state.peak is not None for state in states)
 
 
-def rates_of_schedule(step: int, used: Mapping[int, float], states: list[TrainerState]) -> list[float]:
+def rates_of_schedule(
+    step: int,
+    used: Mapping[int, float],
+    states: list[TrainerState],
+) -> list[float]:
     """List what a step's rate can have been by the schedules that all known rates follow."""
     peak, n_steps = states[0].peak, states[0].n_steps
     if peak is None or n_steps is None:
         return []
-    return possible_rates(step - 1, {known - 1: rate for known, rate in used.items()}, peak, n_steps)
+    rates = {known - 1: rate for known, rate in used.items()}
+    return possible_rates(step - 1, rates, peak, n_steps)
 
 
-def rate_between(own: TrainerState, used: Mapping[int, float], folder: Path) -> float | None:
+def rate_between(
+    current: TrainerState,
+    used: Mapping[int, float],
+    folder: Path,
+) -> float | None:
     """Interpolate linearly between the nearest known steps; beyond the ends take the nearest."""
-    step = own.step or 0
+    step = current.step or 0
     steps_before = [known for known in used if known < step]
     steps_after = [known for known in used if known > step]
     if steps_before and steps_after:
-        earlier, later = max(steps_before), min(steps_after)
+        earlier = max(steps_before)
+        later = min(steps_after)
         weight = (step - earlier) / (later - earlier)
-        rate = used[earlier] + weight * (used[later] - used[earlier])
+        difference = used[later] - used[earlier]
+        rate = used[earlier] + weight * difference
         explanation = f"{rate:g} is interpolated between those of steps {earlier} and {later}"
     elif steps_before or steps_after:
         nearest = max(steps_before) if steps_before else min(steps_after)

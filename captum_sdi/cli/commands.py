@@ -102,7 +102,9 @@ def score(options: Namespace) -> None:
             drawn = range(len(queries))[: options.pictures]
             files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
-    print_unless_quiet(f"{results.table(options.columns)}\n{options.out}: {', '.join(files)}", options)
+    table = results.table(options.columns)
+    listed = ", ".join(files)
+    print_unless_quiet(f"{table}\n{options.out}: {listed}", options)
 
 
 def plot(options: Namespace) -> None:
@@ -120,7 +122,14 @@ def plot(options: Namespace) -> None:
         raise ValueError(f"--query {absent[0]}: {options.results} holds the queries 0 to {positions[-1]}.")
     listed = listed_files(folder)
     with written_whole(folder, overwrite=options.overwrite, keep=True) as unfinished:
-        files = pictures.draw(results, queries, options.k, unfinished, options.format, options.width)
+        files = pictures.draw(
+            results,
+            queries,
+            options.k,
+            unfinished,
+            options.format,
+            options.width,
+        )
         if TENSORS in listed:
             results.write_tensors(unfinished, [*listed, *files])
     print_unless_quiet(f"{folder}: {', '.join(files)}", options)

@@ -20,6 +20,9 @@ PAGE = "page.html"
 FILES = "files"
 """Under this note, ``scores.safetensors`` lists what was written together with it."""
 
+COMPLETE = ".scores-complete"
+"""The folder, inside that of the results, whose files are whole and on their way to their places."""
+
 PICTURES = re.compile(r"(trajectories-\d+|heatmap-\d+|totals|step-share)\.(png|pdf|svg)")
 
 
@@ -55,6 +58,7 @@ def check_output_folder(
         raise ValueError(f"--out {folder} is a file; name a folder.")
     if not folder.exists():
         return
+    finish_interrupted(folder)
     names = sorted(name for name in os.listdir(folder) if is_result(name))
     if not pictures:
         names = [name for name in names if not PICTURES.fullmatch(name)]
@@ -106,33 +110,59 @@ def written_whole(
         shutil.rmtree(stage, ignore_errors=True)
         raise
     try:
-        move_files(stage, folder, overwrite=overwrite, keep=keep)
+        put_in_place(stage, folder, overwrite=overwrite, keep=keep)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{without_period(error)} The new files are in {stage}.") from error
+        place = stage if stage.exists() else folder / COMPLETE
+        raise ValueError(f"{without_period(error)} The new files are in {place}.") from error
 
 
-def move_files(
+def put_in_place(
     stage: Path,
     folder: Path,
     *,
     overwrite: bool,
     keep: bool,
 ) -> None:
-    """Put what was written in its place."""
+    """Put what was written in its place; from one renaming on, also if this process is killed."""
     if not folder.exists():
         stage.rename(folder)
         return
+    finish_interrupted(folder)
     names = set(os.listdir(stage))
     listed = listed_files(folder)
-    stale = set() if keep else listed - names
     replaced = names & listed if keep else set()
     check_in_the_way(folder, names - replaced, overwrite=overwrite)
-    check_in_the_way(folder, stale | replaced, overwrite=True)
-    for name in sorted(names, key=lambda name: name == TENSORS):  # the list comes last
-        os.replace(stage / name, folder / name)
+    check_in_the_way(folder, replaced | stale_files(stage, folder), overwrite=True)
+    stage.rename(folder / COMPLETE)
+    finish_interrupted(folder)
+
+
+def finish_interrupted(folder: Path) -> None:
+    """Put new results in their places, if they are complete: a process may have been killed while it did so.
+
+    Raises:
+        ValueError: If a link, a folder or a device has come in the way.
+    """
+    complete = folder / COMPLETE
+    if not os.path.lexists(complete):
+        return
+    if complete.is_symlink() or not complete.is_dir():
+        raise ValueError(f"{complete} is not the folder that captum-sdi score makes there for a moment: remove it.")
+    names = {name for name in os.listdir(complete) if is_result(name)}
+    stale = stale_files(complete, folder)
+    check_in_the_way(folder, names | stale, overwrite=True)
+    for name in sorted(names - {TENSORS}):
+        os.replace(complete / name, folder / name)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
-    stage.rmdir()
+    if TENSORS in names:  # the old list is needed to the end
+        os.replace(complete / TENSORS, folder / TENSORS)
+    complete.rmdir()
+
+
+def stale_files(new: Path, folder: Path) -> set[str]:
+    """Return which files of the results in a folder do not belong to the new ones."""
+    return listed_files(folder) - listed_files(new) if (new / TENSORS).exists() else set()
 
 
 def without_period(error: Exception) -> str:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from typing import NamedTuple
 
-from captum_sdi.cli import options
+from captum_sdi.cli import options, score_options
 
 JSONL_HELP = """\
 A jsonl file has one example per line: {"text": "..."}, which the model's tokenizer reads; {"prompt": "...",
@@ -51,7 +51,7 @@ COMMANDS = (
     ),
     Command(
         name="score",
-        add_options=options.add_score_options,
+        add_options=score_options.add_score_options,
         summary="which training examples shaped these answers, and at which loop step",
         description="Finds the training examples that most influenced the loss on each query, and at which loop step. "
         "Writes scores.jsonl (one line per query), scores.csv (one row per pair), scores.npz (arrays), "

@@ -49,10 +49,37 @@ def drawn_axes(
     settings: dict[str, Any] = {"texts": train_texts, "width": width}
     for q in queries:
         title = clip(f"query {q}: {query_texts[q]}", TITLE)
-        yield f"trajectories-{q}", plotting.plot_trajectories(scores, q, k=k, title=title, **settings)
-        yield f"heatmap-{q}", plotting.plot_heatmap(scores, q, k=HEATMAP_EXAMPLES, title=title, **settings)
+        yield (
+            f"trajectories-{q}",
+            plotting.plot_trajectories(
+                scores,
+                q,
+                k=k,
+                title=title,
+                **settings,
+            ),
+        )
+        yield (
+            f"heatmap-{q}",
+            plotting.plot_heatmap(
+                scores,
+                q,
+                k=HEATMAP_EXAMPLES,
+                title=title,
+                **settings,
+            ),
+        )
     first = queries[:TOTALS_QUERIES]
-    yield "totals", plotting.plot_totals(scores, first, k=2, test_texts=query_texts, **settings)
+    yield (
+        "totals",
+        plotting.plot_totals(
+            scores,
+            first,
+            k=2,
+            test_texts=query_texts,
+            **settings,
+        ),
+    )
     n_queries, n_examples = scores.influence_scores.shape
     noun = "query" if n_queries == 1 else "queries"
     title = f"{n_queries} {noun}, top {n_examples} of each"

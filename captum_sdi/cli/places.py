@@ -71,16 +71,16 @@ def hub_host() -> tuple[str, int]:
 
 def is_reachable(host: str, port: int) -> bool:
     """Return whether a connection can be made within `PATIENCE`; a thread, as looking a name up knows no limit."""
-    answers: list[bool] = []
+    connected = threading.Event()
 
     def connect() -> None:
         try:
             socket.create_connection((host, port), PATIENCE).close()
         except OSError:
             return
-        answers.append(True)
+        connected.set()
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    return bool(answers)
+    return connected.is_set()

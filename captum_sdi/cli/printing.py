@@ -23,7 +23,8 @@ def shows_progress(options: Namespace) -> bool:
 
 def print_line(text: object) -> None:
     """Print a command's result to standard output."""
-    sys.stdout.write(f"{encodable(escaped(str(text)), sys.stdout.encoding)}\n")
+    printable = encodable(escaped(str(text)), sys.stdout.encoding)
+    sys.stdout.write(f"{printable}\n")
 
 
 def print_unless_quiet(text: object, options: Namespace) -> None:
@@ -35,7 +36,9 @@ def print_unless_quiet(text: object, options: Namespace) -> None:
 def print_summary(examples: AnyExamples, options: Namespace) -> None:
     """Print what was read to standard error, so that a pipe takes the result alone."""
     if shows_progress(options):
-        sys.stderr.write(f"{encodable(escaped(examples.summary()), sys.stderr.encoding)}\n")
+        summary = escaped(examples.summary())
+        printable = encodable(summary, sys.stderr.encoding)
+        sys.stderr.write(f"{printable}\n")
 
 
 def escaped(text: str) -> str:

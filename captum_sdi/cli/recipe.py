@@ -198,8 +198,8 @@ def absolute_path(path: Any) -> str:
 
 def seen_from_here(path: Path) -> Path:
     """Return an absolute path as messages should name it: from the working folder, where it lies in it."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    working_folder = Path.cwd()
+    return path.relative_to(working_folder) if path.is_relative_to(working_folder) else path
 
 
 def stored_path(folder: Path, path: str) -> Any:

@@ -21,7 +21,10 @@ REAL = Kind("a number", lambda value: type(value) in (int, float) and not abs(va
 
 def pairs_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the training examples of a line, proponents first."""
-    return [pair for role in ROLES for pair in line.get(role, [])]
+    pairs: list[dict[str, Any]] = []
+    for role in ROLES:
+        pairs += line.get(role, [])
+    return pairs
 
 
 def describe_pairs(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS
+from captum_sdi.cli.output import ARRAYS, FILES, LINES, PAGE, SPREADSHEET, TENSORS, finish_interrupted
 from captum_sdi.cli.result_lines import ROLES, describe_pairs, json_line, pairs_of, read_lines
 from captum_sdi.cli.rows import clip
 from captum_sdi.cli.spreadsheet import write_spreadsheet
@@ -72,6 +72,7 @@ class Results:
     @staticmethod
     def read(folder: Path) -> Results:
         """Read what `write` wrote, and check that it is of one run."""
+        finish_interrupted(folder)
         for name in (LINES, TENSORS):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no results of captum-sdi score: there is no {name} in it.")
@@ -103,9 +104,12 @@ class Results:
 
     def agree(self) -> bool:
         """Return whether the lines hold the scores of the tensors, which have more digits."""
-        totals = [[pair["score"] for pair in pairs] for pairs in self.pairs]
+        totals = []
+        for pairs in self.pairs:
+            totals.append([pair["score"] for pair in pairs])
         written = np.array(totals, dtype=np.float64)
-        return np.allclose(written, self.scores.influence_scores.double().numpy(), rtol=1e-5, atol=0, equal_nan=True)
+        computed = self.scores.influence_scores.double().numpy()
+        return np.allclose(written, computed, rtol=1e-5, atol=0, equal_nan=True)
 
     @property
     def pairs(self) -> list[list[dict[str, Any]]]:
@@ -183,8 +187,11 @@ def shown_fields(example: dict[str, Any]) -> dict[str, Any]:
 
 def table_row(pair: dict[str, Any]) -> str:
     """Return a pair's numbers and its training example as a row of the table."""
-    step = 1 + int(np.abs(pair["trajectory"]).argmax())
-    return f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}  #{pair['index']}: {pair['example']['text']}"
+    sizes = np.abs(pair["trajectory"])
+    step = 1 + int(sizes.argmax())
+    numbers = f"{pair['score']:>+12.2e}  {pair['error']:>7.0e}  {step:>4}"
+    text = pair["example"]["text"]
+    return f"{numbers}  #{pair['index']}: {text}"
 
 
 def printable(text: str) -> str:

@@ -56,9 +56,9 @@ def greedy_answer(
         do_sample=False,
         pad_token_id=encoder.tokenizer.pad_token_id or 0,
     )
-    whole = encoder.tokenizer.decode(answer[0], skip_special_tokens=True)
+    full_text = encoder.tokenizer.decode(answer[0], skip_special_tokens=True)
     start = encoder.tokenizer.decode(given[0], skip_special_tokens=True)
-    completion = str(whole).removeprefix(start)
+    completion = str(full_text).removeprefix(start)
     if not completion:
         raise ValueError("the model ends at once after --prompt: give it a --completion.")
     return completion
@@ -71,17 +71,30 @@ class Scored(NamedTuple):
     roles: dict[str, range]
 
 
-def score_queries(sdi: SDIInfluence, queries: AnyExamples, n_train: int, options: Namespace) -> Scored:
+def score_queries(
+    sdi: SDIInfluence,
+    queries: AnyExamples,
+    n_train: int,
+    options: Namespace,
+) -> Scored:
     """Return the scores of the strongest training examples of each query; of both signs, none stands there twice."""
     counts = {"opponents" if options.opponents else "proponents": options.k}
     if options.both:
-        counts = {"proponents": min(options.k, (n_train + 1) // 2), "opponents": min(options.k, n_train // 2)}
+        n_proponents = min(options.k, (n_train + 1) // 2)
+        n_opponents = min(options.k, n_train // 2)
+        counts = {"proponents": n_proponents, "opponents": n_opponents}
     parts, roles, n_columns = [], {}, 0
     for role, count in counts.items():
         if count:
-            part = strongest(sdi, queries, count, options, proponents=role == "proponents")
-            n_found = part.influence_scores.shape[1]
-            parts.append(part)
+            role_scores = strongest(
+                sdi,
+                queries,
+                count,
+                options,
+                proponents=role == "proponents",
+            )
+            n_found = role_scores.influence_scores.shape[1]
+            parts.append(role_scores)
             roles[role] = range(n_columns, n_columns + n_found)
             n_columns += n_found
     return Scored(side_by_side(parts), roles)
@@ -116,7 +129,7 @@ def side_by_side(parts: list[StepInfluence]) -> StepInfluence:
     first = parts[0]
     joined: dict[str, Any] = {}
     for field in dataclasses.fields(first):
-        tensors = [getattr(part, field.name) for part in parts]
+        tensors = [getattr(influence, field.name) for influence in parts]
         if field.name != "n_steps" and all(isinstance(tensor, Tensor) for tensor in tensors):
             joined[field.name] = torch.cat(tensors, dim=1)
     return dataclasses.replace(first, **joined)

@@ -19,7 +19,8 @@ def write_spreadsheet(file: Path, lines: Sequence[dict[str, Any]]) -> None:
     steps = [f"step_{number}" for number in range(1, n_steps + 1)]
     errors = [f"{step}_error" for step in steps]
     with file.open("w", encoding="utf-8", errors="backslashreplace", newline="") as text:
-        writer = csv.DictWriter(text, [*COLUMNS, *steps, *errors, "query_text", "text", "fields"], restval="")
+        columns = [*COLUMNS, *steps, *errors, "query_text", "text", "fields"]
+        writer = csv.DictWriter(text, columns, restval="")
         writer.writeheader()
         for line in lines:
             writer.writerows(rows_of(line))

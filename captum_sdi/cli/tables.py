@@ -39,7 +39,13 @@ class TableRows(Dataset[dict[str, Tensor]]):
         ValueError: If a row cannot be used, there is none, or they are not those of ``digest``.
     """
 
-    def __init__(self, path: Path, rows: Sequence[dict[str, Any]], encoder: Encoder, digest: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rows: Sequence[dict[str, Any]],
+        encoder: Encoder,
+        digest: str | None = None,
+    ) -> None:
         self.path = path
         self.rows = rows
         self.n_tokens = self.n_cut = self.n_without_target = 0
@@ -117,10 +123,11 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
     def __init__(self, parts: Sequence[Examples], digest: str | None = None) -> None:
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
-        joined = "".join(part.digest for part in parts)
-        self.digest = hashlib.blake2b(joined.encode(), digest_size=16).hexdigest()
+        joined = "".join(examples.digest for examples in parts)
+        digest_of_all = hashlib.blake2b(joined.encode(), digest_size=16)
+        self.digest = digest_of_all.hexdigest()
         if digest is not None and digest != self.digest:
-            names = ", ".join(str(part.path) for part in parts)
+            names = ", ".join(str(examples.path) for examples in parts)
             raise ValueError(
                 f"{names} are not the files that were indexed, or one of them has changed since: put them back, say "
                 "where they are now, or build an index of these."
@@ -130,34 +137,36 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
         return self._ends[-1]
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
-        part, place = self._find(position)
-        return part[place]
+        examples, place = self._find(position)
+        return examples[place]
 
     @property
     def longest(self) -> int:
         """Position of the longest example."""
         starts = [0, *self._ends[:-1]]
-        longest = [start + part.longest for start, part in zip(starts, self.parts, strict=True)]
+        files = zip(starts, self.parts, strict=True)
+        longest = [start + examples.longest for start, examples in files]
         return max(longest, key=lambda position: len(self[position]["input_ids"]))
 
     def line(self, position: int) -> int:
         """Return the number of an example's line in its own file."""
-        part, place = self._find(position)
-        return part.line(place)
+        examples, place = self._find(position)
+        return examples.line(place)
 
     def description(self, position: int) -> dict[str, Any]:
         """Return what a result says of an example, and which file it is from."""
-        part, place = self._find(position)
-        return {"file": part.path.name, **part.description(place)}
+        examples, place = self._find(position)
+        description = examples.description(place)
+        return {"file": examples.path.name, **description}
 
     def summary(self) -> str:
         """Return how much each file holds."""
-        return "\n".join(part.summary() for part in self.parts)
+        return "\n".join(examples.summary() for examples in self.parts)
 
     def check_unchanged(self) -> None:
         """Check that every file is still the one that was read."""
-        for part in self.parts:
-            part.check_unchanged()
+        for examples in self.parts:
+            examples.check_unchanged()
 
     def _find(self, position: int) -> tuple[Examples, int]:
         number = bisect.bisect_right(self._ends, position)
@@ -198,12 +207,15 @@ def open_examples(
     own_digest = digest if len(paths) == 1 else None
     parts: list[Examples] = []
     for path in paths:
-        is_table = path.suffix in READERS or is_dataset_folder(path)
-        if is_table or is_plain_text(path) or text_column is not None:
-            rows = named_rows(read_table(path, split), path, text_column)
-            parts.append(TableRows(path, rows, encoder, own_digest))
+        is_table = path.suffix in READERS or is_dataset_folder(path) or is_plain_text(path)
+        if is_table or text_column is not None:
+            table = read_table(path, split)
+            rows = named_rows(table, path, text_column)
+            examples = TableRows(path, rows, encoder, own_digest)
+            parts.append(examples)
         else:
-            parts.append(JsonLines(path, encoder, own_digest, show_progress=show_progress))
+            lines = JsonLines(path, encoder, own_digest, show_progress=show_progress)
+            parts.append(lines)
     return parts[0] if len(parts) == 1 else JoinedRows(parts, digest)
 
 
@@ -221,7 +233,8 @@ def read_table(path: Path, split: str | None) -> list[dict[str, Any]]:
     check_regular(path)
     if is_plain_text(path):
         return read_text_lines(path)
-    return READERS.get(path.suffix, read_json_lines)(path)
+    read_rows = READERS.get(path.suffix, read_json_lines)
+    return read_rows(path)
 
 
 def is_plain_text(path: Path) -> bool:
@@ -247,7 +260,8 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter=delimiter, strict=True))
+            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+            rows = list(reader)
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table: {error}.") from error
     for number, row in enumerate(rows, start=1):
@@ -287,9 +301,11 @@ def read_parquet(path: Path) -> list[dict[str, Any]]:
     except ImportError as error:
         raise ImportError("Parquet files are read by pyarrow: pip install pyarrow.") from error
     try:
-        return parquet.read_table(path).to_pylist()
-    except ArrowException as error:
-        raise ValueError(f"{path} is no Parquet file: {error}.") from error
+        table = parquet.read_table(path)
+        table.validate(full=True)  # Arrow reads where a damaged file tells it to, and ends the process
+        return table.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no Parquet file, or is damaged: {first_line(error)}.") from error
 
 
 def read_dataset(path: Path, split: str | None) -> list[dict[str, Any]]:
@@ -298,14 +314,31 @@ def read_dataset(path: Path, split: str | None) -> list[dict[str, Any]]:
         from datasets import DatasetDict, load_from_disk
     except ImportError as error:
         raise ImportError("Such a folder is read by datasets: pip install datasets.") from error
-    dataset = load_from_disk(str(path))
+    try:
+        dataset = load_from_disk(str(path))
+    except Exception as error:  # a damaged folder raises nearly anything: KeyError, TypeError, ...
+        raise damaged_dataset(path, error) from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise ValueError(f"{path} has the splits {', '.join(dataset)}: say which one with --split.")
         dataset = dataset[split]
     elif split is not None:
         raise ValueError(f"--split {split}: {path} has no splits.")
-    return [dict(row) for row in dataset]
+    try:
+        dataset.data.validate(full=True)  # Arrow reads where a damaged file tells it to, and ends the process
+        return [dict(row) for row in dataset]
+    except Exception as error:
+        raise damaged_dataset(path, error) from error
+
+
+def damaged_dataset(path: Path, error: Exception) -> ValueError:
+    """Return the error of a folder that `datasets` cannot read."""
+    return ValueError(f"{path} cannot be read by datasets, or is damaged: {type(error).__name__}, {first_line(error)}.")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, without a period."""
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 READERS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
@@ -322,7 +355,11 @@ def is_dataset_folder(path: Path) -> bool:
     return path.is_dir() and any((path / name).is_file() for name in DATASET_FILES)
 
 
-def named_rows(rows: list[dict[str, Any]], path: Path, text_column: str | None) -> list[dict[str, Any]]:
+def named_rows(
+    rows: list[dict[str, Any]],
+    path: Path,
+    text_column: str | None,
+) -> list[dict[str, Any]]:
     """Return the rows with the text under its own name."""
     if text_column is None:
         return rows
@@ -348,5 +385,6 @@ def digest_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a digest of rows, whatever file they are from."""
     digest = hashlib.blake2b(digest_size=16)
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        line = json.dumps(row, sort_keys=True, default=str)
+        digest.update(line.encode() + b"\n")
     return digest.hexdigest()

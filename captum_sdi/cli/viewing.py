@@ -5,13 +5,14 @@ from __future__ import annotations
 import webbrowser
 from argparse import Namespace
 
-from captum_sdi.cli.output import PAGE, listed_files, written_whole
+from captum_sdi.cli.output import PAGE, finish_interrupted, listed_files, written_whole
 from captum_sdi.cli.printing import print_line
 
 
 def view(options: Namespace) -> None:
     """Run ``captum-sdi view``: write the page of saved results, if it is not there, and open it."""
     folder = options.results
+    finish_interrupted(folder)
     listed = listed_files(folder)
     if PAGE not in listed or not (folder / PAGE).is_file():
         from captum_sdi.cli.results import Results  # imports torch, which a page that is there need not wait for

@@ -72,10 +72,10 @@ def conversation_tokens(tokenizer: Any, messages: Any) -> Tokens:
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = templated(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        through = templated(tokenizer, messages[: turn + 1])
-        start, end = len(before), len(through)
-        if token_ids[:end] != through or through[:start] != before:
+        tokens_before = templated(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
+        tokens_through = templated(tokenizer, messages[: turn + 1])
+        start, end = len(tokens_before), len(tokens_through)
+        if token_ids[:end] != tokens_through or tokens_through[:start] != tokens_before:
             raise ValueError(
                 f"the chat template writes turn {turn + 1} in another way when it is not the last, so that its tokens "
                 'cannot be told: give "input_ids" and "labels"'
@@ -97,7 +97,12 @@ def check_messages(tokenizer: Any, messages: Any) -> None:
         raise ValueError('there are "messages", but the tokenizer has no chat template')
 
 
-def templated(tokenizer: Any, messages: Sequence[Any], *, add_generation_prompt: bool = False) -> list[int]:
+def templated(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool = False,
+) -> list[int]:
     """Return the tokens of messages as the chat template writes them."""
     encoding = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt

@@ -60,8 +60,10 @@ class Encoder:
         else:
             row, length = self.tokenize(fields)
             self.check_vocabulary(row, source="tokenizer")
-        mask = row.get("attention_mask", [1] * len(row["input_ids"]))
-        unpadded = [token if seen else IGNORED for token, seen in zip(row["input_ids"], mask, strict=True)]
+        token_ids = row["input_ids"]
+        mask = row.get("attention_mask", [1] * len(token_ids))
+        seen_tokens = zip(token_ids, mask, strict=True)
+        unpadded = [token if seen else IGNORED for token, seen in seen_tokens]
         row.setdefault("labels", unpadded)
         return row, length
 
@@ -71,9 +73,11 @@ class Encoder:
         if isinstance(text, str):
             return text
         if "input_ids" not in fields and kind_of(fields) == "messages":
-            return str(self.tokenizer.apply_chat_template(fields["messages"], tokenize=False))
+            conversation = self.tokenizer.apply_chat_template(fields["messages"], tokenize=False)
+            return str(conversation)
         if "input_ids" not in fields:
-            return f"{fields['prompt']}{fields['completion']}"
+            prompt, completion = fields["prompt"], fields["completion"]
+            return f"{prompt}{completion}"
         token_ids = fields["input_ids"]
         if self.tokenizer is None:
             return " ".join(map(str, token_ids))
@@ -101,7 +105,8 @@ class Encoder:
         """Return the tokens of a text, all of which are learned."""
         check_encodable("text", text)
         settings = {"add_special_tokens": self.special_tokens, "verbose": False}
-        token_ids = self.tokenizer(text, **settings)["input_ids"]
+        encoding = self.tokenizer(text, **settings)
+        token_ids = encoding["input_ids"]
         length = len(token_ids)
         if length == 0:
             raise ValueError(f'"text" is {json_excerpt(text)}, which has no token: leave the line out')

@@ -20,13 +20,13 @@ def kind_of(fields: Mapping[str, Any]) -> str:
         >>> kind_of({"prompt": "1+1=", "completion": "2", "id": 7})
         'completion'
     """
-    found = [kind for kind in ("text", "completion", "messages") if kind in fields]
-    if not found:
+    kinds = [kind for kind in ("text", "completion", "messages") if kind in fields]
+    if not kinds:
         content = '"prompt" comes without "completion"' if "prompt" in fields else f"its fields are {sorted(fields)}"
         raise ValueError(f"{WANTED}; {content} {OTHERS}")
-    if len(found) > 1:
-        raise ValueError(f'there are "{found[0]}" and "{found[1]}": which is meant? Leave one of them out')
-    kind = found[0]
+    if len(kinds) > 1:
+        raise ValueError(f'there are "{kinds[0]}" and "{kinds[1]}": which is meant? Leave one of them out')
+    kind = kinds[0]
     if kind == "completion" and "prompt" not in fields:
         raise ValueError(f'{WANTED}; "completion" comes without "prompt" {OTHERS}')
     strings = {"text": ("text",), "completion": ("prompt", "completion"), "messages": ()}

@@ -99,7 +99,7 @@ def _check_workers_keep_order(loader: DataLoader[Any], argument: str) -> None:
             f"{argument} reads an IterableDataset with num_workers={loader.num_workers}: each worker would yield its "
             "own share, or all of it again, in an order of its own. Build the DataLoader with num_workers of 0 or 1."
         )
-    if not getattr(loader, "in_order", True):
+    if hasattr(loader, "in_order") and not loader.in_order:
         raise ValueError(
             f"{argument} has in_order=False, but an example is known by its position. Build the DataLoader with "
             "in_order=True."
@@ -223,24 +223,25 @@ def check_places(
     try:
         with torch.random.fork_rng(devices=[]):
             rows = rows_at(loader.dataset, indices)
-            again = plain_batch(loader.collate_fn(list(map(copy.copy, rows))))
-            alone = [plain_batch(loader.collate_fn([copy.copy(row)])) for row in rows]
+            second_reading = plain_batch(loader.collate_fn(list(map(copy.copy, rows))))
+            single_batches = [plain_batch(loader.collate_fn([copy.copy(row)])) for row in rows]
     except Exception:  # of a dataset that only its workers can read, or a collate function that wants several rows
         return
-    if batch_fingerprint(again) != batch_fingerprint(raw):
+    if batch_fingerprint(second_reading) != batch_fingerprint(raw):
         raise ValueError(
             f"{argument} yields something else when it is read again: the rows of indices {list(indices)[:3]}... "
             "changed. Fix what is random in the dataset or its collate function, such as crops or masks, for example "
             "by storing what they return once."
         )
-    if any(batch_size(row) != 1 for row in alone):
+    if any(batch_size(row) != 1 for row in single_batches):
         return
-    for place, row in enumerate(alone):
-        elsewhere = [other for other in range(len(alone)) if _lies_at(row, raw, other)]
-        if elsewhere and place not in elsewhere:
+    for place, row in enumerate(single_batches):
+        matching_places = [candidate for candidate in range(len(single_batches)) if _lies_at(row, raw, candidate)]
+        if matching_places and place not in matching_places:
             raise ValueError(
                 f"{argument}: the collate function changes the order of rows: row {place} of a batch comes out as row "
-                f"{elsewhere[0]}, but an example is known by its position. Sort the dataset before, not in collate_fn."
+                f"{matching_places[0]}, but an example is known by its position. Sort the dataset before, "
+                "not in collate_fn."
             )
 
 
@@ -259,11 +260,12 @@ def _lies_at(
 ) -> bool:
     """Say whether a row collated alone is in a batch at a place, up to padding on either side."""
     pairs = zip(tensors_in(row), tensors_in(raw), strict=False)
-    return all(own.ndim == 0 or _is_padded(own[0], whole[place]) for own, whole in pairs)
+    return all(single.ndim == 0 or _is_padded(single[0], batched[place]) for single, batched in pairs)
 
 
-def _is_padded(own: Tensor, padded: Tensor) -> bool:
-    if own.ndim == 0:
-        return torch.equal(own, padded)
-    length = len(own)
-    return torch.equal(own, padded[:length]) or torch.equal(own, padded[len(padded) - length :])
+def _is_padded(single: Tensor, padded: Tensor) -> bool:
+    if single.ndim == 0:
+        return torch.equal(single, padded)
+    length = len(single)
+    head, tail = padded[:length], padded[len(padded) - length :]
+    return torch.equal(single, head) or torch.equal(single, tail)

@@ -32,7 +32,12 @@ class Stream:
         ValueError: If the loader shuffles, or leaves something out.
     """
 
-    def __init__(self, loader: Iterable[Any], argument: str, loss_fn: LossFn | None = None) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        argument: str,
+        loss_fn: LossFn | None = None,
+    ) -> None:
         if isinstance(loader, DataLoader):
             check_order(loader, argument)
         self._loader = loader
@@ -58,7 +63,7 @@ class Stream:
             at_most: How many are read.
         """
         first, following = self._open()
-        others: list[Any] = []
+        read_batches: list[Any] = []
         raw: Any = first
         n_seen = 0
         while raw is not None and n_seen < at_most:
@@ -69,8 +74,8 @@ class Stream:
             if n_seen < at_most:
                 raw = next(following, None)
                 if raw is not None:
-                    others.append(raw)
-                self._opened = first, itertools.chain(others, following)
+                    read_batches.append(raw)
+                self._opened = first, itertools.chain(read_batches, following)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Make one pass, and compare it with the first one.
@@ -108,8 +113,8 @@ class Stream:
         """
         fingerprint = batch_fingerprint(raw)
         is_new = number not in self._fingerprints
-        is_beyond = self._n_batches is not None and number >= self._n_batches
-        if is_beyond or self._fingerprints.setdefault(number, fingerprint) != fingerprint:
+        is_past_end = self._n_batches is not None and number >= self._n_batches
+        if is_past_end or self._fingerprints.setdefault(number, fingerprint) != fingerprint:
             raise ValueError(self._changed(f"batch {number} is another one"))
         if is_new and self._n_read_twice < READ_TWICE and is_indexed(self._loader):
             self._n_read_twice += 1

@@ -73,7 +73,13 @@ class OneTarget:
     def __call__(self, output: Any, labels: Mapping[str, Any]) -> Tensor:
         """Compute the loss of each row, ``(n,)``."""
         columns = labels[COLUMN].long()
-        losses = token_losses(self._loss_fn, output, labels[LABELS], len(columns), self._argument)
+        losses = token_losses(
+            self._loss_fn,
+            output,
+            labels[LABELS],
+            len(columns),
+            self._argument,
+        )
         return losses.gather(1, columns.unsqueeze(1)).squeeze(1)
 
 

@@ -47,8 +47,8 @@ class Texts(Dataset[dict[str, Tensor]]):
     def example(self, position: int) -> dict[str, Any]:
         """Return what one example says."""
         fields = as_fields(self.rows[position])
-        others = {name: value for name, value in fields.items() if name not in SOURCES}
-        return {**others, "text": self.encoder.text(fields)}
+        other_fields = {name: value for name, value in fields.items() if name not in SOURCES}
+        return {**other_fields, "text": self.encoder.text(fields)}
 
     def __repr__(self) -> str:
         parts = [f"Texts of {len(self):,} examples"]

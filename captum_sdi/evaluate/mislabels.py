@@ -10,7 +10,11 @@ from captum_sdi.evaluate.correlations import average_ranks
 from captum_sdi.evaluate.intervals import LEVEL, Estimate, check_level
 
 
-def mislabel_auc(self_influence: Numbers, flipped: Numbers, level: float = LEVEL) -> Estimate:
+def mislabel_auc(
+    self_influence: Numbers,
+    flipped: Numbers,
+    level: float = LEVEL,
+) -> Estimate:
     """Estimate how often a mislabelled example has more self-influence than a well labelled one.
 
     This area under the ROC curve is the Mann-Whitney statistic (Hanley & McNeil, Radiology 143, 1982), with equal

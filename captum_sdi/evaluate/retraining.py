@@ -101,9 +101,9 @@ def removal_effects(
     if len(subsets) == 1:
         raise ValueError("removed is empty; pass at least one set of positions.")
     losses = retrained_losses(retrain, torch.stack(subsets), seeds, show_progress=show_progress)
-    with_all = losses[:, :1]
+    complete_losses = losses[:, :1]
     without_removed = losses[:, 1:]
-    return without_removed - with_all
+    return without_removed - complete_losses
 
 
 def leave_one_out(

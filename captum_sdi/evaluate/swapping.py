@@ -120,15 +120,19 @@ class BlockSwapper:
     def _enter(self, module: nn.Module, args: object) -> None:
         self.clock.count_call(module)
         if self.clock.step in self.swapped:
-            for parameter, _, others in self._swaps:
-                parameter.data = others
+            for parameter, _, other_values in self._swaps:
+                parameter.data = other_values
 
     def _leave(self, *_: object) -> None:
-        for parameter, own, _others in self._swaps:
-            parameter.data = own
+        for parameter, own_values, _others in self._swaps:
+            parameter.data = own_values
 
 
-def loop_swaps(model: nn.Module, other: nn.Module | Mapping[str, Tensor], loop: LoopSpec) -> list[Swap]:
+def loop_swaps(
+    model: nn.Module,
+    other: nn.Module | Mapping[str, Tensor],
+    loop: LoopSpec,
+) -> list[Swap]:
     """Pair the loop's parameters with another model's.
 
     Returns:

@@ -141,7 +141,11 @@ def draw_resamples(effects: Tensor, resamples: int, seed: int) -> Resamples:
     return Resamples(tests, _draw_counts(m, resamples, generator))
 
 
-def pooled(scores: Tensor, truth: Tensor, drawn: Resamples) -> tuple[Tensor, Tensor, Resamples]:
+def pooled(
+    scores: Tensor,
+    truth: Tensor,
+    drawn: Resamples,
+) -> tuple[Tensor, Tensor, Resamples]:
     """Return tables ``(q, m, t)`` as ``(q, m t)``, and their draws; an effect's steps stay together."""
     if scores.ndim == 2:
         return scores, truth, drawn
@@ -233,7 +237,8 @@ def estimate_of(
     n: int,
 ) -> Estimate:
     """Return values ``()`` or ``(t,)`` with the interval of their resamples."""
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
+    lower, upper = (1 - level) / 2, (1 + level) / 2
+    tails = torch.tensor([lower, upper], dtype=resampled.dtype)
     low, high = resampled.nanquantile(tails, dim=0)
     return Estimate(values, low, high, n=n)
 

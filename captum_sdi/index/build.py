@@ -132,9 +132,9 @@ class TrainIndex:
         lacks_rows = bool(index.damaged) or not index.is_complete(build.name)
         if any(build.processes.gather(lacks_rows)):
             purpose = f"index training batches at {build.name}"
-            with ExitStack() as alone, explained(index), progress.bar(purpose, train.n_batches) as bar:
+            with ExitStack() as exclusive, explained(index), progress.bar(purpose, train.n_batches) as bar:
                 self._check_space(index, build)
-                self._take_lock(build, alone)
+                self._take_lock(build, exclusive)
                 self._prepare(index, build)
                 compute_missing(index, build, bar)
         elif thorough or self._checked_data is not train.stream:
@@ -170,7 +170,8 @@ class TrainIndex:
             return
         names, n_checkpoints = {build.name}, 1
         if self._held is not None:
-            names, n_checkpoints = set(index.shards) - self._completed, self._n_checkpoints - len(self._completed)
+            names = set(index.shards) - self._completed
+            n_checkpoints = self._n_checkpoints - len(self._completed)
         n_present = sum(min(index.rows_at(name), n_examples) for name in names)
         check_space(index, max(0, n_checkpoints * n_examples - n_present), build.processes)
 
@@ -194,7 +195,15 @@ class TrainIndex:
             What scores them.
         """
         row = next(iter(tests[0].rows.values()))
-        return Search(index, Processes(row.device), checkpoints, tests, row.dtype, self.faiss, unit=unit)
+        return Search(
+            index,
+            Processes(row.device),
+            checkpoints,
+            tests,
+            row.dtype,
+            self.faiss,
+            unit=unit,
+        )
 
     def _compared(self, build: Build) -> SketchIndex:
         """Read the index as it is on disk now, which agrees with the model; a new one where there is none."""
@@ -260,8 +269,14 @@ def compute_missing(
             if absent.any() and turns.take():
                 # All of it, even where only some is absent: in another company rows would round differently.
                 train, numbers = build.train, positions.tolist()
-                alone = train.collated_alone
-                features = build.point.batch(raw, train.side, numbers, by_step=False, collated_alone=alone)
+                collated_alone = train.collated_alone
+                features = build.point.batch(
+                    raw,
+                    train.side,
+                    numbers,
+                    by_step=False,
+                    collated_alone=collated_alone,
+                )
                 rows = index.flat(features)[:, 0].cpu()
                 writer.add(positions[absent], rows[absent], fingerprints[absent])
             bar.update()

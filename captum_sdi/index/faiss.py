@@ -17,6 +17,8 @@ from captum_sdi.whole_file import write_whole
 _TRAINED_ON = 2**16
 """How many rows centroids and codes are learnt from, evenly spread."""
 
+_BYTES_AT_ONCE = 2**24
+
 
 class Nearest(NamedTuple):
     """The rows with the largest inner products with each query."""
@@ -44,7 +46,12 @@ class Faiss:
         ValueError: If ``nprobe`` or ``checked`` is below 1.
     """
 
-    def __init__(self, factory: str = "Flat", nprobe: int | None = None, checked: int = 16) -> None:
+    def __init__(
+        self,
+        factory: str = "Flat",
+        nprobe: int | None = None,
+        checked: int = 16,
+    ) -> None:
         if (nprobe is not None and nprobe < 1) or checked < 1:
             raise ValueError(f"Faiss(nprobe=..., checked=...) must be at least 1, got {nprobe} and {checked}.")
         try:
@@ -110,9 +117,10 @@ class Faiss:
             opened_file, opened = self._opened
             if opened_file == file:
                 return opened
-        if not file.exists():
-            built = self._built(table)
-            write_whole(file, lambda unfinished: self._faiss.write_index(built, str(unfinished)))
+        if not is_intact(file):
+            # By our own write: FAISS's error for a full disk is no OSError.
+            content = memoryview(self._faiss.serialize_index(self._built(table)))
+            write_whole(file, lambda unfinished: write_with_digest(unfinished, content))
         read = self._faiss.read_index(str(file))
         self._opened = file, read
         return read
@@ -127,3 +135,26 @@ class Faiss:
         for rows in table.blocks():
             built.add(rows.numpy())
         return built
+
+
+def write_with_digest(file: Path, content: memoryview) -> None:
+    """Write bytes, and their digest behind them, where FAISS does not read."""
+    with file.open("wb") as opened:
+        opened.write(content)
+        opened.write(hashlib.sha256(content).digest())
+
+
+def is_intact(file: Path) -> bool:
+    """Return whether a file is there and ends with the digest of what is before: FAISS believes any byte of it."""
+    if not file.is_file():
+        return False
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        n_left = file.stat().st_size - digest.digest_size
+        while n_left > 0:
+            piece = opened.read(min(n_left, _BYTES_AT_ONCE))
+            if not piece:  # it shrinks
+                return False
+            digest.update(piece)
+            n_left -= len(piece)
+        return opened.read() == digest.digest()

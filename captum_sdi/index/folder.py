@@ -155,7 +155,8 @@ class SketchIndex:
             "checkpoints",
         ]
         for name, entry in self.manifest.checkpoints.items():
-            lines.append(f"  {name:<20} learning rate {entry[RATE]:g}, {self.rows_at(name):,} examples")
+            n_rows = self.rows_at(name)
+            lines.append(f"  {name:<20} learning rate {entry[RATE]:g}, {n_rows:,} examples")
         lines += [f"damaged       {file}" for file in self.damaged]
         return "\n".join(lines)
 
@@ -171,8 +172,8 @@ class SketchIndex:
             A folder inside the index's, made of what every file system allows in a name.
         """
         readable = re.sub(r"[^A-Za-z0-9._-]", "_", checkpoint)[-64:]
-        digest = hashlib.blake2b(checkpoint.encode(), digest_size=4).hexdigest()
-        return self.path / f"{readable}-{digest}"
+        digest = hashlib.blake2b(checkpoint.encode(), digest_size=4)
+        return self.path / f"{readable}-{digest.hexdigest()}"
 
     def scan(self) -> None:
         """Look at the shards' headers anew.
@@ -212,8 +213,9 @@ class SketchIndex:
 
     def _could_hold(self, shard: Shard) -> bool:
         """Say whether a shard's claims agree with the manifest, before memory is set aside for them."""
-        is_beyond = self.examples is not None and shard.stop > self.examples
-        return not is_beyond and shard.dtype == self.dtype and shard.tensors["rows"].shape[1:] == (self.width,)
+        is_past_end = self.examples is not None and shard.stop > self.examples
+        row_shape = shard.tensors["rows"].shape[1:]
+        return not is_past_end and shard.dtype == self.dtype and row_shape == (self.width,)
 
     def _header(self, file: Path) -> Shard:
         """Read a shard's header; it is kept, and with it the map, while the file stays what it is."""
@@ -297,12 +299,14 @@ class SketchIndex:
             Views of it, ``(n, 1, width)`` per parameter.
         """
         parameters = self.manifest.rows
-        columns = rows.unsqueeze(1).split([parameter.width for parameter in parameters], dim=-1)
+        widths = [parameter.width for parameter in parameters]
+        columns = rows.unsqueeze(1).split(widths, dim=-1)
         named_rows, noise = {}, {}
         for parameter, row in zip(parameters, columns, strict=True):
             named_rows[parameter.name] = row
             noise[parameter.name] = Noise(parameter.variance, parameter.parts)
-        return StepFeatures(named_rows, noise, torch.zeros(len(rows), dtype=torch.long))
+        no_steps = torch.zeros(len(rows), dtype=torch.long)
+        return StepFeatures(named_rows, noise, no_steps)
 
     def flat(self, features: StepFeatures) -> Tensor:
         """Join features to rows, bin by bin: the opposite of `features`.
@@ -315,12 +319,15 @@ class SketchIndex:
         """
         rows = [features.rows[parameter.name] for parameter in self.manifest.rows]
         device = rows[0].device
-        return torch.cat([row.to(device) for row in rows], dim=-1)
+        on_one_device = [row.to(device) for row in rows]
+        return torch.cat(on_one_device, dim=-1)
 
 
 def in_bytes(size: float) -> str:
     """Write a size in MiB, or in KiB where it is less than one."""
-    return f"{size / 2**20:,.1f} MiB" if size >= 2**20 else f"{size / 2**10:,.1f} KiB"
+    if size >= 2**20:
+        return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**10:,.1f} KiB"
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -71,9 +71,10 @@ class Search:
         unit: bool = False,
     ) -> None:
         self._index, self._processes, self._faiss = index, processes, faiss
-        self._table = RowTable(index, [checkpoint.name for checkpoint in checkpoints], dtype, unit=unit)
+        names = [checkpoint.name for checkpoint in checkpoints]
+        self._table = RowTable(index, names, dtype, unit=unit)
         searched = zip(checkpoints, tests, self._table.readers, strict=True)
-        self._checkpoints = [SearchedCheckpoint(*each) for each in searched]
+        self._checkpoints = [SearchedCheckpoint(*fields) for fields in searched]
         first_row = next(iter(tests[0].rows.values()))
         self._dtype, self._device = dtype, first_row.device
 
@@ -142,10 +143,13 @@ class Search:
     ) -> tuple[Tensor, Tensor]:
         """Pick the best of all processes' best; of equal ones the lowest position."""
         gathered = self._processes.gather((positions.cpu(), scores.cpu()))
-        positions = torch.cat([positions for positions, _ in gathered], dim=1).to(self._device)
-        scores = torch.cat([scores for _, scores in gathered], dim=1).to(self._device)
+        all_positions = [positions for positions, _ in gathered]
+        all_scores = [scores for _, scores in gathered]
+        positions = torch.cat(all_positions, dim=1).to(self._device)
+        scores = torch.cat(all_scores, dim=1).to(self._device)
         order = positions.argsort(dim=1)
-        positions, scores = positions.gather(1, order), scores.gather(1, order)
+        positions = positions.gather(1, order)
+        scores = scores.gather(1, order)
         order, scores = ranking.best(scores)
         return positions.gather(1, order), scores
 
@@ -165,7 +169,8 @@ class Search:
         nearest = faiss.nearest(self._table, signed_queries.float().cpu(), k)
         if nearest.scores is not None:
             return nearest.positions, sign * nearest.scores
-        positions = nearest.positions.sort(dim=1).values
+        in_order = nearest.positions.sort(dim=1)
+        positions = in_order.values
         scores = self._rescored(positions, flat_queries)
         order, scores = ranking.best(scores)
         positions = positions.gather(1, order)
@@ -248,7 +253,8 @@ class Search:
         """Contract all test examples with some train examples at each checkpoint, times its weight."""
         for searched in self._checkpoints:
             rows = searched.reader.rows(positions).to(self._device)
-            scores = contract(searched.tests, self._index.features(rows))
+            train_features = self._index.features(rows)
+            scores = contract(searched.tests, train_features)
             yield scores.times(searched.checkpoint.weight)
 
     def _labelled(
@@ -261,7 +267,14 @@ class Search:
         for searched, checkpoint_scores in zip(self._checkpoints, scores, strict=True):
             tests = searched.tests
             norms = tests.norms()[:, 1:]  # behind that of the total
-            yield ScoredBlock(number, positions, searched.checkpoint, checkpoint_scores, tests.n_steps, norms)
+            yield ScoredBlock(
+                number,
+                positions,
+                searched.checkpoint,
+                checkpoint_scores,
+                tests.n_steps,
+                norms,
+            )
 
     def _blocks(self, size_limit: int) -> list[range]:
         """Cut the train set in multiples of a piece, small enough for every process to have one."""

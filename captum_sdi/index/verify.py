@@ -124,8 +124,14 @@ def check_row(
     position = telling_position(index, name)
     stored = Reader(index, name, torch.float64).read(position, position + 1)[0]
     for positions, raw, _ in compared_batches(index, train, only=torch.tensor([position])):
-        numbers, alone = positions.tolist(), train.collated_alone
-        features = point.batch(raw, train.side, numbers, by_step=False, collated_alone=alone)
+        numbers, collated_alone = positions.tolist(), train.collated_alone
+        features = point.batch(
+            raw,
+            train.side,
+            numbers,
+            by_step=False,
+            collated_alone=collated_alone,
+        )
         computed = index.flat(features)[0, 0].cpu().double()
         length = stored.norm().clamp(min=1e-300)
         distance = float((stored - computed).norm() / length)

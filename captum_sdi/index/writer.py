@@ -93,7 +93,14 @@ class ShardWriter:
         stop = stop_collected if stop is None else stop
         n_written = stop - start
         written_rows, written_fingerprints = rows[:n_written], fingerprints[:n_written]
-        Shard.write(self._folder, start, written_rows, written_fingerprints, self._index.dtype, self._owner)
+        Shard.write(
+            self._folder,
+            start,
+            written_rows,
+            written_fingerprints,
+            self._index.dtype,
+            self._owner,
+        )
         self._clear()
         if stop < stop_collected:
             self._start, self._stop = stop, stop_collected

@@ -72,24 +72,25 @@ def loop_of_examples(
     forward_kwargs: ForwardKwargs | None,
 ) -> FoundLoop:
     """Find the loop in the first example that runs several steps, and warn where none does."""
-    found = None
+    loop_table = None
     calls: list[Call] = []
     for example in examples:
         calls = watch_calls(model, example, forward_kwargs)
         loop = find_preset(model, calls) or repeated_modules(model, calls)
         if loop is None:
             continue
-        found = tabulate_loop(model, loop, calls)
-        if found.n_steps > 1:
-            return found
-    if found is None:
+        loop_table = tabulate_loop(model, loop, calls)
+        if loop_table.n_steps > 1:
+            return loop_table
+    if loop_table is None:
         warn_user(_nothing_repeats(model, calls))
         return FoundLoop(WHOLE_MODEL.modules, WHOLE_MODEL.anchors)
     warn_user(
-        f"Nothing repeats: {found!r}, the loop of {type(model).__name__}, runs once. It is taken as one loop step, and "
-        "influence as TracIn. Let the model loop more often, or name another module in loop= if another one repeats."
+        f"Nothing repeats: {loop_table!r}, the loop of {type(model).__name__}, runs once. It is taken as one loop "
+        "step, and influence as TracIn. Let the model loop more often, or name another module in loop= if another one "
+        "repeats."
     )
-    return found
+    return loop_table
 
 
 def _nothing_repeats(model: nn.Module, calls: Sequence[Call]) -> str:

@@ -18,7 +18,9 @@ def only_embeds_or_normalises(module: nn.Module) -> bool:
         >>> only_embeds_or_normalises(nn.Sequential(nn.Embedding(4, 2), nn.LayerNorm(2)))
         True
     """
-    owners = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
+    owners = [
+        submodule for submodule in module.modules() if next(submodule.parameters(recurse=False), None) is not None
+    ]
     return bool(owners) and all(map(is_embedding_or_norm, owners))
 
 

@@ -55,12 +55,14 @@ def repeated_calls(model: nn.Module, calls: Sequence[Call]) -> list[LoopCall]:
             cores.append(call)
     if not cores:
         return []
-    biggest = max(cores, key=lambda call: (call.carries_state, call.size)).block
+    core = max(cores, key=lambda call: (call.carries_state, call.size))
+    biggest = core.block
     blocks = [call.block for call in outermost]
     positions = [position for position, block in enumerate(blocks) if block == biggest]
     start, end = positions[0], positions[-1] + 1
     while_it_repeats = blocks[start:end]
-    of_its_type = [block for block in blocks if type(modules[block]) is type(modules[biggest])]
+    core_type = type(modules[biggest])
+    of_its_type = [block for block in blocks if type(modules[block]) is core_type]
     in_loop = {*while_it_repeats, *of_its_type}
     return [call for call in outermost if call.block in in_loop]
 
@@ -115,7 +117,8 @@ def step_starters(model: nn.Module, loop: list[LoopCall]) -> tuple[list[LoopCall
     are irregular, too, ``l l h l l h``, every call starts one: 6 steps of two modules on one timeline.
     """
     first = loop[0].block
-    if takes_turns([call.block for call in loop]):
+    blocks = [call.block for call in loop]
+    if takes_turns(blocks):
         return loop, [call for call in loop if call.block == first]
     alike = like_the_biggest(model, loop)
     if len(alike) < len(loop):

@@ -72,7 +72,11 @@ class FoundLoop(LoopSpec):
         return "\n".join(lines)
 
 
-def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> FoundLoop:
+def tabulate_loop(
+    model: nn.Module,
+    spec: LoopSpec,
+    calls: Sequence[Call],
+) -> FoundLoop:
     """Add to a loop its table: a row for each outermost module, but for those that contain it."""
     modules = dict(canonical_modules(model))
     clock = LoopClock(model, spec)
@@ -91,8 +95,8 @@ def tabulate_loop(model: nn.Module, spec: LoopSpec, calls: Sequence[Call]) -> Fo
             places[call.name].append(place)
     rows = []
     for name, module_places in places.items():
-        where = summary(module_places)
-        rows.append(Row(name, len(module_places), where))
+        summarized_places = summary(module_places)
+        rows.append(Row(name, len(module_places), summarized_places))
     without_gradient = [step for step in range(clock.n_steps) if not has_gradient[step]]
     return FoundLoop(
         spec.modules,

@@ -38,7 +38,11 @@ def tied_blocks(model: nn.Module) -> dict[str, str]:
     return earlier
 
 
-def called_blocks(modules: Mapping[str, nn.Module], first_owner: str, later_owner: str) -> tuple[str, str] | None:
+def called_blocks(
+    modules: Mapping[str, nn.Module],
+    first_owner: str,
+    later_owner: str,
+) -> tuple[str, str] | None:
     """Return the blocks of one type in which two owners of a parameter stand; None if there are none."""
     pair = diverging_modules(first_owner, later_owner)
     if pair is None:

@@ -32,7 +32,11 @@ class Call:
     """Shape of the first tensor in its output."""
 
 
-def watch_calls(model: nn.Module, batch: Any, forward_kwargs: ForwardKwargs | None) -> list[Call]:
+def watch_calls(
+    model: nn.Module,
+    batch: Any,
+    forward_kwargs: ForwardKwargs | None,
+) -> list[Call]:
     """Run the model once and return every call of a submodule with parameters, in order."""
     calls: list[Call] = []
     running: list[int] = []  # positions of the calls that have not returned

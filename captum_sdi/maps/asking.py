@@ -23,7 +23,13 @@ class AsksForMaps:
     """The part of `SDIInfluence` that splits the influence of chosen pairs."""
 
     @abstractmethod
-    def _question(self, inputs: Any, *, aggregate: bool = False, show_progress: bool = False) -> Question:
+    def _question(
+        self,
+        inputs: Any,
+        *,
+        aggregate: bool = False,
+        show_progress: bool = False,
+    ) -> Question:
         """Put test examples beside a study."""
         ...
 
@@ -55,4 +61,10 @@ class AsksForMaps:
         question = self._question(inputs)
         pairs = arguments.checked_pairs(indices)
         arguments.check_sketch(Exact() if sketch is None else sketch)
-        return influence_map(question, pairs, MapAxes.of(axes), sketch or Exact(), words_by(tokenizer))
+        return influence_map(
+            question,
+            pairs,
+            MapAxes.of(axes),
+            sketch or Exact(),
+            words_by(tokenizer),
+        )

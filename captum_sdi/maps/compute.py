@@ -248,4 +248,4 @@ def labels_along(
 
 def tokens_of(side: RowSide, words: Words) -> dict[int, tuple[str, ...]]:
     """Return the tokens of each example of a side."""
-    return {position: tuple(words(one.ids)) for position, one in side.looks.items()}
+    return {position: tuple(words(look.ids)) for position, look in side.looks.items()}

@@ -69,7 +69,8 @@ class Grid:
         train_features = flat_bins(trains.features)
         is_noisy = any(noise.variance for noise in tests.features.noise.values())
         for number, names in enumerate(groups.values()):
-            scores = pair_scores(tests.features.only(names), train_features.only(names)).times(weight)
+            scores = pair_scores(tests.features.only(names), train_features.only(names))
+            scores = scores.times(weight)
             at = number, place
             self._values = self._put(self._values, blocks(scores.values, tests, trains), pairs, at)
             if is_noisy:
@@ -106,8 +107,10 @@ class Grid:
         cells = grid[..., layer, checkpoint]
         for axis, length in enumerate(block.shape[2:], start=_FIRST_GROWING):
             cells = cells.narrow(axis, 0, length)
-        chosen = block[test_rows.to(block.device), train_rows.to(block.device)]
-        cells.index_put_([index.to(block.device) for index in cell], chosen, accumulate=True)
+        device = block.device
+        chosen = block[test_rows.to(device), train_rows.to(device)]
+        places = tuple(index.to(device) for index in cell)
+        cells.index_put_(places, chosen, accumulate=True)
         return grid
 
 
@@ -121,16 +124,18 @@ def flat_bins(features: StepFeatures) -> StepFeatures:
 def blocks(scores: Tensor, tests: Rows, trains: Rows) -> Tensor:
     """Return scores ``(r * p, r * p * s, b)`` as blocks ``(r, r, p, b, p, s)``, one for each pair of rows."""
     n_tests, n_trains = len(tests.examples), len(trains.examples)
-    by_cell = scores.unflatten(1, (n_trains, trains.n_positions, -1)).unflatten(0, (n_tests, tests.n_positions))
+    by_train = scores.unflatten(1, (n_trains, trains.n_positions, -1))
+    by_cell = by_train.unflatten(0, (n_tests, tests.n_positions))
     return by_cell.permute(0, 2, 1, 5, 3, 4)
 
 
 def with_room(grid: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return a grid whose position and step axes are at least so long."""
     padding: list[int] = []
-    for axis, length in zip(range(_LAST_GROWING, _FIRST_GROWING - 1, -1), reversed(lengths), strict=True):
+    last_first = range(_LAST_GROWING, _FIRST_GROWING - 1, -1)
+    for axis, length in zip(last_first, reversed(lengths), strict=True):
         padding += [0, max(0, length - grid.shape[axis])]
     if not any(padding):
         return grid
-    behind = [0, 0] * (grid.ndim - 1 - _LAST_GROWING)
-    return F.pad(grid, [*behind, *padding])
+    trailing = [0, 0] * (grid.ndim - 1 - _LAST_GROWING)
+    return F.pad(grid, [*trailing, *padding])

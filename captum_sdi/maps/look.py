@@ -64,7 +64,8 @@ def look(
         n_positions = point.capture.tape.n_tokens if axes.position else 1
         n_bins = Bins.count(point.capture.n_steps) if axes.step else 1
         columns, first_position = _columns(losses, raw, len(places))
-        for number, (place, ids) in enumerate(zip(places, token_ids(raw, len(places)), strict=True)):
+        texts = token_ids(raw, len(places))
+        for number, (place, ids) in enumerate(zip(places, texts, strict=True)):
             looks[place] = Look(columns[number], first_position, n_positions, n_bins, ids)
     return looks
 
@@ -87,7 +88,11 @@ def losses_by_token(
     return kept[0]
 
 
-def _columns(losses: Tensor | None, raw: Any, size: int) -> tuple[list[tuple[int, ...]], int]:
+def _columns(
+    losses: Tensor | None,
+    raw: Any,
+    size: int,
+) -> tuple[list[tuple[int, ...]], int]:
     """Return the columns of each example's targets, and the position that the first column belongs to."""
     if losses is None:
         return [(0,)] * size, 0

@@ -90,7 +90,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def _too_large(needs: Needs, usable: int) -> str:
-    sizes = ", ".join(f"{name} {length:,}" for name, length in needs.lengths.items() if length > 1)
+    long_axes = [f"{name} {length:,}" for name, length in needs.lengths.items() if length > 1]
+    sizes = ", ".join(long_axes)
     sentence = (
         f"The map needs {readable_size(needs.map_bytes)} for its numbers ({sizes}) and "
         f"{readable_size(needs.row_bytes)} for one row of gradients of each side; {readable_size(usable)} may be used. "

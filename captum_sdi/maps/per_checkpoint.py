@@ -44,10 +44,13 @@ def checkpoint_map(sums: Mapping[str, Sums], indices: Tensor) -> InfluenceMap:
     Returns:
         A map with the axes "checkpoint" and "step".
     """
-    values = torch.stack(equally_deep([part.scores.values for part in sums.values()]), dim=2)
-    variances = torch.stack(equally_deep([part.scores.variances for part in sums.values()]), dim=2)
+    values = torch.stack(equally_deep([checkpoint_sums.scores.values for checkpoint_sums in sums.values()]), dim=2)
+    variances = torch.stack(
+        equally_deep([checkpoint_sums.scores.variances for checkpoint_sums in sums.values()]), dim=2
+    )
     n_steps = Columns.n_steps(values.shape[-1])
-    columns = torch.tensor([Columns.PRELUDE, *map(Columns.of_step, range(n_steps)), Columns.CODA])
+    step_columns = map(Columns.of_step, range(n_steps))
+    columns = torch.tensor([Columns.PRELUDE, *step_columns, Columns.CODA])
     columns = columns.to(values.device)
     errors = variances.clamp(min=0).sqrt().index_select(-1, columns)
     return InfluenceMap(

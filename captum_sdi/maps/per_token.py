@@ -42,8 +42,8 @@ class TargetExamples(Examples):
     def token_of(self) -> Tensor:
         """The example of each row, and its target's position in the text, ``(q, 2)``."""
         places = []
-        for example, one in self.looks.items():
-            places += [(example, one.first_position + column) for column in one.columns]
+        for example, token_look in self.looks.items():
+            places += [(example, token_look.first_position + column) for column in token_look.columns]
         return torch.tensor(places, dtype=torch.long).reshape(-1, 2)
 
     def batches(self, only: Tensor | None = None) -> Iterator[tuple[Tensor, Any]]:
@@ -114,19 +114,21 @@ def rows_question(question: Question) -> tuple[Question, bool]:
     with first.points() as points:
         point = next(points)
         looks = look(point, question.tests, axes)
-        width = sum(row.shape[-1] for row in point.capture.blank().rows.values())
+        blank_rows = point.capture.blank().rows.values()
+        width = sum(row.shape[-1] for row in blank_rows)
         free_bytes = free_memory(model_device(point.model))
         number_bytes = score_dtype(point.model).itemsize
     tests = TargetExamples(question.tests.stream, one_target_side(question.tests.side), looks)
     n_rows = len(tests.token_of)
     if n_rows == 0:
         raise ValueError("inputs has no target token to ask about: every label is -100.")
-    total_bytes = 2 * n_rows * width * number_bytes * max(1, len(study.checkpoints) if study.index else 1)
+    n_checkpoints = len(study.checkpoints) if study.index else 1
+    total_bytes = 2 * n_rows * width * number_bytes * max(1, n_checkpoints)
     if total_bytes > free_bytes // 2:
         raise ValueError(
             f"The gradients of {n_rows:,} target tokens take {readable_size(total_bytes)}, of which "
             f"{readable_size(free_bytes // 2)} are free. Pass fewer texts at a time, or a sketch of a smaller dim."
         )
-    n_bins = max(one.n_bins for one in looks.values())
+    n_bins = max(token_look.n_bins for token_look in looks.values())
     fits_by_step = (1 + n_bins) * total_bytes <= free_bytes // 2
     return replace(question, tests=tests), fits_by_step

@@ -56,7 +56,12 @@ class RowSide:
     """How a row is run."""
 
     @classmethod
-    def of(cls, examples: Examples, axes: SideAxes, looks: Mapping[int, Look]) -> RowSide:
+    def of(
+        cls,
+        examples: Examples,
+        axes: SideAxes,
+        looks: Mapping[int, Look],
+    ) -> RowSide:
         """Return the side of examples that have been looked at."""
         side = one_target_side(examples.side) if axes.token else examples.side
         return cls(examples, axes, looks, side)
@@ -106,8 +111,14 @@ class RowSide:
             numbers, columns = rows_of(self.looks, positions.tolist())
             for start in range(0, len(numbers), at_once):
                 chosen = slice(start, start + at_once)
-                part = self._part(source, raw, positions, numbers[chosen], columns[chosen])
-                yield part.scaled(scales[numbers[chosen]]) if unit_norm else part
+                batch_rows = self._part(
+                    source,
+                    raw,
+                    positions,
+                    numbers[chosen],
+                    columns[chosen],
+                )
+                yield batch_rows.scaled(scales[numbers[chosen]]) if unit_norm else batch_rows
 
     def _inverse_norms(self, source: RowSource, raw: Any, positions: Tensor) -> Tensor:
         """Return one over the norms of a batch's whole gradients."""
@@ -164,9 +175,9 @@ def rows_of(looks: Mapping[int, Look], positions: Sequence[int]) -> tuple[list[i
 
 def joined(parts: Sequence[Rows]) -> Rows:
     """Join rows that have equally many positions."""
-    features = concatenate([part.features for part in parts])
-    examples = torch.cat([part.examples for part in parts])
-    return Rows(examples, torch.cat([part.places for part in parts]), features)
+    features = concatenate([batch_rows.features for batch_rows in parts])
+    examples = torch.cat([batch_rows.examples for batch_rows in parts])
+    return Rows(examples, torch.cat([batch_rows.places for batch_rows in parts]), features)
 
 
 def held(parts: Iterator[Rows], at_most: int) -> Iterator[list[Rows]]:
@@ -180,12 +191,12 @@ def held(parts: Iterator[Rows], at_most: int) -> Iterator[list[Rows]]:
         Groups of rows.
     """
     group: list[Rows] = []
-    for part in parts:
+    for batch_rows in parts:
         n_held = sum(len(rows.examples) for rows in group)
-        if group and n_held + len(part.examples) > at_most:
+        if group and n_held + len(batch_rows.examples) > at_most:
             yield _by_positions(group)
             group = []
-        group.append(part)
+        group.append(batch_rows)
     if group:
         yield _by_positions(group)
 

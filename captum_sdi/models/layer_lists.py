@@ -49,7 +49,8 @@ def find_saved_layers(model: nn.Module, saved_name: str) -> str:
     names = [*layer_lists(model)]
     if saved_name in names:
         return saved_name
-    matching = [name for name in names if name.endswith(f".{saved_name}") or saved_name.endswith(f".{name}")]
+    longer = [name for name in names if name.endswith(f".{saved_name}")]
+    matching = longer + [name for name in names if saved_name.endswith(f".{name}")]
     if len(matching) != 1:
         raise ValueError(
             f"the config says that the layers {saved_name!r} are looped, and {type(model).__name__} has the lists "

@@ -148,7 +148,12 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
             "n_loops": kwargs.get("n_loops"),
         }
 
-    def _initial_state(self, initial_state: Tensor | None, inputs: Tensor, position_ids: Tensor) -> Tensor:
+    def _initial_state(
+        self,
+        initial_state: Tensor | None,
+        inputs: Tensor,
+        position_ids: Tensor,
+    ) -> Tensor:
         if initial_state is None:
             return self._default_state(inputs, position_ids)
         check_initial_state(initial_state, inputs)
@@ -181,7 +186,11 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
 
-def token_positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+def token_positions(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
     """Return positions (n, p), never (1, p): `wpe` must keep the example axis."""
     if position_ids is not None:
         return position_ids.expand_as(input_ids)

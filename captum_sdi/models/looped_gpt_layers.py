@@ -46,7 +46,13 @@ class Attention(nn.Module):
         projections = self.qkv(hidden).chunk(3, dim=-1)
         query, key, value = map(self.split_heads, projections)  # (n, h, p, e / h)
         is_causal = self.is_causal and mask is None
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=is_causal,
+        )
         merged = mixed.transpose(1, 2).flatten(2)  # (n, p, e)
         return self.proj(merged)
 

@@ -44,15 +44,12 @@ def loop_layers(
     model, which is another one without its loop.
 
     Training-Free Looped Transformers takes as many sub-steps of an Euler scheme as there are repetitions, which is
-    ``damping=1 / n_loops`` here; it is not adapted when `n_loops` changes. The authors' code then averages the result
-    with that of a single pass, as a Runge-Kutta scheme does with its stages: ``anchor=0.5``. Plain repetition,
-    ``damping=1.0``, is what a model trained with a loop does, and usually harms one that was not. One undamped
-    repetition is the untouched model, whatever the anchor.
+    ``damping=1 / n_loops``; it is not adapted when `n_loops` changes. The authors' code averages the result with that
+    of a single pass: ``anchor=0.5``. Plain repetition, ``damping=1.0``, usually harms a model trained without a loop.
 
-    There is no key-value cache: the repetitions would append to the same entry of it. A forward pass has
-    ``use_cache=False`` unless it is told otherwise, and raises ValueError where it is handed a cache, so pass
-    ``use_cache=False`` to ``generate``. With one undamped repetition the model is the untouched one, and may have a
-    cache. With ``output_hidden_states`` each repetition of a layer may count as a layer.
+    There is no key-value cache: the repetitions would append to the same entry. A forward pass has ``use_cache=False``
+    unless told otherwise, and refuses a cache: pass ``use_cache=False`` to ``generate``. One undamped repetition is the
+    untouched model, and may have one. With ``output_hidden_states`` each repetition of a layer may count as a layer.
 
     Args:
         model: The model, frozen or not, with a head or without one.
@@ -83,18 +80,37 @@ def loop_layers(
         >>> before = model(tokens).logits
         >>> with loop_layers(model, 1, 3, n_loops=4, damping=0.25):
         ...     looped = model(tokens).logits
-        ...     half_as_deep = model(tokens, n_loops=2).logits
         >>> torch.equal(model(tokens).logits, before), torch.equal(looped, before)
         (True, False)
     """
     check_loopable(model)
-    if start is None and stop is None and n_loops is None:
-        check_no_changes(damping=(damping, 1.0), mode=(mode, "block"), anchor=(anchor, 0.0))
-        check_no_changes(remainder=(remainder, "state"), layers=(layers, None))
-        list_name, plan = plan_of_config(model)
-    else:
-        plan = LoopPlan(start, stop, n_loops, damping, mode, anchor, remainder)  # type: ignore[arg-type]
-        list_name = find_layers(model, layers)
+    plan = LoopPlan(start, stop, n_loops, damping, mode, anchor, remainder)  # type: ignore[arg-type]
+    list_name, plan = chosen_loop(model, plan, layers)
+    return install_loop(model, list_name, plan)
+
+
+def chosen_loop(model: nn.Module, plan: LoopPlan, layers: str | None) -> tuple[str, LoopPlan]:
+    """Return the list of layers to loop and the plan that was passed, or those of the model's config where none was.
+
+    Raises:
+        ValueError: If the layers are not found, or the config is to say how they are looped and does not.
+    """
+    numbers: tuple[Any, ...] = (plan.start, plan.stop, plan.n_loops)
+    if all(number is None for number in numbers):
+        check_says_nothing(plan, layers)
+        return plan_of_config(model)
+    return find_layers(model, layers), plan
+
+
+def install_loop(model: nn.Module, list_name: str, plan: LoopPlan) -> LoopedModel:
+    """Change the class of a model, and that of the owner of its layers, to one that loops them as planned.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the plan does not fit the layers.
+    """
     n_layers = len(model.get_submodule(list_name))  # type: ignore[arg-type]
     check_plan(plan, list_name, n_layers)
     owner, path = find_owner(model, list_name)
@@ -123,6 +139,12 @@ def plan_of_config(model: nn.Module) -> tuple[str, LoopPlan]:
         )
     saved_name, plan = read_record(record)
     return find_saved_layers(model, saved_name), plan
+
+
+def check_says_nothing(plan: LoopPlan, layers: str | None) -> None:
+    """Raise ValueError if something is asked for, although the config is to say everything."""
+    check_no_changes(damping=(plan.damping, 1.0), mode=(plan.mode, "block"), anchor=(plan.anchor, 0.0))
+    check_no_changes(remainder=(plan.remainder, "state"), layers=(layers, None))
 
 
 def check_no_changes(**arguments: tuple[Any, Any]) -> None:

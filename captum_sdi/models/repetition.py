@@ -72,9 +72,9 @@ def replace_layers(module: nn.Module, settings: LoopSettings) -> Iterator[None]:
         del vars(holder)[name]
     if not all(repetition.finished for repetition in repetitions):
         model_class = type(module).__name__
-        last = settings.plan.stop - 1
+        last_layer = settings.plan.stop - 1
         raise RuntimeError(
-            f"{model_class} did not call the layers {settings.plan.start} to {last} through self.{path}: "
+            f"{model_class} did not call the layers {settings.plan.start} to {last_layer} through self.{path}: "
             "nothing was looped. loop_layers cannot loop this model; call unloop()."
         )
 
@@ -127,7 +127,12 @@ class Repetition:
         """Return a stand-in for each layer."""
         return [StandIn(self, position) for position in range(len(self.layers))]
 
-    def call_layer(self, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_layer(
+        self,
+        position: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """Call the looped layer at `position`, counted from 0; after the last one, repeat them all."""
         layer = self._start + position
         if len(self._calls) != position:

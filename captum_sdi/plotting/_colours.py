@@ -66,7 +66,14 @@ def _draw_colour_bar(
     height = height_in_points(ax)
     aspect = max(5.0, height / 6)
     fraction = min(0.3, 12 / width_in_points(ax))  # leaves room, or the bar would be shorter than the picture
-    colour_bar = ax.figure.colorbar(image, ax=ax, fraction=fraction, aspect=aspect, pad=0.03, extend=extend)
+    colour_bar = ax.figure.colorbar(
+        image,
+        ax=ax,
+        fraction=fraction,
+        aspect=aspect,
+        pad=0.03,
+        extend=extend,
+    )
     small_print(colour_bar.ax)
     label = scale_ticks(colour_bar.ax.yaxis, bound, "influence\n(drop in test loss)")
     one_line = label.replace("\n", " ")

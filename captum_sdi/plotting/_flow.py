@@ -121,7 +121,7 @@ def family_with(characters: str) -> str | None:
 def _many_scripts() -> Iterable[font_manager.FontEntry]:
     """Return the installed fonts that may have many scripts."""
     entries = font_manager.fontManager.ttflist
-    return [entry for entry in entries if any(part in entry.name.lower() for part in _LIKELY)]
+    return [entry for entry in entries if any(fragment in entry.name.lower() for fragment in _LIKELY)]
 
 
 def n_lines(words: Sequence[Word]) -> int:

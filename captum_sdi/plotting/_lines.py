@@ -109,7 +109,14 @@ def draw_band(
     """Draw a band over steps, with edges this wide where several overlap; nothing where scores are exact."""
     if (upper > lower).any():
         edges = to_rgba(colour, 0.6)
-        ax.fill_between(steps, lower, upper, facecolor=to_rgba(colour, alpha), edgecolor=edges, linewidth=edge)
+        ax.fill_between(
+            steps,
+            lower,
+            upper,
+            facecolor=to_rgba(colour, alpha),
+            edgecolor=edges,
+            linewidth=edge,
+        )
 
 
 def finish_lines(ax: Axes, n_steps: int, label: str) -> None:

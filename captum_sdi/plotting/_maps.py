@@ -56,12 +56,12 @@ def values_along(
         train: The place of the train example among the test example's, from 0; None: their sum.
     """
     q, k = split.indices.shape
-    own = split.values[check_position("test", test, q)]
-    own = own.sum(0) if train is None else own[check_position("train", train, k)]
+    pair_values = split.values[check_position("test", test, q)]
+    pair_values = pair_values.sum(0) if train is None else pair_values[check_position("train", train, k)]
     places = [split.axes.index(axis) for axis in axes]
-    others = [place for place in range(own.ndim) if place not in places]
-    kept = [place for place in range(own.ndim) if place in places]
-    summed = own.sum(others) if others else own
+    summed_places = [place for place in range(pair_values.ndim) if place not in places]
+    kept = [place for place in range(pair_values.ndim) if place in places]
+    summed = pair_values.sum(summed_places) if summed_places else pair_values
     return finite_array("map.values", summed.permute([kept.index(place) for place in places]))
 
 
@@ -82,7 +82,12 @@ def names_along(
     return [str(label) for label in labels]
 
 
-def without_empty_ends(split: InfluenceMap, axis: str, values: Array, names: list[str]) -> tuple[Array, list[str]]:
+def without_empty_ends(
+    split: InfluenceMap,
+    axis: str,
+    values: Array,
+    names: list[str],
+) -> tuple[Array, list[str]]:
     """Leave out a prelude and a coda in which nothing happened; ``values`` have the axis first."""
     if axis not in ("step", "train_step"):
         return values, names

@@ -84,7 +84,12 @@ class Scores:
         return scores.select(np.array(wanted_columns))
 
 
-def read_scores(result: Result, texts: Sequence[str] | None = None, *, self_influence: bool = False) -> Scores:
+def read_scores(
+    result: Result,
+    texts: Sequence[str] | None = None,
+    *,
+    self_influence: bool = False,
+) -> Scores:
     """Return a result as checked arrays; plain trajectories have no errors, prelude or coda."""
     trajectories = _read_trajectories(result, self_influence=self_influence)
     *pairs, depth = trajectories.shape

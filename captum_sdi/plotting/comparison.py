@@ -98,7 +98,13 @@ def _draw_exact(ax: Axes, pair: Scores) -> Artist:
     n_steps = int(pair.n_steps)
     steps = np.arange(1.0, n_steps + 1)
     values = pair.trajectories[:n_steps]
-    return ax.hlines(values, steps - _HALF_WIDTH, steps + _HALF_WIDTH, color=NEUTRAL, linewidth=1.2)
+    return ax.hlines(
+        values,
+        steps - _HALF_WIDTH,
+        steps + _HALF_WIDTH,
+        color=NEUTRAL,
+        linewidth=1.2,
+    )
 
 
 def _draw_sketched(

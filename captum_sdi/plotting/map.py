@@ -72,7 +72,8 @@ def plot_map(
     columns, names = without_empty_ends(split, x, values.T, names_along(split, x, test, train))
     values = columns.T
     n_rows = len(rows)
-    ax = column_axes(ax, max(2.1, 0.9 + 0.135 * n_rows) if n_rows <= 40 else 4.0, width)
+    height = max(2.1, 0.9 + 0.135 * n_rows) if n_rows <= 40 else 4.0
+    ax = column_axes(ax, height, width)
     room = label_room(ax)
     draw_cells(ax, values, limit)
     _label_columns(ax, names)

@@ -61,37 +61,30 @@ def plot_step_share(
     """
     shares = _shares(read_scores(result))
     norm_shares = _norm_shares(result, shares)
-    members = tests if isinstance(tests, Mapping) else {"": tests}
-    if not members:
-        raise ValueError("tests is an empty mapping. Pass at least one group, name: positions, or None for all.")
+    members = _members(tests)
     groups = {name: _select_tests(shares, positions) for name, positions in members.items()}
     drawn = np.concatenate(list(groups.values()))
     n_steps = shares.shape[1] - 2
     gap = max(1.0, 0.15 * n_steps)  # the words must not touch the numbers
-    prelude = _OuterBin("prelude", column=0, place=1 - gap)
-    coda = _OuterBin("coda", column=n_steps + 1, place=n_steps + gap)
-    outer_bins = [outer for outer in (prelude, coda) if drawn[:, outer.column].any()]
+    outer_bins = _outer_bins(drawn, gap)
 
     named = isinstance(tests, Mapping)
     n_entries = len(groups) * named + (norm_shares is not None)
     height = legend_height([n_entries], stacked=True)
     ax = column_axes(ax, 2.1 + height, width)
+    lines = _draw_groups(ax, groups, outer_bins, gap)
     block = LegendBlock()
-    middle = (len(groups) - 1) / 2
-    for rank, (name, group) in enumerate(groups.items()):
-        offset = 0.15 * gap * (rank - middle)
-        line = _draw_share(ax, group, rank, outer_bins, offset)
-        if named:
+    if named:
+        for line, (name, group) in zip(lines, groups.items(), strict=True):
             block.add(line, count_entry(ax, name, len(group)))
     if norm_shares is not None:
-        chosen = np.concatenate([_select_tests(shares, positions, norm_shares) for positions in members.values()])
+        chosen_groups = [_select_tests(shares, positions, norm_shares) for positions in members.values()]
+        chosen = np.concatenate(chosen_groups)
         line = _draw_norms(ax, chosen, outer_bins)
         block.add(line, "share of the test gradient's norm")
     padding = 0.5 * gap if outer_bins else step_padding(n_steps)
     _finish_axes(ax, n_steps, outer_bins, padding)
-    n_tests = len(drawn)
-    examples = "test example" if n_tests == 1 else "test examples"
-    set_title(ax, title, "" if named else f"{n_tests} {examples}")
+    set_title(ax, title, "" if named else _count_tests(drawn))
     if n_entries:
         draw_legend(ax, [block], stacked=True)
     return ax
@@ -104,6 +97,23 @@ class _OuterBin:
     name: str
     column: int
     place: float
+
+
+def _members(tests: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int] | None]:
+    """Return the positions of each group's test examples, None for all of them; of one group the name is empty."""
+    if not isinstance(tests, Mapping):
+        return {"": tests}
+    if not tests:
+        raise ValueError("tests is an empty mapping. Pass at least one group, name: positions, or None for all.")
+    return tests
+
+
+def _outer_bins(drawn: Array, gap: float) -> list[_OuterBin]:
+    """Return the prelude and the coda where they are not zero, a gap before the first step and behind the last."""
+    n_steps = drawn.shape[1] - 2
+    prelude = _OuterBin("prelude", column=0, place=1 - gap)
+    coda = _OuterBin("coda", column=n_steps + 1, place=n_steps + gap)
+    return [outer for outer in (prelude, coda) if drawn[:, outer.column].any()]
 
 
 def _shares(scores: Scores) -> Array:
@@ -147,6 +157,22 @@ def _select_tests(
     return rows[positions[has_influence]]
 
 
+def _draw_groups(
+    ax: Axes,
+    groups: Mapping[str, Array],
+    outer_bins: Sequence[_OuterBin],
+    gap: float,
+) -> list[Line2D]:
+    """Draw a line for each group; their outer bins stand side by side."""
+    middle = (len(groups) - 1) / 2
+    lines = []
+    for rank, group in enumerate(groups.values()):
+        offset = 0.15 * gap * (rank - middle)
+        line = _draw_share(ax, group, rank, outer_bins, offset)
+        lines.append(line)
+    return lines
+
+
 def _draw_share(
     ax: Axes,
     shares: Array,
@@ -171,14 +197,35 @@ def _draw_share(
     return line
 
 
+def _count_tests(drawn: Array) -> str:
+    n_tests = len(drawn)
+    return f"{n_tests} test example" if n_tests == 1 else f"{n_tests} test examples"
+
+
 def _draw_norms(ax: Axes, shares: Array, outer_bins: Sequence[_OuterBin]) -> Line2D:
     """Draw the mean share of the test gradients' norms behind all other lines."""
     mean = shares.mean(0) if len(shares) else np.zeros(shares.shape[1])
     steps = np.arange(1.0, len(mean) - 1)
     marker = "_" if len(steps) == 1 else ""
-    (line,) = ax.plot(steps, mean[1:-1], color=NORMS, linewidth=2.5, marker=marker, markersize=12, zorder=1)
+    (line,) = ax.plot(
+        steps,
+        mean[1:-1],
+        color=NORMS,
+        linewidth=2.5,
+        marker=marker,
+        markersize=12,
+        zorder=1,
+    )
     for outer in outer_bins:
-        ax.plot(outer.place, mean[outer.column], color=NORMS, marker="_", markersize=12, markeredgewidth=2.5, zorder=1)
+        ax.plot(
+            outer.place,
+            mean[outer.column],
+            color=NORMS,
+            marker="_",
+            markersize=12,
+            markeredgewidth=2.5,
+            zorder=1,
+        )
     return line
 
 
@@ -196,9 +243,9 @@ def _finish_axes(
         labels = [label.get_text() for label in ax.get_xticklabels()]
         labels += [outer.name for outer in outer_bins]
         ax.set_xticks([*ax.get_xticks(), *places], labels)
-    first = min([1.0, *places])
-    last = max([n_steps, *places])
-    ax.set_xlim(first - padding, last + padding)
+    first_place = min([1.0, *places])
+    last_place = max([n_steps, *places])
+    ax.set_xlim(first_place - padding, last_place + padding)
     top = None if ax.dataLim.y1 > 0 else 1
     ax.set_ylim(0, top)
     percent = FuncFormatter(lambda share, _: f"{100 * share:.4g}%")

@@ -74,7 +74,13 @@ def plot_tokens(
     check_limit(limit)
     passages = _passages(split, test, train, token, limit)
     default_title = pair_name(split, test, train)
-    return _draw(passages, default_title if title is None else title, width, ax, outlined=token)
+    return _draw(
+        passages,
+        default_title if title is None else title,
+        width,
+        ax,
+        outlined=token,
+    )
 
 
 def plot_token_steps(
@@ -102,11 +108,11 @@ def plot_token_steps(
     """
     split = check_map(map)
     check_limit(limit)
-    along = [name for name in split.axes if name in (*TEST_TEXT, *TRAIN_TEXT)]
+    text_axes = [name for name in split.axes if name in (*TEST_TEXT, *TRAIN_TEXT)]
     steps = [name for name in split.axes if name in ("step", "train_step")]
-    if not along or not steps or axis not in (None, *along):
+    if not text_axes or not steps or axis not in (None, *text_axes):
         raise ValueError(f"plot_token_steps needs an axis along a text and one along steps; the map has {split.axes}.")
-    text_axis = axis or along[0]
+    text_axis = axis or text_axes[0]
     values = values_along(split, (steps[0], text_axis), test, train)
     words = names_along(split, text_axis, test, train)
     names = names_along(split, steps[0], test, train)
@@ -134,10 +140,10 @@ def _passages(
                 continue
             values = values_along(split, (axis,), test, train)
             if token is not None and axis != "token":
-                both = values_along(split, ("token", axis), test, train) if "token" in split.axes else None
-                if both is None:
+                by_token = values_along(split, ("token", axis), test, train) if "token" in split.axes else None
+                if by_token is None:
                     raise ValueError(f"token={token} asks of one target, but the map's axes are {split.axes}.")
-                values = both[check_position("token", check_integer("token", token), len(both))]
+                values = by_token[check_position("token", check_integer("token", token), len(by_token))]
             index = test if side == "test" else int(split.indices[test, train])
             words = names_along(split, axis, test, train)
             bound = limit or robust_bound(values) or 1.0
@@ -159,7 +165,13 @@ def _passage(
     ends = [place for place, word in enumerate(words) if word]
     length = 1 + max(ends, default=-1)
     total = signed_numbers(np.array([values.sum()]))[0]
-    return Passage(f"{heading}: {total}", list(words[:length]), values[:length], bound, shows_scale)
+    return Passage(
+        f"{heading}: {total}",
+        list(words[:length]),
+        values[:length],
+        bound,
+        shows_scale,
+    )
 
 
 def _shown_steps(values: Array, names: Sequence[str]) -> list[int]:
@@ -197,7 +209,14 @@ def _draw(
     ax.axis("off")
     top = 0.0
     for passage, words, height in zip(passages, flows, heights, strict=True):
-        ax.text(0, top + 0.5 * _LINE, passage.heading, fontsize=SMALL, va="center", parse_math=False)
+        ax.text(
+            0,
+            top + 0.5 * _LINE,
+            passage.heading,
+            fontsize=SMALL,
+            va="center",
+            parse_math=False,
+        )
         if passage.shows_scale:
             _draw_scale(ax, passage.bound, top + 0.5 * _LINE, room)
         _draw_words(ax, passage, words, top + _LINE, outlined=outlined)
@@ -217,13 +236,19 @@ def _draw_words(
 ) -> None:
     """Draw the words of a text in tinted boxes."""
     shares = np.clip(passage.values / passage.bound, -1, 1)
-    is_beyond = np.abs(passage.values) > passage.bound * (1 + 1e-9)
+    exceeds_bound = np.abs(passage.values) > passage.bound * (1 + 1e-9)
     tints = matplotlib.colormaps["RdBu"](0.5 + 0.5 * shares)
     foreground = matplotlib.rcParams["text.color"]
     for number, word in enumerate(words):
         y = top + word.line * _LINE
-        box = Rectangle((word.left, y), word.width, 0.9 * _LINE, facecolor=tints[number], linewidth=0.9)
-        if number == outlined or is_beyond[number]:
+        box = Rectangle(
+            (word.left, y),
+            word.width,
+            0.9 * _LINE,
+            facecolor=tints[number],
+            linewidth=0.9,
+        )
+        if number == outlined or exceeds_bound[number]:
             box.set_edgecolor(foreground)
             box.set_linestyle("-" if number == outlined else ":")
         ax.add_patch(box)

@@ -50,8 +50,22 @@ def plot_trajectories(
     meaning = "total incl. prelude, coda" if scores.has_outer_bins else "total"
     sign = "proponents" if scores.totals[proponents].any() else "no influence"
     blocks = [
-        draw_examples(ax, f"{sign}: {meaning}", scores.select(proponents), totals[:n_proponents], PROPONENT, texts),
-        draw_examples(ax, f"opponents: {meaning}", scores.select(opponents), totals[n_proponents:], OPPONENT, texts),
+        draw_examples(
+            ax,
+            f"{sign}: {meaning}",
+            scores.select(proponents),
+            totals[:n_proponents],
+            PROPONENT,
+            texts,
+        ),
+        draw_examples(
+            ax,
+            f"opponents: {meaning}",
+            scores.select(opponents),
+            totals[n_proponents:],
+            OPPONENT,
+            texts,
+        ),
     ]
     finish_lines(ax, int(scores.n_steps[0]), "influence\n(drop in test loss)")
     set_title(ax, title, f"test example {test}")

@@ -107,8 +107,10 @@ def _draw_panel(
     draw_line(panel, values, values - margin, values + margin, [style], 0)
     edge = 1.15 * bound or 1.0
     for marker, sign in (("^", 1), ("v", -1)):
-        beyond = np.flatnonzero(sign * values > edge)
-        panel.scatter(beyond + 1, np.full(len(beyond), 0.95 * sign * edge), marker=marker, s=18, color=style.colour)
+        clipped_steps = np.flatnonzero(sign * values > edge)
+        panel.scatter(
+            clipped_steps + 1, np.full(len(clipped_steps), 0.95 * sign * edge), marker=marker, s=18, color=style.colour
+        )
     number_steps(panel, n_steps)
     panel.set_xlabel("")
     padding = step_padding(n_steps)

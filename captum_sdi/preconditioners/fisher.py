@@ -30,7 +30,9 @@ class Fisher:
 
     A score is the rise of the test loss to be expected where training had gone without the example, to first order,
     with the empirical Fisher for the Hessian (Koh & Liang 2017; Park et al. 2023): (1/n) φᵀ (F + λ)⁻¹ g. Learning rates
-    do not enter; of several checkpoints the mean is taken, and the last one alone served best where measured.
+    do not enter; of several checkpoints the mean is taken, and the last one alone served best where measured. Take it
+    for ranks: where training examples are fitted well their gradients are small, F is far below the Hessian, and the
+    rises that it predicts are too large (50 times in the parity bed of ``benchmarks/truth.md``).
 
     It costs one pass over the rows: those of an index, beside which the moments are kept, or else one more pass over
     the train set. Memory is a matrix of d x d for each parameter, never n rows: `TensorSketch` of 512 is enough.

@@ -107,7 +107,12 @@ class Hessian:
 
         return apply
 
-    def _identity(self, point: Point, train: TrainSide, content: Content) -> dict[str, Any]:
+    def _identity(
+        self,
+        point: Point,
+        train: TrainSide,
+        content: Content,
+    ) -> dict[str, Any]:
         """Return what the Ritz pairs depend on."""
         shapes = {}
         for name, parameter in point.capture.targets().items():

@@ -51,7 +51,8 @@ def ritz_pairs(
         length_before = residual.norm()
         residual = without_projections(residual, basis[: step + 1])
         length = residual.norm()
-        rounding = 100 * torch.finfo(basis.dtype).eps * max(float(length_before), float(diagonal.abs().max()))
+        scale = max(float(length_before), float(diagonal.abs().max()))
+        rounding = 100 * torch.finfo(basis.dtype).eps * scale
         if length > rounding:
             off_diagonal[step] = length
             basis[step + 1] = residual / length

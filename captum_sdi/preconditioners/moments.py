@@ -86,7 +86,8 @@ def optimizer_moments(
         for number, name in zip(group["params"], group_names, strict=True):
             if number in state["state"]:
                 known_as = canonical_name(name)
-                squares[known_as] = corrected_square(state["state"][number], group, file)
+                parameter_state = state["state"][number]
+                squares[known_as] = corrected_square(parameter_state, group, file)
                 eps[known_as] = float(group["eps"])
     return Moments(squares, eps)
 
@@ -132,7 +133,8 @@ def corrected_square(
     n_updates = float(state["step"])
     if not n_updates >= 1:
         raise ValueError(f"{file} was saved before the optimizer's first step: there are no moments yet.")
-    return state["exp_avg_sq"] / (1 - float(beta) ** n_updates)
+    correction = 1 - float(beta) ** n_updates
+    return state["exp_avg_sq"] / correction
 
 
 # --- whose they are ---
@@ -148,7 +150,8 @@ def named_groups(
     Returns:
         Names by group; None where no known order gives every parameter the shape of its moments, or two orders do.
     """
-    fitting = [names for names in possible_groups(model, trainable) if fits(names, state, model)]
+    possible = possible_groups(model, trainable)
+    fitting = [names for names in possible if fits(names, state, model)]
     is_clear = len(fitting) > 0 and all(names == fitting[0] for names in fitting)
     return fitting[0] if is_clear else None
 
@@ -173,7 +176,8 @@ def parameters_of_norms(model: nn.Module) -> set[str]:
     for module_name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
             prefix = f"{module_name}." if module_name else ""
-            names.update(prefix + local_name for local_name, _ in module.named_parameters())
+            for local_name, _ in module.named_parameters():
+                names.add(prefix + local_name)
     return names
 
 
@@ -193,7 +197,9 @@ def fits(
         return False
     for group, group_names in zip(groups, names, strict=True):
         for number, name in zip(group["params"], group_names, strict=True):
-            square = state["state"].get(number, {}).get("exp_avg_sq")
-            if isinstance(square, Tensor) and square.shape != model.get_parameter(name).shape:
+            parameter_state = state["state"].get(number, {})
+            square = parameter_state.get("exp_avg_sq")
+            parameter = model.get_parameter(name)
+            if isinstance(square, Tensor) and square.shape != parameter.shape:
                 return False
     return True

@@ -27,7 +27,11 @@ class Preconditioned:
     fitted: Fitted
 
     @staticmethod
-    def fitted_at(point: Point, preconditioner: Preconditioner, train: TrainSide) -> Preconditioned:
+    def fitted_at(
+        point: Point,
+        preconditioner: Preconditioner,
+        train: TrainSide,
+    ) -> Preconditioned:
         """Fit a preconditioner at a checkpoint."""
         return Preconditioned(point, preconditioner.acts_on, preconditioner.fit(point, train))
 

@@ -122,12 +122,16 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> 
         shape: Its shape.
         dtype: Of its numbers.
         folder: Where the file is; None: the system's temporary folder.
+
+    Raises:
+        OSError: If the disk is full.
     """
     place = folder or Path(tempfile.gettempdir())
     place.mkdir(parents=True, exist_ok=True)
     path = place / f"scratch-{os.urandom(8).hex()}.safetensors.{os.getpid()}{UNFINISHED}"
     n_rows, n_columns = shape
     try:
+        take_space(path, n_rows * n_columns * dtype.itemsize)
         tensor = torch.from_file(str(path), shared=True, size=n_rows * n_columns, dtype=dtype)
     finally:
         if os.name != "nt":  # Windows removes no file that is mapped: it stays until somebody does
@@ -135,7 +139,22 @@ def scratch(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> 
     return tensor.view(shape)
 
 
-def write_safetensors(file: BinaryIO, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+def take_space(path: Path, n_bytes: int) -> None:
+    """Make a file of a size, for which there is room: on a full disk, writing to mapped memory ends the process."""
+    with path.open("wb") as file:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, n_bytes))
+        except OSError as error:
+            error.filename = str(path)
+            raise
+
+
+def write_safetensors(
+    file: BinaryIO,
+    tensors: Tensors,
+    metadata: Mapping[str, str],
+) -> None:
     """Write a safetensors file piece by piece: the library's own writer copies all tensors first."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0

@@ -175,8 +175,8 @@ def check_per(per: Any, rerank: int | None, *, aggregate: bool) -> None:
     if per not in ("token", "checkpoint"):
         raise ValueError(f'per must be "token", "checkpoint" or None; got {per!r}.')
     if aggregate or rerank is not None:
-        other = "aggregate=True" if aggregate else f"rerank={rerank}"
-        raise ValueError(f"per={per!r} and {other} do not go together: pass one of them.")
+        opposite = "aggregate=True" if aggregate else f"rerank={rerank}"
+        raise ValueError(f"per={per!r} and {opposite} do not go together: pass one of them.")
 
 
 def checked_positions(indices: Any) -> Tensor | None:

@@ -69,13 +69,13 @@ def check_parameters_and_determinism(first: FirstExample) -> None:
     Raises:
         ValueError: If either is so. One further pass tells both.
     """
-    again = first.capture.check_uses(first.batch, first.side)
+    second_loss = first.capture.check_uses(first.batch, first.side)
     # Sums in another order from call to call, as on some GPU kernels, are no randomness.
     tolerance = 1e-3 if first.is_coarse else 1e-5
-    if not torch.allclose(first.losses, again, rtol=tolerance, equal_nan=True):
+    if not torch.allclose(first.losses, second_loss, rtol=tolerance, equal_nan=True):
         raise ValueError(
             f"The model is not deterministic: the first {first.side.name} example has loss {first.losses.item():.6g}, "
-            f"then {again.item():.6g}. Fix its randomness, e.g. with a seeded state in forward_kwargs=."
+            f"then {second_loss.item():.6g}. Fix its randomness, e.g. with a seeded state in forward_kwargs=."
         )
 
 
@@ -90,18 +90,18 @@ def check_default_loss(first: FirstExample) -> None:
     answer = first.capture.own_loss(first.batch, first.side)
     if answer is None:
         return
-    own, output = answer
+    own_loss, output = answer
     default = first.losses.detach()[0]
-    if agrees(own, default, first.is_coarse):
+    if agrees(own_loss, default, first.is_coarse):
         return
     _, _, labels = split_batch(first.batch)
-    unshifted = TokenCrossEntropy(shift=False)(output, labels.to(own.device))[0]
+    unshifted = TokenCrossEntropy(shift=False)(output, labels.to(own_loss.device))[0]
     remedy = "Pass loss_fn= with the loss you trained with: (output, labels) to one value per example."
-    if agrees(own, unshifted, first.is_coarse):
+    if agrees(own_loss, unshifted, first.is_coarse):
         remedy = "Pass loss_fn=captum_sdi.data.losses.TokenCrossEntropy(shift=False), which agrees with it."
     raise ValueError(
         f"The default loss, {first.side.loss_fn}, is {default.item():.6g} for the first {first.side.name} example, the "
-        f"model's own loss {own.item():.6g}. {remedy}"
+        f"model's own loss {own_loss.item():.6g}. {remedy}"
     )
 
 
@@ -117,9 +117,9 @@ def needs_labels(capture: Capture, example: Any, side: Side) -> bool:
     answer = capture.own_loss(example, side)
     if answer is None:
         return False
-    own, output = answer
+    own_loss, output = answer
     _, _, labels = split_batch(example)
-    return agrees(own, side.loss_fn(output, labels.to(own.device))[0], is_coarse(capture.model))
+    return agrees(own_loss, side.loss_fn(output, labels.to(own_loss.device))[0], is_coarse(capture.model))
 
 
 def check_loop_repeats(first: FirstExample) -> None:
@@ -236,9 +236,20 @@ class Rehearsal:
         if n_ids is not None and isinstance(raw, Mapping):
             check_ids("input_ids", raw.get("input_ids"), n_ids, side.name, positions)
         if n_labels is not None:
-            check_ids("labels", target_labels(raw, side.loss_fn), n_labels, side.name, positions)
+            check_ids(
+                "labels",
+                target_labels(raw, side.loss_fn),
+                n_labels,
+                side.name,
+                positions,
+            )
 
-    def _with_label_check(self, raw: Any, side: Side, positions: Sequence[int]) -> Side:
+    def _with_label_check(
+        self,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+    ) -> Side:
         """Let the default loss count the logits first, and refuse a label that has none."""
         if not isinstance(side.loss_fn, TokenCrossEntropy):
             return side

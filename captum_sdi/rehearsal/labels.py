@@ -41,9 +41,9 @@ def check_labels_are_unshifted(raw: Any, side: Side) -> None:
     if not _are_comparable(ids, labels):
         return
     is_target = labels != IGNORED
-    is_next = (labels[:, :-1] == ids[:, 1:])[is_target[:, :-1]]
-    is_same = (labels == ids)[is_target]
-    if len(is_next) > 1 and is_next.all() and not is_same.all():
+    is_next_token = (labels[:, :-1] == ids[:, 1:])[is_target[:, :-1]]
+    is_same_token = (labels == ids)[is_target]
+    if len(is_next_token) > 1 and is_next_token.all() and not is_same_token.all():
         warn_user(
             f"labels of the {side.name} side are input_ids shifted by one already, and the default loss shifts once "
             "more: it would predict the token after the next. Pass labels as they stand in input_ids, or "

@@ -42,11 +42,11 @@ def check_length(
     ids = raw.get("input_ids") if isinstance(raw, Mapping) else None
     if limit is None or not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] <= limit[1]:
         return
-    name, most = limit
+    name, maximum = limit
     mask = raw.get("attention_mask")
     is_mask = isinstance(mask, Tensor) and mask.shape == ids.shape
     number = int(mask.sum(1).argmax()) if is_mask else 0
     raise ValueError(
-        f"{side} example {positions[number]} has {ids.shape[1]} tokens, but the model's {name} is {most}. Truncate "
-        f"rows to {most} tokens, e.g. tokenizer(..., truncation=True, max_length={most})."
+        f"{side} example {positions[number]} has {ids.shape[1]} tokens, but the model's {name} is {maximum}. Truncate "
+        f"rows to {maximum} tokens, e.g. tokenizer(..., truncation=True, max_length={maximum})."
     )

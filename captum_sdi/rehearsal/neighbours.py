@@ -76,13 +76,15 @@ class Neighbours:
         example = alone(ran, number)
         features = ran.features_of(example, [position])
         difference = relative_difference(ran.features, number, features)
-        largest = LARGEST_COARSE if is_coarse(self._model) else LARGEST
-        smallest = largest if is_coarse(self._model) else rounding(features)
+        coarse = is_coarse(self._model)
+        largest = LARGEST_COARSE if coarse else LARGEST
+        smallest = largest if coarse else rounding(features)
         if difference <= smallest:
             return
         # The gradient of a loss of nearly zero is a difference of numbers nearly alike.
         loss = float(ran.capture.forward(example, ran.side)[1].detach().abs())
-        cancelled = 10 * torch.finfo(torch.float32).eps / max(loss, torch.finfo(torch.float32).tiny)
+        single = torch.finfo(torch.float32)
+        cancelled = 10 * single.eps / max(loss, single.tiny)
         sentence = (
             f"The features of {ran.side.name} example {position} depend on the batch: in a batch of "
             f"{ran.features.size} they differ by {difference:.2g} of their length from those of the example alone. "
@@ -108,15 +110,19 @@ def rounding(features: StepFeatures) -> float:
     return 1e-8 if is_double else 1e-4
 
 
-def relative_difference(batch: StepFeatures, number: int, alone: StepFeatures) -> float:
+def relative_difference(
+    batch: StepFeatures,
+    number: int,
+    alone: StepFeatures,
+) -> float:
     """Return the norm of the difference over that of the example alone, all parameters' rows together."""
     distance, length = 0.0, 0.0
     for name, row in batch.rows.items():
-        own, theirs = alone.rows[name][0], row[number]
-        n_bins = max(len(own), len(theirs))  # an example may run fewer steps alone
-        own, theirs = (F.pad(bins, (0, 0, 0, n_bins - len(bins))) for bins in (own, theirs))
-        distance += float((theirs - own).norm()) ** 2
-        length += float(own.norm()) ** 2
+        single_bins, batch_bins = alone.rows[name][0], row[number]
+        n_bins = max(len(single_bins), len(batch_bins))  # an example may run fewer steps alone
+        single_bins, batch_bins = (F.pad(bins, (0, 0, 0, n_bins - len(bins))) for bins in (single_bins, batch_bins))
+        distance += float((batch_bins - single_bins).norm()) ** 2
+        length += float(single_bins.norm()) ** 2
     if distance == 0:
         return 0.0
     return (distance / length) ** 0.5 if length else float("inf")

@@ -20,7 +20,9 @@ def step_shares(pairs: Pairs) -> dict[str, Any]:
     Returns:
         Of each bin the mean, and the 10th and the 90th percentile.
     """
-    bins = np.concatenate([pairs.prelude[..., None], pairs.steps, pairs.coda[..., None]], axis=-1)
+    prelude = pairs.prelude[..., None]
+    coda = pairs.coda[..., None]
+    bins = np.concatenate([prelude, pairs.steps, coda], axis=-1)
     sizes = np.abs(bins).sum(1)  # (q, 1 + t + 1)
     sizes = sizes[sizes.any(1)]
     if not len(sizes):
@@ -88,7 +90,11 @@ def check_self_influence(result: Any) -> int:
     return len(result.influence_scores)
 
 
-def matrix_rows(matrix: Any, indices: Sequence[int] | None, n_tests: int) -> list[dict[str, Any]]:
+def matrix_rows(
+    matrix: Any,
+    indices: Sequence[int] | None,
+    n_tests: int,
+) -> list[dict[str, Any]]:
     """Return the step matrices of each test example, beside the training examples they are of.
 
     Args:
@@ -107,7 +113,9 @@ def matrix_rows(matrix: Any, indices: Sequence[int] | None, n_tests: int) -> lis
         raise ValueError(
             f"step_matrix must be of shape (q, n, s, t) with at most {n_tests} test examples, got {values.shape}."
         )
-    trains = list(range(values.shape[1])) if indices is None else [int(index) for index in indices]
+    if indices is None:
+        indices = range(values.shape[1])
+    trains = [int(index) for index in indices]
     if len(trains) != values.shape[1]:
         raise ValueError(
             f"step_matrix_indices must name the {values.shape[1]} training examples of step_matrix, got {len(trains)}."

@@ -68,10 +68,16 @@ def axis_labels(axis: str, labels: Sequence[Any]) -> list[str]:
     return shown
 
 
-def tokens_at(influence_map: Any, axes: Sequence[str], wanted: Sequence[str], test: int, place: int) -> Any:
+def tokens_at(
+    influence_map: Any,
+    axes: Sequence[str],
+    wanted: Sequence[str],
+    test: int,
+    place: int,
+) -> Any:
     """Return the tokens along the first of the wanted axes; None where the map does not know them."""
-    found = [axis for axis in wanted if axis in axes]
-    if not found or not hasattr(influence_map, "tokens_along"):
+    text_axes = [axis for axis in wanted if axis in axes]
+    if not text_axes or not hasattr(influence_map, "tokens_along"):
         return None
-    tokens = influence_map.tokens_along(found[0], test, place)
+    tokens = influence_map.tokens_along(text_axes[0], test, place)
     return None if tokens is None else list(tokens)

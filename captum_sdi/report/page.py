@@ -92,33 +92,44 @@ def write_page(
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"There is no folder {target.absolute().parent} to write {target.name} in: make it.")
     pairs = Pairs.from_results(result)
-    words = known_words(result)
-    texts = words.train if texts is None else texts
-    test_texts = words.test if test_texts is None else test_texts
-    token_of = getattr(result, "token_of", None)
-    if token_of is not None and test_texts is not None:
-        test_texts = token_examples(test_texts, token_of)
+    texts, test_texts = shown_texts(result, texts, test_texts)
     n_self = 0 if self_influence is None else check_self_influence(self_influence)
     check_examples("texts", texts, max(pairs.n_train, n_self), exact=pairs.has_all)
     check_examples("test_texts", test_texts, len(pairs.totals), exact=True)
     facts = page_facts(pairs, title)
     table = TextTable(texts)
-    chunks = [
-        *test_chunks(pairs, test_texts),
-        *pair_chunks(pairs, table),
-        *map_chunks(facts, len(pairs.totals), map),
-    ]
+    chunks = [*test_chunks(pairs, test_texts), *pair_chunks(pairs, table)]
+    chunks += map_chunks(facts, len(pairs.totals), map)
     if step_matrix is not None:
         matrices = matrix_rows(step_matrix, step_matrix_indices, len(pairs.totals))
-        facts["matrices"] = len(matrices)
-        chunks += numbered_chunks("matrices", matrices, per_chunk=1)
+        chunks += matrix_chunks(facts, matrices)
     if self_influence is not None:
-        facts["self"] = {"rows": n_self, "perChunk": SELF_PER_CHUNK}
-        chunks += numbered_chunks("self", self_influence_rows(self_influence, table), SELF_PER_CHUNK)
+        chunks += self_influence_chunks(facts, self_influence_rows(self_influence, table))
     chunks += numbered_chunks("texts", table.entries, PER_CHUNK)
     document = assembled(title, facts, chunks)
     write_whole(target, lambda unfinished: unfinished.write_text(document, encoding="utf-8"))
     return Page(target)
+
+
+def shown_texts(
+    results: StepInfluence | Sequence[StepInfluence],
+    texts: Sequence[Example] | None,
+    test_texts: Sequence[Example] | None,
+) -> tuple[Sequence[Example] | None, Sequence[Example] | None]:
+    """Return the texts of the training and of the test examples: those that were passed, or else those of the result.
+
+    Raises:
+        ValueError: If a result of target tokens has not as many texts as test examples.
+    """
+    words = known_words(results)
+    if texts is None:
+        texts = words.train
+    if test_texts is None:
+        test_texts = words.test
+    token_of = getattr(results, "token_of", None)
+    if token_of is not None and test_texts is not None:
+        test_texts = token_examples(test_texts, token_of)
+    return texts, test_texts
 
 
 def known_words(results: StepInfluence | Sequence[StepInfluence]) -> Words:
@@ -163,7 +174,11 @@ def pair_chunks(pairs: Pairs, table: TextTable) -> Iterator[str]:
     yield from numbered_chunks("pairs", rows, pairs.tests_per_chunk)
 
 
-def map_chunks(facts: dict[str, Any], n_tests: int, influence_map: Any) -> Iterator[str]:
+def map_chunks(
+    facts: dict[str, Any],
+    n_tests: int,
+    influence_map: Any,
+) -> Iterator[str]:
     """Yield the chunks of no, one or several maps, and note in `facts` which axes they have."""
     maps = influence_map if isinstance(influence_map, list | tuple) else [influence_map]
     given = [one_map for one_map in maps if one_map is not None]
@@ -171,3 +186,15 @@ def map_chunks(facts: dict[str, Any], n_tests: int, influence_map: Any) -> Itera
         rows = map_rows(one_map, n_tests)
         facts["maps"].append({"axes": rows[0]["axes"], "tests": len(rows)})
         yield from numbered_chunks(f"map-{number}", rows, per_chunk=1)
+
+
+def matrix_chunks(facts: dict[str, Any], matrices: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the chunks of the step matrices, and note in `facts` how many there are."""
+    facts["matrices"] = len(matrices)
+    yield from numbered_chunks("matrices", matrices, per_chunk=1)
+
+
+def self_influence_chunks(facts: dict[str, Any], rows: list[list[Any]]) -> Iterator[str]:
+    """Yield the chunks of the influence of training examples on themselves, and note in `facts` how many there are."""
+    facts["self"] = {"rows": len(rows), "perChunk": SELF_PER_CHUNK}
+    yield from numbered_chunks("self", rows, SELF_PER_CHUNK)

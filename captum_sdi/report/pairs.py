@@ -91,14 +91,14 @@ class Pairs:
         if not parts:
             raise ValueError("result is an empty list; pass what step_influence returns.")
         first = parts[0]
-        for part in parts:
-            if not np.array_equal(part.n_steps, first.n_steps) or part.steps.shape[-1] != first.steps.shape[-1]:
+        for pairs in parts:
+            if not np.array_equal(pairs.n_steps, first.n_steps) or pairs.steps.shape[-1] != first.steps.shape[-1]:
                 raise ValueError("result holds results of different test examples; they are shown on a page each.")
         joined = {}
         for field in fields(cls):
             if field.name not in ("n_steps", "has_all"):
-                joined[field.name] = np.concatenate([getattr(part, field.name) for part in parts], axis=1)
-        return cls(**joined, n_steps=first.n_steps, has_all=any(part.has_all for part in parts))
+                joined[field.name] = np.concatenate([getattr(pairs, field.name) for pairs in parts], axis=1)
+        return cls(**joined, n_steps=first.n_steps, has_all=any(pairs.has_all for pairs in parts))
 
     @property
     def n_train(self) -> int:
@@ -133,9 +133,9 @@ def finite(name: str, tensor: Tensor) -> Array:
     """Return a field of a result as float64, all of it finite."""
     numbers = tensor.detach().cpu().double().numpy()
     if not np.isfinite(numbers).all():
-        where = tuple(np.argwhere(~np.isfinite(numbers))[0].tolist())
+        position = tuple(np.argwhere(~np.isfinite(numbers))[0].tolist())
         raise ValueError(
-            f"result.{name} holds {numbers[where]} at {where}. Leave that example out, or look for the loss that "
+            f"result.{name} holds {numbers[position]} at {position}. Leave that example out, or look for the loss that "
             "overflowed."
         )
     return numbers

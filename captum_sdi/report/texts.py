@@ -72,8 +72,8 @@ def token_examples(test_texts: Sequence[Example], token_of: Tensor) -> list[Exam
     rows: list[Example] = []
     for test, position in token_of.tolist():
         text, *fields = example_entry("test_texts", test_texts, test)
-        others = fields[0] if fields else {}
-        rows.append({"text": text, "target token": position, **others})
+        other_fields = fields[0] if fields else {}
+        rows.append({"text": text, "target token": position, **other_fields})
     return rows
 
 

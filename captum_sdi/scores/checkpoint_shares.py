@@ -45,7 +45,8 @@ class CheckpointShares:
 
     def __str__(self) -> str:
         lines = []
-        for name, share, loss in zip(self.names, self.shares.tolist(), self.losses.tolist(), strict=True):
+        shares, losses = self.shares.tolist(), self.losses.tolist()
+        for name, share, loss in zip(self.names, shares, losses, strict=True):
             known = "" if loss != loss else f", training loss {loss:.4g}"
             lines.append(f"{name}: {share:.0%} of the absolute scores{known}")
         return "\n".join(lines)
@@ -104,11 +105,11 @@ class CheckpointShares:
             return None
         try:
             names = tuple(json.loads(metadata["checkpoints"]))
-            found = cls(names, **fields)
+            shares = cls(names, **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{name} is damaged: its checkpoints' shares cannot be read ({error}).") from None
-        found.check(name)
-        return found
+        shares.check(name)
+        return shares
 
     def check(self, name: str) -> None:
         """Check that the fields of a file belong together.
@@ -121,5 +122,5 @@ class CheckpointShares:
         norms = self.test_norms
         has_norms = norms is None or (norms.dim() == 3 and norms.shape[1] == n_checkpoints)
         numbers = all(tensor.is_floating_point() for tensor in self.tensors().values())
-        if not (is_complete and has_norms and numbers and all(isinstance(each, str) for each in self.names)):
+        if not (is_complete and has_norms and numbers and all(isinstance(entry, str) for entry in self.names)):
             raise ValueError(f"{name} is damaged: its checkpoints' shares do not fit {n_checkpoints} names.")

@@ -103,7 +103,10 @@ class Positions:
 
     def result(self) -> Tensor:
         """Return positions ``(n,)``."""
-        return torch.cat(list(self._blocks.values())) if self._blocks else torch.empty(0, dtype=torch.long)
+        if not self._blocks:
+            return torch.empty(0, dtype=torch.long)
+        position_blocks = list(self._blocks.values())
+        return torch.cat(position_blocks)
 
 
 class TopExamples:
@@ -196,9 +199,9 @@ def join_tests(parts: Sequence[Sums]) -> Sums:
         The sums of all test examples.
     """
     scores = ScoreSums(axis=0)
-    for number, part in enumerate(parts):
-        scores.add(number, part.scores)
-    n_steps = torch.cat([part.n_steps for part in parts])
+    for number, sums in enumerate(parts):
+        scores.add(number, sums.scores)
+    n_steps = torch.cat([sums.n_steps for sums in parts])
     return Sums(scores.result(), n_steps)
 
 

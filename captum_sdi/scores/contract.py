@@ -104,7 +104,7 @@ def step_matrices(test: StepFeatures, train: StepFeatures) -> Scores:
 def _contract(
     test_axes: str,
     train_axes: str,
-    out: str,
+    pair_axes: str,
     test: StepFeatures,
     train: StepFeatures,
 ) -> Scores:
@@ -112,14 +112,16 @@ def _contract(
     values, variances = [], []
     for group in _alike(test):
         noise = test.noise[group[0]]
-        test_rows, train_rows = _stacked(group, test), _stacked(group, train).squeeze(1)
-        products = torch.einsum(f"{test_axes}lw,{train_axes}lw->l{out}", test_rows, train_rows)
+        test_rows = _stacked(group, test)
+        train_rows = _stacked(group, train).squeeze(1)
+        products = torch.einsum(f"{test_axes}lw,{train_axes}lw->l{pair_axes}", test_rows, train_rows)
         values.append(products.sum(0))
         if noise.variance == 0:
             variances.append(torch.zeros_like(values[-1]))
             continue
-        test_norms, train_norms = test_rows.square().sum(-1), train_rows.square().sum(-1)
-        norms = torch.einsum(f"{test_axes}l,{train_axes}l->{out}", test_norms, train_norms)
+        test_norms = test_rows.square().sum(-1)
+        train_norms = train_rows.square().sum(-1)
+        norms = torch.einsum(f"{test_axes}l,{train_axes}l->{pair_axes}", test_norms, train_norms)
         variances.append(noise.variance * (norms + products.square().sum(0)))
     device = values[0].device
     return Scores(_sum_on(device, values), _sum_on(device, variances))
@@ -154,4 +156,5 @@ def _full_precision(features: StepFeatures) -> torch.autocast:
 
 def _sum_on(device: torch.device, tensors: list[Tensor]) -> Tensor:
     """Sum tensors of one shape that may lie on different devices, on one of them."""
-    return torch.stack([tensor.to(device) for tensor in tensors]).sum(0)
+    gathered = [tensor.to(device) for tensor in tensors]
+    return torch.stack(gathered).sum(0)

@@ -14,7 +14,11 @@ from torch import Tensor
 from captum_sdi.whole_file import check_regular, write_whole
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
     """Write tensors to one file, whole or not at all, on the CPU and without pickle.
 
     Args:
@@ -37,7 +41,11 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
     write_whole(target, lambda unfinished: unfinished.write_bytes(content))
 
 
-def read_tensors(path: str | os.PathLike[str], kind: str, newest: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | os.PathLike[str],
+    kind: str,
+    newest: str,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what `write_tensors` wrote.
 
     Args:

@@ -63,7 +63,7 @@ def find_hubs(totals: Tensor, indices: Tensor | None, k: int | None) -> Hubs:
     if not 1 <= k <= n_held:
         raise ValueError(f"k={k} must be from 1 to the {n_held} training examples that the result holds of each test.")
     top = totals.topk(k).indices if indices is None else indices[:, :k]
-    found, counts = top.unique(return_counts=True)
+    hub_examples, counts = top.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     n_train = n_held if indices is None else None
-    return Hubs(found[order], counts[order], len(totals), k, n_train)
+    return Hubs(hub_examples[order], counts[order], len(totals), k, n_train)

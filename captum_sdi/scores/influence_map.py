@@ -65,7 +65,9 @@ class InfluenceMap:
         lengths = [len(self.labels.get(axis, ())) for axis in self.axes]
         pairs = tuple(self.indices.shape)
         expected = (*pairs, *lengths)
-        if len(set(self.axes)) != len(self.axes) or set(self.labels) != set(self.axes) or len(pairs) != PAIR_AXES:
+        axes_differ = len(set(self.axes)) == len(self.axes)
+        axes_have_labels = set(self.labels) == set(self.axes)
+        if not axes_differ or not axes_have_labels or len(pairs) != PAIR_AXES:
             raise ValueError(
                 f"InfluenceMap needs labels for each of its axes {self.axes}, and indices (q, k); got labels for "
                 f"{tuple(self.labels)} and indices of shape {pairs}."
@@ -120,11 +122,13 @@ class InfluenceMap:
         for axis, wanted in chosen.items():
             place = picked._place(axis)
             if isinstance(wanted, str | int):
-                at = picked._at(axis, wanted)
-                errors = None if picked.errors is None else picked.errors.select(place, at)
-                picked = picked._without(axis, picked.values.select(place, at), errors)
+                position = picked._at(axis, wanted)
+                values = picked.values.select(place, position)
+                errors = None if picked.errors is None else picked.errors.select(place, position)
+                picked = picked._without(axis, values, errors)
                 continue
-            picked = picked._picked(axis, [picked._at(axis, label) for label in wanted])
+            positions = [picked._at(axis, label) for label in wanted]
+            picked = picked._picked(axis, positions)
         return picked
 
     def top(self, axis: str, k: int) -> InfluenceMap:
@@ -143,14 +147,17 @@ class InfluenceMap:
         if k < 1:
             raise ValueError(f"top() needs a k of at least 1, got {k!r}.")
         place = self._place(axis)
-        others = [other for other in range(self.values.ndim) if other != place]
-        sizes = self.values.sum(others).abs()
+        other_axes = [dimension for dimension in range(self.values.ndim) if dimension != place]
+        sizes = self.values.sum(other_axes).abs()
         order = sizes.argsort(descending=True, stable=True)
         return self._picked(axis, order[:k].tolist())
 
     def total(self) -> Tensor:
         """Return the influence of each pair ``(q, k)``, the sum along all axes."""
-        return self.values.flatten(PAIR_AXES).sum(PAIR_AXES) if self.axes else self.values
+        if not self.axes:
+            return self.values
+        pair_values = self.values.flatten(PAIR_AXES)
+        return pair_values.sum(PAIR_AXES)
 
     def tokens_along(self, axis: str, test: int, train: int) -> tuple[str, ...] | None:
         """Return the tokens at the places of a token axis, for one pair.
@@ -167,7 +174,8 @@ class InfluenceMap:
         if axis in ("token", "position") and self.test_tokens is not None:
             tokens = self.test_tokens[test]
         elif axis in ("train_token", "train_position"):
-            tokens = self.train_tokens.get(int(self.indices[test, train]))
+            train_example = int(self.indices[test, train])
+            tokens = self.train_tokens.get(train_example)
         if tokens is None:
             return None
         places = [int(label) for label in self.labels[axis]]
@@ -247,13 +255,19 @@ class InfluenceMap:
     def _picked(self, axis: str, places: list[int]) -> InfluenceMap:
         """Return the map of these places along an axis."""
         index = torch.tensor(places, dtype=torch.long, device=self.values.device)
-        along = self._place(axis)
-        errors = None if self.errors is None else self.errors.index_select(along, index)
+        dimension = self._place(axis)
+        values = self.values.index_select(dimension, index)
+        errors = None if self.errors is None else self.errors.index_select(dimension, index)
         own_labels = tuple(self.labels[axis][place] for place in places)
         labels = {**self.labels, axis: own_labels}
-        return replace(self, values=self.values.index_select(along, index), errors=errors, labels=labels)
+        return replace(self, values=values, errors=errors, labels=labels)
 
-    def _without(self, axis: str, values: Tensor, errors: Tensor | None) -> InfluenceMap:
+    def _without(
+        self,
+        axis: str,
+        values: Tensor,
+        errors: Tensor | None,
+    ) -> InfluenceMap:
         """Return the map of values that no longer have an axis."""
         axes = tuple(other for other in self.axes if other != axis)
         labels = {other: self.labels[other] for other in axes}

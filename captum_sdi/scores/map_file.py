@@ -43,7 +43,8 @@ def read_map(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     name = os.fspath(path)
     tensors, metadata = read_tensors(path, KIND, NEWEST)
-    missing, unknown = {"values", "indices"} - set(tensors), set(tensors) - set(TENSORS)
+    missing = {"values", "indices"} - set(tensors)
+    unknown = set(tensors) - set(TENSORS)
     if metadata.get("format") != f"captum_sdi.{KIND}" or missing or unknown:
         raise ValueError(
             f"{name} is not a saved {KIND}: missing fields {sorted(missing)}, unknown fields {sorted(unknown)}, format "

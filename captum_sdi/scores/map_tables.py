@@ -18,17 +18,21 @@ _SHOWN = 4
 def summary(split: InfluenceMap) -> str:
     """Write a map's pairs, its total, and the sums at the first places of each axis."""
     q, k = split.indices.shape
-    tests, trains = counted(q, "test example"), counted(k, "train example")
-    lines = [f"InfluenceMap of {tests} x {trains}, total {float(split.values.sum()):+.4f}"]
+    tests = counted(q, "test example")
+    trains = counted(k, "train example")
+    total_influence = float(split.values.sum())
+    lines = [f"InfluenceMap of {tests} x {trains}, total {total_influence:+.4f}"]
     widest = max(map(len, split.axes), default=0)
     for axis in split.axes:
-        others = [other for other in split.axes if other != axis]
-        alone = split.sum(*others) if others else split
-        sums = alone.values.sum((0, 1)).tolist()
+        other_axes = [name for name in split.axes if name != axis]
+        axis_map = split.sum(*other_axes) if other_axes else split
+        sums = axis_map.values.sum((0, 1)).tolist()
         labels = split.labels[axis]
         shown = [f"{label} {total:+.4f}" for label, total in zip(labels, sums, strict=True)]
-        more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-        lines.append(f"  {axis:<{widest}}  {len(labels)}: {', '.join(shown[:_SHOWN])}{more}")
+        n_hidden = len(shown) - _SHOWN
+        ellipsis = f" and {n_hidden} more" if n_hidden > 0 else ""
+        listed = ", ".join(shown[:_SHOWN])
+        lines.append(f"  {axis:<{widest}}  {len(labels)}: {listed}{ellipsis}")
     return "\n".join(lines)
 
 
@@ -56,10 +60,13 @@ def data_frame(split: InfluenceMap) -> Any:
     for test, pair in itertools.product(range(q), range(k)):
         train = int(split.indices[test, pair])
         records += [(test, train, *labels) for labels in itertools.product(*places)]
-    frame = pandas.DataFrame.from_records(records, columns=["test", "train", *split.axes])
-    frame["influence"] = split.values.detach().cpu().flatten().numpy()
+    columns = ["test", "train", *split.axes]
+    frame = pandas.DataFrame.from_records(records, columns=columns)
+    influence = split.values.detach().cpu()
+    frame["influence"] = influence.flatten().numpy()
     if split.errors is not None:
-        frame["error"] = split.errors.detach().cpu().flatten().numpy()
+        errors = split.errors.detach().cpu()
+        frame["error"] = errors.flatten().numpy()
     return frame
 
 
@@ -74,6 +81,8 @@ def data_array(split: InfluenceMap) -> Any:
     except ImportError as error:
         raise ImportError("to_xarray() needs xarray: pip install xarray.") from error
     coordinates: dict[str, Any] = {axis: list(split.labels[axis]) for axis in split.axes}
-    coordinates["train"] = (("test", "pair"), split.indices.cpu().numpy())
+    train_examples = split.indices.cpu().numpy()
+    coordinates["train"] = (("test", "pair"), train_examples)
     dimensions = ("test", "pair", *split.axes)
-    return xarray.DataArray(split.values.detach().cpu().numpy(), coordinates, dimensions, name="influence")
+    influence = split.values.detach().cpu().numpy()
+    return xarray.DataArray(influence, coordinates, dimensions, name="influence")

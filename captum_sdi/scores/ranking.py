@@ -113,6 +113,8 @@ def pick_winners(
 
 def gather_pairs(tensor: Tensor, order: Tensor) -> Tensor:
     """Return ``(q, n, ...)`` at the columns ``(q, k)`` of each row."""
-    further = tensor.shape[2:]
-    index = order.reshape(*order.shape, *(1 for _ in further)).expand(*order.shape, *further)
+    trailing_shape = tensor.shape[2:]
+    ones = [1 for _ in trailing_shape]
+    index = order.reshape(*order.shape, *ones)
+    index = index.expand(*order.shape, *trailing_shape)
     return tensor.gather(1, index)

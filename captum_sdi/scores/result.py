@@ -153,7 +153,9 @@ class StepInfluence:
             moved = tensor.to(*args, **kwargs)  # type: ignore[call-overload]
             return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
 
-        fields: dict[str, Any] = {name: value if value is None else move(value) for name, value in self._fields()}
+        fields: dict[str, Any] = {}
+        for name, tensor in self._fields():
+            fields[name] = None if tensor is None else move(tensor)
         checkpoints = None if self.checkpoints is None else self.checkpoints.to(*args, **kwargs)
         return StepInfluence(**fields, words=self.words, checkpoints=checkpoints)
 
@@ -169,9 +171,11 @@ class StepInfluence:
         if words is None or self.influence_scores.dim() != 2:
             test_words = None
         else:
-            n_tests = len(self.influence_scores) if self.token_of is None else 1 + int(self.token_of[:, 0].max())
-            is_whole = words.test is not None and len(words.test) == n_tests
-            test_words = words.test if is_whole else None
+            n_tests = len(self.influence_scores)
+            if self.token_of is not None:
+                n_tests = 1 + int(self.token_of[:, 0].max())
+            is_complete = words.test is not None and len(words.test) == n_tests
+            test_words = words.test if is_complete else None
         known = None if words is None else Words(test_words, words.train)
         return dataclasses.replace(self, words=known)
 
@@ -189,8 +193,8 @@ class StepInfluence:
         tensors = {name: value for name, value in self._fields() if value is not None}
         metadata = {**notes, **self._words_note(), "format": _FORMAT}
         if self.checkpoints is not None:
-            further, names = self.checkpoints.as_saved()
-            tensors |= further
+            share_tensors, names = self.checkpoints.as_saved()
+            tensors |= share_tensors
             metadata |= names
         is_old = self.token_of is None and self.checkpoints is None  # an older library reads all that it knows
         metadata["version"] = "1" if is_old else _NEWEST
@@ -213,14 +217,15 @@ class StepInfluence:
         tensors, metadata = read_tensors(path, cls.__name__, _NEWEST)
         checkpoints = CheckpointShares.from_saved(tensors, metadata, name)
         names = {field.name for field in dataclasses.fields(cls)} - _NOT_TENSORS
-        missing, unknown = sorted(names - _OPTIONAL - set(tensors)), sorted(set(tensors) - names)
+        missing = sorted(names - _OPTIONAL - set(tensors))
+        unknown = sorted(set(tensors) - names)
         if missing or unknown or metadata.get("format") != _FORMAT:
             raise ValueError(
                 f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
-        further = {"checkpoints": checkpoints, "words": from_note(metadata)}
-        fields: dict[str, Any] = {"indices": None, **tensors, **further}
+        extra_fields = {"checkpoints": checkpoints, "words": from_note(metadata)}
+        fields: dict[str, Any] = {"indices": None, **tensors, **extra_fields}
         result = cls(**fields)
         _check_agreement(name, result)
         return result
@@ -254,7 +259,8 @@ class StepInfluence:
         """
         words = self.words or Words(test=None, train=None)
         train_texts = words.train if texts is None else texts
-        return result_tables.data_frame(self, train_texts, words.test if test_texts is None else test_texts)
+        test_texts = words.test if test_texts is None else test_texts
+        return result_tables.data_frame(self, train_texts, test_texts)
 
     def _repr_html_(self) -> str:
         """Return the strongest examples as a table, for notebooks."""
@@ -268,8 +274,10 @@ class StepInfluence:
     def _words_note(self) -> dict[str, str]:
         """Return the words of the examples in the result, as `save` writes them."""
         if self.indices is None:
-            return as_note(self.words, range(self.influence_scores.shape[-1]))
-        return as_note(self.words, self.indices.unique().tolist())
+            n_train = self.influence_scores.shape[-1]
+            return as_note(self.words, range(n_train))
+        examples = self.indices.unique().tolist()
+        return as_note(self.words, examples)
 
 
 def _check_agreement(name: str, result: StepInfluence) -> None:
@@ -295,7 +303,11 @@ def _check_agreement(name: str, result: StepInfluence) -> None:
         is_index = field in ("indices", "n_steps", "token_of")
         if tensor is not None and (tensor.dtype != torch.long if is_index else not tensor.is_floating_point()):
             raise ValueError(f"{name} is damaged: {field} must not be of {tensor.dtype}.")
-    for field, limit in (("indices", 2**48), ("n_steps", steps[-1] + 1), ("token_of", 2**48)):
+    limits = {"indices": 2**48, "n_steps": steps[-1] + 1, "token_of": 2**48}
+    for field, limit in limits.items():
         tensor = getattr(result, field)
-        if tensor is not None and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+        if tensor is None or not tensor.numel():
+            continue
+        smallest, largest = int(tensor.min()), int(tensor.max())
+        if not 0 <= smallest <= largest < limit:
             raise ValueError(f"{name} is damaged: {field} must be from 0 to {limit - 1}.")

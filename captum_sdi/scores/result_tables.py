@@ -37,7 +37,9 @@ def data_frame(
     except ImportError as error:
         raise ImportError("to_pandas() needs pandas: pip install pandas.") from error
     totals = result.influence_scores
-    places = torch.cartesian_prod(*(torch.arange(size) for size in totals.shape)).view(-1, totals.dim())
+    ranges = [torch.arange(size) for size in totals.shape]
+    places = torch.cartesian_prod(*ranges)
+    places = places.view(-1, totals.dim())  # of one axis alone there are no columns
     train = train_indices(result).flatten()
     columns: dict[str, Any] = {}
     if totals.dim() == 2:
@@ -57,24 +59,32 @@ def test_columns(result: StepInfluence, rows: Tensor) -> dict[str, Any]:
     """Return the test example of each pair, and its target token where a row of the result is one."""
     if result.token_of is None:
         return {"test": rows.numpy()}
-    tests, tokens = result.token_of.cpu()[rows].unbind(1)
+    token_rows = result.token_of.cpu()[rows]
+    tests, tokens = token_rows.unbind(1)
     return {"test": tests.numpy(), "token": tokens.numpy()}
 
 
 def number_columns(result: StepInfluence) -> dict[str, Any]:
     """Return the numbers of every pair, one column each; NaN at the steps that a test example did not run."""
-    ran = torch.arange(result.trajectories.shape[-1]) < result.n_steps.cpu()[..., None]  # (q, t)
+    trajectories = result.trajectories.cpu()
+    trajectory_errors = result.trajectory_errors.cpu()
+    n_steps = result.n_steps.cpu()
+    step_numbers = torch.arange(trajectories.shape[-1])
+    ran = step_numbers < n_steps[..., None]  # (q, t)
     if result.influence_scores.dim() == 2:
-        ran = ran[:, None].expand(result.trajectories.shape)
-    steps = rows_of(result.trajectories.cpu().masked_fill(~ran, torch.nan))
-    errors = rows_of(result.trajectory_errors.cpu().masked_fill(~ran, torch.nan))
+        ran = ran[:, None].expand(trajectories.shape)
+    steps = rows_of(trajectories.masked_fill(~ran, torch.nan))
+    errors = rows_of(trajectory_errors.masked_fill(~ran, torch.nan))
     columns = {
         "total": result.influence_scores,
         "error": result.score_errors,
         "prelude": result.prelude,
         "coda": result.coda,
     }
-    numbers = {name: field.detach().cpu().flatten().float().numpy() for name, field in columns.items()}
+    numbers = {}
+    for name, column in columns.items():
+        flat_column = column.detach().cpu().flatten()
+        numbers[name] = flat_column.float().numpy()
     for step, values in enumerate(steps.unbind(-1)):
         numbers[f"step_{step}"] = values.float().numpy()
     for step, values in enumerate(errors.unbind(-1)):
@@ -87,12 +97,16 @@ def rows_of(trajectories: Tensor) -> Tensor:
     return trajectories.detach().flatten(0, -2)
 
 
-def example_frame(examples: Sequence[Example], positions: Sequence[int], prefix: str) -> Any:
+def example_frame(
+    examples: Sequence[Example],
+    positions: Sequence[int],
+    prefix: str,
+) -> Any:
     """Return the texts and the other fields of the examples at some positions, a column for each."""
     import pandas
 
-    found = [examples[int(position)] for position in positions]
-    rows = [{"text": example} if isinstance(example, str) else dict(example) for example in found]
+    chosen_examples = [examples[int(position)] for position in positions]
+    rows = [{"text": example} if isinstance(example, str) else dict(example) for example in chosen_examples]
     return pandas.DataFrame(rows, dtype=object).add_prefix(prefix)  # its own strings refuse half a surrogate pair
 
 
@@ -100,7 +114,9 @@ def train_indices(result: StepInfluence) -> Tensor:
     """Return the train example of each pair, in the shape of the totals."""
     if result.indices is not None:
         return result.indices.cpu()
-    return torch.arange(result.influence_scores.shape[-1]).expand(result.influence_scores.shape)
+    shape = result.influence_scores.shape
+    in_order = torch.arange(shape[-1])
+    return in_order.expand(shape)
 
 
 # --- notebooks ---
@@ -109,23 +125,29 @@ def train_indices(result: StepInfluence) -> Tensor:
 def html_table(result: StepInfluence) -> str:
     """Return the strongest training examples of the first test examples; steps count from 0, as ``rank_by`` does."""
     summary = html.escape(repr(result))
-    totals, steps = result.influence_scores.detach().cpu(), result.trajectories.detach().cpu()
+    totals = result.influence_scores.detach().cpu()
+    steps = result.trajectories.detach().cpu()
     if totals.dim() != 2 or 0 in steps.shape:
         return f"<pre>{summary}</pre>"
     names = ("test", "train", "total", "± error", "by step", "largest step (from 0)")
     rows = ["".join(f"<th>{name}</th>" for name in names)]
     train = train_indices(result)
     for q, row in enumerate(totals[:ROWS_SHOWN]):
-        bound = float(steps[q].abs().max()) or 1.0
-        for place in row.argsort(descending=True)[:ROWS_SHOWN].tolist():
-            trajectory = steps[q, place, : int(result.n_steps[q])]
+        largest = steps[q].abs().max()
+        bound = float(largest) or 1.0
+        strongest = row.argsort(descending=True)[:ROWS_SHOWN]
+        for place in strongest.tolist():
+            n_steps = int(result.n_steps[q])
+            trajectory = steps[q, place, :n_steps]
+            largest_step = int(trajectory.abs().argmax())
+            score_error = float(result.score_errors[q, place])
             cells = (
                 str(q),
                 f"#{int(train[q, place])}",
                 f"<b>{float(row[place]):+.3e}</b>",
-                f"{float(result.score_errors[q, place]):.0e}",
+                f"{score_error:.0e}",
                 curve(trajectory.tolist(), bound),
-                str(int(trajectory.abs().argmax())),
+                str(largest_step),
             )
             rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     body = "".join(f"<tr>{row}</tr>" for row in rows)

@@ -68,6 +68,6 @@ def equally_deep(blocks: list[Tensor], joined_axis: int | None = None) -> list[T
     return padded
 
 
-def deeper(n_steps: Tensor | None, other: Tensor) -> Tensor:
+def deeper(n_steps: Tensor | None, block_steps: Tensor) -> Tensor:
     """Return the larger of two depths for each example, of which the first may not be known yet."""
-    return other if n_steps is None else torch.maximum(n_steps, other)
+    return block_steps if n_steps is None else torch.maximum(n_steps, block_steps)

@@ -116,7 +116,10 @@ def from_note(metadata: Mapping[str, str]) -> Words | None:
     test_words = tests if isinstance(tests, list) and all(map(is_example, tests)) else None
     train_words = None
     if isinstance(trains, dict) and type(trains.get("size")) is int and isinstance(trains.get("kept"), dict):
-        known = {int(index): text for index, text in trains["kept"].items() if index.isdecimal() and is_example(text)}
+        known = {}
+        for index, text in trains["kept"].items():
+            if index.isdecimal() and is_example(text):
+                known[int(index)] = text
         train_words = Kept(known, max(0, trains["size"]))
     return Words(test_words, train_words)
 

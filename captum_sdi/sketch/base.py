@@ -51,7 +51,12 @@ class Sketch(Protocol):
         """Whether the rows of all parameters are added up in a single one."""
         ...
 
-    def projection(self, name: str, parameter: Tensor, checkpoint: str = "") -> Projection:
+    def projection(
+        self,
+        name: str,
+        parameter: Tensor,
+        checkpoint: str = "",
+    ) -> Projection:
         """Return the map for one parameter at one checkpoint, the same in every process.
 
         Args:

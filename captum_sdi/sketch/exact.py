@@ -24,7 +24,12 @@ class Exact:
 
     pool = False
 
-    def projection(self, name: str, parameter: Tensor, checkpoint: str = "") -> Projection:
+    def projection(
+        self,
+        name: str,
+        parameter: Tensor,
+        checkpoint: str = "",
+    ) -> Projection:
         """Return the map that lists a gradient's entries; it depends on neither name nor checkpoint."""
         at_least_float32 = torch.promote_types(parameter.dtype, torch.float32)
         return ExactProjection(parameter, at_least_float32)

@@ -128,7 +128,11 @@ class RotationHash(FactorHash):
         return sketched[..., : self._n_buckets]
 
 
-def fold_blocks(shifts: list[int], n_buckets: int, length: int) -> list[tuple[int, int, int]]:
+def fold_blocks(
+    shifts: list[int],
+    n_buckets: int,
+    length: int,
+) -> list[tuple[int, int, int]]:
     """Return pieces ``(bucket, entry, size)`` that add every block but the first, rotated, to the first.
 
     A block that is rotated by ``shift`` wraps around after bucket ``n_buckets - 1``: it comes in two pieces.

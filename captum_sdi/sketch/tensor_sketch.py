@@ -99,7 +99,12 @@ class TensorSketch:
                 "like 1/sqrt(dim)."
             )
 
-    def projection(self, name: str, parameter: Tensor, checkpoint: str = "") -> Projection:
+    def projection(
+        self,
+        name: str,
+        parameter: Tensor,
+        checkpoint: str = "",
+    ) -> Projection:
         """Return the map from one parameter's gradients at one checkpoint to ``(n, width)``.
 
         Args:
@@ -125,7 +130,12 @@ class VectorProjection:
 
     dtype = torch.float32
 
-    def __init__(self, dim: int, parameter: Tensor, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        dim: int,
+        parameter: Tensor,
+        generator: torch.Generator,
+    ) -> None:
         self.width = dim
         self.noise = Noise(1.0 / dim)
         self.device = parameter.device
@@ -247,9 +257,9 @@ class MatrixProjection:
         sources = (self._buckets - self._row_hash.buckets[ids]) % self._n_buckets
         rotated = values.gather(-1, sources.expand_as(values))
         row_parts = self._row_hash.parts[ids]
-        for part in range(self._row_hash.n_parts):  # not index_add_, which rounds differently each time on a GPU
-            in_part = row_parts == part
-            sketch[part].add_((rotated * in_part).sum(0))
+        for part_number in range(self._row_hash.n_parts):  # not index_add_, which rounds differently each time on a GPU
+            in_part = row_parts == part_number
+            sketch[part_number].add_((rotated * in_part).sum(0))
 
 
 def count_parts(dim: int, short: int, long: int) -> tuple[int, int]:

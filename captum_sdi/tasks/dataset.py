@@ -57,7 +57,12 @@ class TaskDataset(Dataset[dict[str, Tensor]]):
 
     pad_token_id = PAD_TOKEN_ID
 
-    def __init__(self, examples: Sequence[Example], characters: str, length: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        characters: str,
+        length: int,
+    ) -> None:
         """Encode and pad the examples.
 
         Args:

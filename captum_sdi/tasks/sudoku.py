@@ -68,7 +68,13 @@ def sudoku(
     if max_givens is None:
         max_givens = usual_max_givens
     n_cells = box**4
-    check_range("givens", min_givens, max_givens, minimum=FEWEST_GIVENS[box], maximum=n_cells - 1)
+    check_range(
+        "givens",
+        min_givens,
+        max_givens,
+        minimum=FEWEST_GIVENS[box],
+        maximum=n_cells - 1,
+    )
     spaces = dict.fromkeys(range(min_givens, max_givens + 1), N_SEEDS)
     make = partial(puzzle_example, box=box, known_patterns=set())
     examples = draw_examples(size, seed, spaces, make, kinds="numbers of givens")

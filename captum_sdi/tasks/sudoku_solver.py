@@ -45,7 +45,11 @@ def units(box: int) -> Units:
     return Units(groups, tuple(peers))
 
 
-def solutions(grid: Sequence[int], box: int, rng: random.Random | None = None) -> Iterator[list[int]]:
+def solutions(
+    grid: Sequence[int],
+    box: int,
+    rng: random.Random | None = None,
+) -> Iterator[list[int]]:
     """Yield every solution of a puzzle once.
 
     Singles are filled in; then the digits of the cell with the fewest candidates are tried, with `rng`
@@ -147,7 +151,11 @@ def fill_in_singles(masks: list[int], box: int) -> bool:
     return True
 
 
-def remove_from_peers(masks: list[int], settled: list[int], peers: Sequence[Group]) -> bool:
+def remove_from_peers(
+    masks: list[int],
+    settled: list[int],
+    peers: Sequence[Group],
+) -> bool:
     """Remove settled digits from all peers; return False if one has no candidate left."""
     for cell in settled:  # the list grows while it is read, by the cells that this settles
         digit = masks[cell]
@@ -161,7 +169,11 @@ def remove_from_peers(masks: list[int], settled: list[int], peers: Sequence[Grou
     return True
 
 
-def settle_hidden_singles(masks: list[int], group: Group, box: int) -> list[int] | None:
+def settle_hidden_singles(
+    masks: list[int],
+    group: Group,
+    box: int,
+) -> list[int] | None:
     """Settle the cells that alone can hold some digit; return them, None at a contradiction."""
     possible_digits = 0
     for cell in group:

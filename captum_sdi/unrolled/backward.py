@@ -64,7 +64,9 @@ def visits(
     """
     norms = seeds.norm(dim=1).clamp(min=torch.finfo(seeds.dtype).tiny)
     n_moments = len(replay.updates.run.optimizer.initial(replay.start)) - 1
-    n_left, adjoint = replay.updates.run.n_updates, (seeds, *(torch.zeros_like(seeds) for _ in range(n_moments)))
+    n_left = replay.updates.run.n_updates
+    moments = [torch.zeros_like(seeds) for _ in range(n_moments)]
+    adjoint: State = (seeds, *moments)
     if resumed is not None:
         n_left, adjoint = resumed
     for update, state in replay.backwards(n_left):

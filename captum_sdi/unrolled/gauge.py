@@ -128,12 +128,15 @@ def metasmoothness(
 ) -> float:
     """Measure by two further trainings how straight the end moves; see the module's formula."""
     n = len(replay.updates.rows)
-    change = torch.randn(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(n, generator=generator, dtype=torch.float64)
     ends = [final]
     for multiple in (1, 2):
         weights = (1 + multiple * _STEP * change).to(final)
         ends.append(replay.weighted(weights, bar))
-    first, second, end_change = ends[1] - ends[0], ends[2] - ends[1], ends[2] - ends[0]
+    first = ends[1] - ends[0]
+    second = ends[2] - ends[1]
+    end_change = ends[2] - ends[0]
     agreement = end_change.abs() * first.sign() * second.sign()
     distance = end_change.abs().sum()
     return float(agreement.sum() / distance) if distance > 0 else 1.0
@@ -146,6 +149,7 @@ def noise_share(final: State, run: TrainingRun) -> float:
     second_moment = final[2]
     correction = 1 - run.optimizer.betas[1] ** run.n_updates
     root = (second_moment / correction).sqrt()
-    smallest = max(_NOISE_UNITS * torch.finfo(root.dtype).eps * float(root.mean()), run.optimizer.eps)
+    units = _NOISE_UNITS * torch.finfo(root.dtype).eps
+    smallest = max(units * float(root.mean()), run.optimizer.eps)
     is_noise = (root > 0) & (root < smallest)
     return float(is_noise.double().mean())

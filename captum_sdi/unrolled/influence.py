@@ -290,7 +290,12 @@ class UnrolledInfluence(DataInfluence):
         return -self._derivative.update_scores(seeds.flat, show_progress=show_progress)
 
     @log_usage(part_of_slo=True)
-    def predicted_losses(self, inputs: Any, kept: Tensor, show_progress: bool = False) -> Tensor:
+    def predicted_losses(
+        self,
+        inputs: Any,
+        kept: Tensor,
+        show_progress: bool = False,
+    ) -> Tensor:
         """Predict test losses of runs on subsets of the train set, to first order: what Simfluence simulates.
 
         ``loss(kept) ≈ loss(all) + Σ_{i not kept} influence(z', z_i)``, over all trainable parameters whatever

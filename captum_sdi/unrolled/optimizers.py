@@ -146,13 +146,16 @@ class AdamW:
         first_moment, second_moment = self._moments(state, gradient)
         root = self._root(second_moment, update)
         spread = root + self.eps
-        correction1, correction2 = 1 - beta1**update.number, 1 - beta2**update.number
+        correction1 = 1 - beta1**update.number
+        correction2 = 1 - beta2**update.number
         slope = first_moment / correction1 / (2 * root * spread.square())
         slope = torch.where(second_moment > 0, slope, 0)
         first_total = torch.addcmul(first_bar, vector_bar, update.rate / correction1 / spread, value=-1)
         second_total = torch.addcmul(second_bar, vector_bar, update.rate / correction2 * slope)
-        direction = torch.addcmul((1 - beta1) * first_total, second_total, 2 * (1 - beta2) * gradient)
-        earlier = vector_bar * (1 - update.rate * update.decay), beta1 * first_total, beta2 * second_total
+        through_square = 2 * (1 - beta2) * gradient
+        direction = torch.addcmul((1 - beta1) * first_total, second_total, through_square)
+        earlier_vector = vector_bar * (1 - update.rate * update.decay)
+        earlier = earlier_vector, beta1 * first_total, beta2 * second_total
         return Pullback(direction, earlier)
 
     def _moments(self, state: State, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +264,9 @@ def decays(
     pieces = []
     for name, shape in shapes.items():
         is_free = name in whole_names or any(entry in name for entry in fragments)
-        pieces.append(like.new_full((shape.numel(),), 0.0 if is_free else optimizer.weight_decay))
+        decay = 0.0 if is_free else optimizer.weight_decay
+        piece = like.new_full((shape.numel(),), decay)
+        pieces.append(piece)
     return torch.cat(pieces)
 
 

@@ -230,7 +230,9 @@ def recorded_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
         for parameter in group["params"]:
             decay_of[names[id(parameter)]] = float(group["weight_decay"])
     decays = sorted({decay for decay in decay_of.values() if decay > 0})
-    settings = {tuple(group.get(key) for key in ("betas", "eps", "momentum")) for group in torch_optimizer.param_groups}
+    settings = set()
+    for group in torch_optimizer.param_groups:
+        settings.add((group.get("betas"), group.get("eps"), group.get("momentum")))
     if len(decays) > 1 or len(settings) > 1:
         raise ValueError("The optimizer's groups differ in more than whether they have weight decay.")
     trainable = list(ParameterVector.of(model).shapes)

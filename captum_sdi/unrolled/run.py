@@ -95,7 +95,8 @@ class TrainingRun:
         """Return torch's random state before one micro-batch of one update; None where there is no randomness."""
         if self.random_states is None:
             return None
-        return self.random_states[self._first_micro_batches[update] + micro_batch]
+        first = self._first_micro_batches[update]
+        return self.random_states[first + micro_batch]
 
     @cached_property
     def _first_micro_batches(self) -> list[int]:
@@ -125,8 +126,12 @@ class TrainingRun:
         """
         settings = run_files.read_settings(folder)
         kinds: dict[str, Any] = {"AdamW": AdamW, "SGD": SGD}
-        optimizer = kinds[settings.pop("optimizer_kind")](**settings.pop("optimizer"))
-        return cls(optimizer, **settings)
+        kind = kinds[settings.pop("optimizer_kind")]
+        try:
+            optimizer = kind(**settings.pop("optimizer"))
+            return cls(optimizer, **settings)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The training run in {os.fspath(folder)} is damaged: {error}") from error
 
 
 # --- checks ---

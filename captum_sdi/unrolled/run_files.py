@@ -1,26 +1,33 @@
-"""The files of a run: ``run.json``, and beside it ``random_states.safetensors`` and ``start.safetensors``."""
+"""The files of a run: ``run.json``, and beside it the start and the random states, whose names it holds.
+
+Their names are made of their content, so that a run is swapped for another by one renaming, that of ``run.json``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from captum_sdi.schema import COUNT, NUMBER, OBJECT, check_fields, list_of, one_of, optional, parse_json
-from captum_sdi.whole_file import write_whole
+from captum_sdi.preconditioners.shelf import content_digest
+from captum_sdi.schema import COUNT, NUMBER, OBJECT, TEXT, check_fields, list_of, one_of, optional, parse_json
+from captum_sdi.whole_file import check_regular, write_whole
 
 if TYPE_CHECKING:
     from captum_sdi.unrolled.run import TrainingRun
 
-_SETTINGS, _RANDOM_STATES, _START = "run.json", "random_states.safetensors", "start.safetensors"
+_SETTINGS, _RANDOM_STATES, _START = "run.json", "random_states", "start"
+_NAME = re.compile(r"(random_states|start)-[0-9a-f]{16}\.safetensors")
+_DIGEST = "digest"
 _FORMAT, _VERSION = "captum_sdi.TrainingRun", 1
 _FIELDS = {
     "version": COUNT,
@@ -32,6 +39,8 @@ _FIELDS = {
     "reduction": one_of(("mean", "tokens", "sum")),
     "micro_batch_size": optional(COUNT),
     "reduced_over": one_of(("update", "micro_batch")),
+    _START: optional(TEXT),
+    _RANDOM_STATES: optional(TEXT),
 }
 
 
@@ -40,7 +49,7 @@ def write_run(
     run: TrainingRun,
     start: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a run, its settings last: a folder without them holds none.
+    """Write a run, its settings last: until then the folder holds the earlier one, whole, or none.
 
     Args:
         folder: Made where it is missing.
@@ -49,10 +58,11 @@ def write_run(
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    names: dict[str, str | None] = {_START: None, _RANDOM_STATES: None}
     if start is not None:
-        write_tensors(path / _START, start)
+        names[_START] = write_named(path, _START, start)
     if run.random_states is not None:
-        write_tensors(path / _RANDOM_STATES, {"states": torch.stack(list(run.random_states))})
+        names[_RANDOM_STATES] = write_named(path, _RANDOM_STATES, {"states": torch.stack(list(run.random_states))})
     settings = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -64,10 +74,13 @@ def write_run(
         "reduction": run.reduction,
         "micro_batch_size": run.micro_batch_size,
         "reduced_over": run.reduced_over,
-        "has_random_states": run.random_states is not None,
+        **names,
     }
     text = json.dumps(settings)
     write_whole(path / _SETTINGS, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    for file in path.glob("*.safetensors"):
+        if _NAME.fullmatch(file.name) and file.name not in names.values():
+            file.unlink(missing_ok=True)
 
 
 def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -80,22 +93,31 @@ def read_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: If there is no run.
         ValueError: If the file is damaged, of something else, or of a newer version.
     """
-    path = Path(folder) / _SETTINGS
+    settings = read_json(Path(folder))
+    del settings[_START]
+    name = settings.pop(_RANDOM_STATES)
+    if name is not None:
+        states = read_named(Path(folder), _RANDOM_STATES, name)["states"]
+        settings[_RANDOM_STATES] = [state.clone() for state in states]  # torch takes aligned memory alone
+    return settings
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """Read ``run.json``, every field of which is known and of its kind."""
+    path = folder / _SETTINGS
     if not path.is_file():
         raise FileNotFoundError(
-            f"{os.fspath(folder)} holds no training run ({_SETTINGS}): write one with TrainingRun.save or "
+            f"{folder} holds no training run ({_SETTINGS}): write one with TrainingRun.save or "
             "record_training(trainer, folder); the latter writes it when training ends."
         )
     try:
-        settings = parse_json(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_bytes())
         check_fields(settings, _FIELDS)
     except ValueError as error:
         raise ValueError(f"{path} is no training run, or damaged: {error}.") from error
-    if settings.pop("format", None) != _FORMAT or settings.pop("version") > _VERSION:
-        raise ValueError(f"{path} is of something else, or of a newer captum_sdi: update it.")
-    if settings.pop("has_random_states", False):
-        states = read_tensors(path.with_name(_RANDOM_STATES))["states"]
-        settings["random_states"] = [state.clone() for state in states]  # torch takes aligned memory alone
+    is_ours = settings.pop("format", None) == _FORMAT and settings.keys() == _FIELDS.keys()
+    if not is_ours or settings.pop("version") != _VERSION:
+        raise ValueError(f"{path} is of something else, or of another captum_sdi: update it, or save the run again.")
     return settings
 
 
@@ -113,19 +135,49 @@ def read_start(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If the folder holds none.
     """
-    path = Path(folder) / _START
-    if not path.is_file():
+    name = read_json(Path(folder))[_START]
+    if name is None:
         raise FileNotFoundError(
-            f"{os.fspath(folder)} holds no weights to start from ({_START}): pass start= a state dict, or "
-            "TrainingRun.save(folder, start=model.state_dict()) before training."
+            f"{os.fspath(folder)} holds no weights to start from: pass start= a state dict, or write them with "
+            "TrainingRun.save(folder, start=...)."
         )
-    return read_tensors(path)
+    return read_named(Path(folder), _START, name)
+
+
+def write_named(folder: Path, kind: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors to a file named by its content.
+
+    Returns:
+        Its name.
+    """
+    name = f"{kind}-{content_digest(dict(tensors))[:16]}.safetensors"
+    write_tensors(folder / name, tensors)
+    return name
+
+
+def read_named(folder: Path, kind: str, name: str) -> dict[str, Tensor]:
+    """Read what `write_named` wrote.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        ValueError: If the file is not there, or not the one that was written.
+    """
+    if not _NAME.fullmatch(name) or not (folder / name).exists():
+        raise ValueError(f"{folder / _SETTINGS} is damaged: there is no {name!r} beside it.")
+    tensors = read_tensors(folder / name)
+    if name != f"{kind}-{content_digest(tensors)[:16]}.safetensors":
+        raise ValueError(f"{folder / name} is damaged: it is another file.")
+    return tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a file, whole or not at all; those that share memory are written apart."""
     apart = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    write_whole(path, lambda unfinished: save_file(apart, unfinished))
+    content = save(apart, {_DIGEST: content_digest(apart)})
+    # By our own write, not `save_file`, whose error for a full disk is no OSError.
+    write_whole(path, lambda unfinished: unfinished.write_bytes(content))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -137,7 +189,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If the file is damaged.
     """
+    check_regular(path)
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
+    if metadata.get(_DIGEST) != content_digest(tensors):
+        raise ValueError(f"{path} is damaged: its content is not what was written.")
+    return tensors

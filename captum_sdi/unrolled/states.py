@@ -98,7 +98,8 @@ def numbered(state: State) -> dict[str, Tensor]:
 
 def in_order(named: dict[str, Tensor], like: Tensor) -> State:
     """Return what `numbered` named, on the device of a tensor."""
-    return tuple(named[str(place)].to(like.device) for place in range(len(named)))
+    tensors = [named[str(place)] for place in range(len(named))]
+    return tuple(tensor.to(like.device) for tensor in tensors)
 
 
 def tensor_fingerprint(tensor: Tensor) -> str:

@@ -147,7 +147,12 @@ class Updates:
         (gradient,) = torch.autograd.grad(total, leaf, create_graph=differentiable)
         return GradientGraph(gradient, leaf, own_weights)
 
-    def gradient(self, vector: Tensor, update: int, weights: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        vector: Tensor,
+        update: int,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """Compute the gradient ``(size,)`` of one update's loss, not clipped yet."""
         gradients = [self.graph(vector, batch, weights).gradient for batch in self.micro_batches(update)]
         return torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0]

@@ -74,9 +74,16 @@ def is_affine_at(module: nn.Module, activation: Tensor) -> bool:
     trial = {}
     for name, parameter in lifted_parameters(module).items():
         entries = parameter.numel()
-        trial[name] = torch.linspace(-1.5, 1.4, entries, dtype=parameter.dtype, device=parameter.device)
+        trial[name] = torch.linspace(
+            -1.5,
+            1.4,
+            entries,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
     actual = bare_call(module, {**lifted_buffers(module), **trial}, activation)
-    predicted = offset + sum(trial[name] * slope for name, slope in slopes.items())
+    changes = [trial[name] * slope for name, slope in slopes.items()]
+    predicted = offset + sum(changes)
     if actual.shape != activation.shape:
         return False
     difference = (actual - predicted).abs().max()

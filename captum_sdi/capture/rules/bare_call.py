@@ -19,7 +19,11 @@ class _Bare(nn.Module):
         return self.inner.forward(activation)
 
 
-def bare_call(module: nn.Module, tensors: dict[str, Tensor], activation: Tensor) -> Tensor:
+def bare_call(
+    module: nn.Module,
+    tensors: dict[str, Tensor],
+    activation: Tensor,
+) -> Tensor:
     """Call a module's forward with these tensors as its parameters and buffers."""
     bare = _Bare(module)
     inner_tensors = {f"inner.{name}": tensor for name, tensor in tensors.items()}

@@ -11,7 +11,11 @@ from captum_sdi.capture.rules.bare_call import bare_call, own_parameters
 
 
 @torch.no_grad()
-def why_unlike_alone(module: nn.Module, activation: Tensor, output: Tensor) -> str | None:
+def why_unlike_alone(
+    module: nn.Module,
+    activation: Tensor,
+    output: Tensor,
+) -> str | None:
     """Return why a layer's input does not determine its output, example by example."""
     first = activation[:1].detach().clone()
     version = first._version

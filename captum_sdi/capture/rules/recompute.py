@@ -148,9 +148,9 @@ def masked_gradients(
     chunk = max(1, _PER_EXAMPLE_BUDGET // entries)
     for start in range(0, len(rows), chunk):
         some_rows = rows[start : start + chunk]
-        each = [_gradients_of_row(reached, aliases, row) for row in some_rows]
+        gradients_by_row = [_gradients_of_row(reached, aliases, row) for row in some_rows]
         for name in aliases:
-            gradients = torch.stack([gradients_of_row[name] for gradients_of_row in each])
+            gradients = torch.stack([gradients_of_row[name] for gradients_of_row in gradients_by_row])
             yield name, slice(start, start + len(some_rows)), Dense(gradients)
 
 

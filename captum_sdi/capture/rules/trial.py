@@ -50,11 +50,11 @@ def tried(
         inputs.append(tensor.detach().clone().requires_grad_(is_by_example and tensor.is_floating_point()))
     # Inside a checkpointed block, tensors that this trial saves must not be counted: its recomputation has no trial.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        again = _rerun_unless_it_fails(call, inputs, aliases[0])
-        if again is None or not are_alike(again, outputs):
+        repeated = _rerun_unless_it_fails(call, inputs, aliases[0])
+        if repeated is None or not are_alike(repeated, outputs):
             return Trial(agrees=False)
         varied = [tensor for tensor in inputs if tensor.requires_grad]
-        read, mixes = _dependencies(again, aliases[1], varied, batch_size)
+        read, mixes = _dependencies(repeated, aliases[1], varied, batch_size)
         return Trial(agrees=True, read=read, mixes=mixes)
 
 
@@ -75,19 +75,24 @@ def _rerun_unless_it_fails(
 
 
 @torch.no_grad()
-def are_alike(again: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+def are_alike(repeated: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
     """Say whether two calls returned the same, up to rounding."""
-    if [tensor.shape for tensor in again] != [tensor.shape for tensor in outputs]:
+    repeated_shapes = [tensor.shape for tensor in repeated]
+    if repeated_shapes != [tensor.shape for tensor in outputs]:
         return False
-    return all(_is_alike(*pair) for pair in zip(again, outputs, strict=True))
+    pairs = zip(repeated, outputs, strict=True)
+    return all(_is_alike(*pair) for pair in pairs)
 
 
-def _is_alike(again: Tensor, output: Tensor) -> bool:
+def _is_alike(repeated: Tensor, output: Tensor) -> bool:
     if output.numel() == 0:
         return True
     finite = output.isfinite()  # -inf in a mask is no number to subtract
-    difference = (again - output)[finite].abs()
-    return not difference.numel() or not difference.max() > _tolerance(output) * output[finite].abs().max()
+    difference = (repeated - output)[finite].abs()
+    if not difference.numel():
+        return True
+    largest = output[finite].abs().max()
+    return not difference.max() > _tolerance(output) * largest
 
 
 def _tolerance(output: Tensor) -> float:
@@ -105,7 +110,13 @@ def _dependencies(
     if not connected:
         return frozenset(), False
     ones = [torch.ones_like(output) for output in connected]
-    gradients = torch.autograd.grad(connected, list(aliases.values()), ones, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(
+        connected,
+        list(aliases.values()),
+        ones,
+        retain_graph=True,
+        allow_unused=True,
+    )
     pairs = zip(aliases, gradients, strict=True)
     read = frozenset(name for name, gradient in pairs if gradient is not None)
     firsts = [output[0] for output in connected if output.shape[:1] == (batch_size,)]
@@ -119,7 +130,8 @@ def _dependencies(
 def _irregular(tensor: Tensor) -> Tensor:
     """Return numbers that no sum cancels by chance, in the shape of a tensor."""
     entries = torch.arange(tensor.numel(), dtype=torch.float32, device=tensor.device)
-    return (12.9898 * entries).sin().view(tensor.shape).to(tensor.dtype)
+    numbers = (12.9898 * entries).sin()
+    return numbers.view(tensor.shape).to(tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -133,16 +145,18 @@ class Digest:
     def of(outputs: Sequence[Tensor]) -> Digest:
         """Return that of some outputs."""
         detached = [output.detach() for output in outputs]
-        return Digest(tuple(output.sum() for output in detached), tuple(output.norm() for output in detached))
+        sums = tuple(output.sum() for output in detached)
+        norms = tuple(output.norm() for output in detached)
+        return Digest(sums, norms)
 
     def fits(self, outputs: Sequence[Tensor]) -> bool:
         """Say whether it is that of these outputs, up to rounding."""
-        again = Digest.of(outputs)
+        second_digest = Digest.of(outputs)
         for number, output in enumerate(outputs):
             norm = self.norms[number]
             rounding = _tolerance(output) * norm
-            if (again.norms[number] - norm).abs() > rounding or (
-                again.sums[number] - self.sums[number]
-            ).abs() > rounding:
+            norm_change = (second_digest.norms[number] - norm).abs()
+            sum_change = (second_digest.sums[number] - self.sums[number]).abs()
+            if norm_change > rounding or sum_change > rounding:
                 return False
         return True

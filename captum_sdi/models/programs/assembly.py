@@ -78,7 +78,11 @@ def assemble(text: str, cells: Sequence[str]) -> tuple[list[Instruction], dict[s
     return [parse_statement(statement, cell_numbers, labels) for statement in statements], labels
 
 
-def parse_statement(words: Sequence[str], cells: Mapping[str, int], labels: Mapping[str, int]) -> Instruction:
+def parse_statement(
+    words: Sequence[str],
+    cells: Mapping[str, int],
+    labels: Mapping[str, int],
+) -> Instruction:
     """Return the instruction that the words of a line stand for.
 
     Raises:

@@ -87,7 +87,8 @@ class ComputerStep(nn.Module):
         self.n_cells = n_cells
         table = encoded(instructions, n_cells)
         self.instructions = nn.Embedding.from_pretrained(table, freeze=False)
-        self.costs = nn.Embedding.from_pretrained(torch.ones(len(table), 1), freeze=False)
+        unit_costs = torch.ones(len(table), 1)
+        self.costs = nn.Embedding.from_pretrained(unit_costs, freeze=False)
         self.arithmetic = nn.Linear(2, len(WRITING), bias=False)
         weight = torch.tensor(ARITHMETIC)
         self.arithmetic.weight = nn.Parameter(weight, requires_grad=False)  # of the machine, not of a program
@@ -114,10 +115,13 @@ class ComputerStep(nn.Module):
         writes = choices.sum(-1, keepdim=True)
         memory = memory + writes * target * (chosen - old)
 
-        is_at = operation.detach().argmax(-1, keepdim=True)
-        halts = is_at == OPERATIONS.index("halt")
-        branches = (is_at == OPERATIONS.index("branch")) & (left_cell.detach().unsqueeze(-1) > 0)
-        line_cost = self.costs(counter).squeeze(1).masked_fill(halts, 0)
+        operation_index = operation.detach().argmax(-1, keepdim=True)
+        halts = operation_index == OPERATIONS.index("halt")
+        is_branch = operation_index == OPERATIONS.index("branch")
+        is_positive = left_cell.detach().unsqueeze(-1) > 0
+        branches = is_branch & is_positive
+        line_cost = self.costs(counter).squeeze(1)
+        line_cost = line_cost.masked_fill(halts, 0)
         following = torch.where(halts, counter, counter + 1)
         jump_line = jump.detach().round().long()
         counter = torch.where(branches, jump_line, following)
@@ -126,13 +130,17 @@ class ComputerStep(nn.Module):
 
 def encoded(instructions: Sequence[Instruction], n_cells: int) -> Tensor:
     """Return the table ``(lines, fields)``: the operation and three cells as unit vectors, and the line of a jump."""
-    operations = torch.tensor([OPERATIONS.index(line.operation) for line in instructions])
-    lefts, rights, targets, jumps = torch.tensor([line[1:] for line in instructions]).unbind(-1)
+    codes = [OPERATIONS.index(line.operation) for line in instructions]
+    operations = torch.tensor(codes)
+    operands = torch.tensor([line[1:] for line in instructions])
+    lefts, rights, targets, jumps = operands.unbind(-1)
     fields = [F.one_hot(operations, len(OPERATIONS))]
     for cells in (lefts, rights, targets):
-        fields.append(F.one_hot(cells, n_cells))
+        one_hot_cells = F.one_hot(cells, n_cells)
+        fields.append(one_hot_cells)
     fields.append(jumps.unsqueeze(-1))
-    return torch.cat(fields, dim=-1).to(torch.get_default_dtype())
+    table = torch.cat(fields, dim=-1)
+    return table.to(torch.get_default_dtype())
 
 
 def check_instructions(instructions: Sequence[Instruction], n_cells: int) -> None:
