@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -221,8 +221,8 @@ class Engine:
             self._checked_targets(loop or WHOLE_MODEL)
 
     def with_sketch(self, sketch: Sketch) -> Engine:
-        """Return an engine for the same questions with another sketch."""
-        return Engine(
+        """Return an engine for the same questions with another sketch, which knows what this one has found."""
+        engine = Engine(
             self.model,
             self._load,
             self.layers,
@@ -230,6 +230,12 @@ class Engine:
             sketch,
             activation_checkpointing=self.activation_checkpointing,
         )
+        prepared = self._prepared
+        if prepared is not None:
+            featurizer = prepared.featurizer.with_sketch(sketch)
+            rehearsal = Rehearsal(self.model, prepared.loop)
+            engine._prepared = replace(prepared, featurizer=featurizer, rehearsal=rehearsal)
+        return engine
 
     @contextmanager
     def points(self, checkpoints: Sequence[Checkpoint], first: Examples) -> Iterator[Iterator[Point]]:

@@ -210,6 +210,23 @@ def padded_left(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+class SortedByLength(Base):
+    """Sorts examples, the longest first, and never sorts them back; the first batch happens to be in order."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None:
+            input_ids = input_ids[attention_mask.sum(1).argsort(descending=True)]
+        return self.head(self.looped(self.emb(input_ids)))
+
+
+def test_a3_what_a_first_batch_in_order_hides_is_refused_at_a_later_one() -> None:
+    ordered = sorted(rows(4, seed=1), key=lambda row: -len(row["input_ids"]))
+    data = [*ordered, *reversed(ordered)]
+    model = spread(SortedByLength().double())
+    with pytest.raises(ValueError, match=REFUSED):
+        SDIInfluence(model, data, loop="block", batch_size=2, sketch=Exact()).influence(data)
+
+
 def test_a3_left_padding_without_positions_or_mask_is_refused() -> None:
     loader = DataLoader(rows(4, seed=1), batch_size=4, collate_fn=padded_left)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=REFUSED):

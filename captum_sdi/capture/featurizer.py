@@ -7,6 +7,7 @@ at one checkpoint.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,12 @@ class Featurizer:
         self._read = BatchReader(model)
         self._adoption = Adoption()
         self._labelled: set[tuple[int, int]] = set()
+
+    def with_sketch(self, sketch: Sketch) -> Featurizer:
+        """Return a featurizer with another sketch, which knows what passes of this one have found."""
+        other = copy.copy(self)
+        other._sketch = sketch
+        return other
 
     @contextmanager
     def installed(self, checkpoint: str) -> Iterator[Capture]:

@@ -17,7 +17,7 @@ from captum_sdi.capture.calls import inside_autograd_function
 from captum_sdi.capture.identity import ReportingIdentities
 from captum_sdi.capture.owners import Owner
 from captum_sdi.capture.pass_state import PassState
-from captum_sdi.capture.rules.recompute import Call, aliases_of, differentiable, masked_gradients, recorded
+from captum_sdi.capture.rules.recompute import Call, aliases_of, differentiable, masked_gradients, recorded, replaced
 from captum_sdi.capture.rules.trial import Digest, tried
 from captum_sdi.loop.clock import Moment
 from captum_sdi.model_lock import refuse_other_threads
@@ -155,15 +155,16 @@ class RecomputedCalls:
         by_own_name, by_target = aliases_of(owner.module, owner.targets)
         state.running_rule.active = True
         try:
-            outputs = call.rerun(tensors, by_own_name)
-            told = [output.shape[:1] == (state.batch_size,) for output in outputs]
-            untold = [backprop is not None and not tells for backprop, tells in zip(backprops, told, strict=True)]
-            if any(untold) or not digest.fits(outputs):
-                state.note_unseen(owner.holders)
-                return
-            rows = self._rows(outputs, backprops)
-            for name, some_rows, gradient in masked_gradients(outputs, backprops, by_target, rows):
-                consume(name, some_rows, place, gradient)
+            with replaced(owner.module, by_own_name):
+                outputs = call.rerun(tensors)
+                told = [output.shape[:1] == (state.batch_size,) for output in outputs]
+                untold = [backprop is not None and not tells for backprop, tells in zip(backprops, told, strict=True)]
+                if any(untold) or not digest.fits(outputs):
+                    state.note_unseen(owner.holders)
+                    return
+                rows = self._rows(outputs, backprops)
+                for name, some_rows, gradient in masked_gradients(outputs, backprops, by_target, rows):
+                    consume(name, some_rows, place, gradient)
         finally:
             state.running_rule.active = False
 

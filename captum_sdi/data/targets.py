@@ -7,6 +7,7 @@ gradients sum to the example's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,18 @@ class OneTarget:
             self._argument,
         )
         return losses.gather(1, columns.unsqueeze(1)).squeeze(1)
+
+
+def side_with_labels(side: Side) -> Side:
+    """Return how the same examples are run where the model is handed their labels, whatever the loss."""
+    given = side.forward_kwargs
+
+    def with_labels(raw: Any) -> Mapping[str, Any]:
+        _, _, labels = split_batch(raw)
+        keywords = given(raw) if callable(given) else given
+        return {"labels": labels, **(keywords or {})}
+
+    return replace(side, forward_kwargs=with_labels)
 
 
 def one_target_side(side: Side) -> Side:

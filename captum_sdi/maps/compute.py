@@ -18,7 +18,7 @@ from torch import Tensor
 from captum_sdi.features import Bins, canonical_name
 from captum_sdi.maps.axes import MapAxes
 from captum_sdi.maps.grid import GRID_AXES, Grid
-from captum_sdi.maps.look import look
+from captum_sdi.maps.look import look, side_as_run
 from captum_sdi.maps.memory import Needs, Portions, free_memory, portions
 from captum_sdi.maps.per_checkpoint import step_labels
 from captum_sdi.maps.rows import RowSide, held
@@ -128,14 +128,16 @@ def look_at_sides(question: Question, indices: Tensor, axes: MapAxes) -> Sides:
         point = next(points)
         test_looks = look(point, question.tests, axes.test)
         train_looks = look(point, study.train, axes.train, indices.unique())
+        test_examples = replace(question.tests, side=side_as_run(point, question.tests.side))
+        train_examples = replace(study.train, side=side_as_run(point, study.train.side))
     unknown = sorted(set(indices.flatten().tolist()) - set(train_looks))
     if unknown:
         raise ValueError(f"indices= names training examples {unknown}, which train_dataset does not have.")
     q = len(test_looks)
     if indices.ndim == 2 and len(indices) != q:
         raise ValueError(f"indices= has {len(indices)} rows for {q} test examples: pass (q, k), or (k,) for all.")
-    tests = RowSide.of(question.tests, axes.test, test_looks)
-    trains = RowSide.of(study.train, axes.train, train_looks)
+    tests = RowSide.of(test_examples, axes.test, test_looks)
+    trains = RowSide.of(train_examples, axes.train, train_looks)
     return Sides(tests, trains, indices.expand(q, -1))
 
 

@@ -13,7 +13,7 @@ from captum_sdi.data.batch import split_batch
 from captum_sdi.data.examples import Examples
 from captum_sdi.data.losses import IGNORED
 from captum_sdi.data.side import Side
-from captum_sdi.data.targets import column_labels, target_columns, token_losses
+from captum_sdi.data.targets import column_labels, side_with_labels, target_columns, token_losses
 from captum_sdi.features import Bins
 from captum_sdi.maps.axes import SideAxes
 from captum_sdi.passes import Point
@@ -54,8 +54,9 @@ def look(
     """
     looks: dict[int, Look] = {}
     for positions, raw in examples.batches(only):
-        side, places = examples.side, positions.tolist()
-        point.batch(raw, side, places, by_step=False, collated_alone=examples.collated_alone)
+        places = positions.tolist()
+        point.batch(raw, examples.side, places, by_step=False, collated_alone=examples.collated_alone)
+        side = side_as_run(point, examples.side)
         losses = None
         if axes.token:
             losses = losses_by_token(point, raw, side, len(places))
@@ -68,6 +69,11 @@ def look(
         for number, (place, ids) in enumerate(zip(places, texts, strict=True)):
             looks[place] = Look(columns[number], first_position, n_positions, n_bins, ids)
     return looks
+
+
+def side_as_run(point: Point, side: Side) -> Side:
+    """Return a side that says in its keywords whether the model is handed labels, for any loss of its examples."""
+    return side_with_labels(side) if point.capture.hands_labels(side) else side
 
 
 def losses_by_token(

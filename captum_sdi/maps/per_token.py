@@ -18,7 +18,7 @@ from captum_sdi.data.batch import batch_size
 from captum_sdi.data.examples import Examples
 from captum_sdi.data.targets import one_target_side, target_rows
 from captum_sdi.maps.axes import SideAxes
-from captum_sdi.maps.look import Look, look
+from captum_sdi.maps.look import Look, look, side_as_run
 from captum_sdi.maps.memory import ROWS_AT_ONCE, free_memory
 from captum_sdi.maps.rows import rows_of
 from captum_sdi.model_facts import model_device
@@ -114,11 +114,12 @@ def rows_question(question: Question) -> tuple[Question, bool]:
     with first.points() as points:
         point = next(points)
         looks = look(point, question.tests, axes)
+        side = one_target_side(side_as_run(point, question.tests.side))
         blank_rows = point.capture.blank().rows.values()
         width = sum(row.shape[-1] for row in blank_rows)
         free_bytes = free_memory(model_device(point.model))
         number_bytes = score_dtype(point.model).itemsize
-    tests = TargetExamples(question.tests.stream, one_target_side(question.tests.side), looks)
+    tests = TargetExamples(question.tests.stream, side, looks)
     n_rows = len(tests.token_of)
     if n_rows == 0:
         raise ValueError("inputs has no target token to ask about: every label is -100.")

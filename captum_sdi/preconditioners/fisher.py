@@ -89,9 +89,11 @@ class Fisher:
         self.check_rows(point.capture.blank())
         moments = train.fitted_on_rows("fisher", point, lambda: second_moments(train.blocks(point)))
         n_examples = int(moments["examples"])
+        rows = point.capture.blank().rows
+        largest = max(mean_eigenvalue(moments[moment_of(name)], n_examples) for name in rows)
         factors = {}
-        for name in point.capture.blank().rows:
-            factors[name] = damped_factor(moments[moment_of(name)], self.damping, n_examples)
+        for name, row in rows.items():
+            factors[name] = damped_factor(moments[moment_of(name)], self.damping, n_examples, largest, row.dtype)
 
         def apply(name: str, row: Tensor) -> Tensor:
             columns = row.flatten(0, 1).to(factors[name]).T
@@ -128,23 +130,37 @@ def moment_of(parameter: str) -> str:
     return f"moment of {parameter}"
 
 
-def damped_factor(moment: Tensor, damping: float, n_examples: int) -> Tensor:
+def mean_eigenvalue(moment: Tensor, n_examples: int) -> float:
+    """Average those eigenvalues of F ``(width, width)`` that can differ from zero, as the mean of so many squares."""
+    return float(moment.trace()) / min(len(moment), n_examples)
+
+
+def damped_factor(
+    moment: Tensor,
+    damping: float,
+    n_examples: int,
+    largest: float,
+    dtype: torch.dtype,
+) -> Tensor:
     """Return the lower Cholesky factor of F + λ.
 
     Args:
         moment: F, ``(width, width)``.
-        damping: λ in units of the mean eigenvalue of those that can differ from zero.
+        damping: λ in units of its `mean_eigenvalue`.
         n_examples: How many gradients F is the mean of.
+        largest: The largest `mean_eigenvalue` of all parameters.
+        dtype: Of the gradients.
 
     Raises:
         ValueError: If squares of gradients overflow.
     """
-    width = len(moment)
-    mean_eigenvalue = float(moment.trace()) / min(width, n_examples)
-    if mean_eigenvalue == 0:  # no example moves this parameter: whatever P is here, every score has a zero for it
-        return torch.eye(width, dtype=moment.dtype, device=moment.device)
-    if not math.isfinite(mean_eigenvalue):
+    mean = mean_eigenvalue(moment, n_examples)
+    if not math.isfinite(mean):
         raise ValueError("Gradients are too large for their squares: Fisher() overflows. Scale the loss down.")
-    shift = damping * mean_eigenvalue
-    damped = moment + shift * torch.eye(width, dtype=moment.dtype, device=moment.device)
-    return torch.linalg.cholesky(damped)
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    rounding = 100 * min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    if mean <= rounding**2 * largest:
+        # No example moves this parameter, a bias of attention's keys, say, which softmax cancels: every score has a
+        # zero for it, unless P blows rounding errors up.
+        return identity * (math.sqrt(largest) or 1.0)
+    return torch.linalg.cholesky(moment + damping * mean * identity)

@@ -23,6 +23,9 @@ LARGEST, LARGEST_COARSE = 1e-2, 0.25
 """Beyond which relative difference of features they are refused; in half precision, whose kernels round anew for every
 batch size, only what no rounding does."""
 
+CHECKED = (1, 3, 9)
+"""The batches that are looked at although nothing about them is new; later ones would be refused after long work."""
+
 
 @dataclass(frozen=True)
 class RunBatch:
@@ -42,11 +45,16 @@ class RunBatch:
 
 
 class Neighbours:
-    """Compares once for each side, and again at the first batch with padding or with layers called once."""
+    """Compares at a few of each side's batches, and at the first one with padding or with layers called once.
+
+    What depends on what the examples are, such as sorting them by length, need not show in the first batch.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._checked: dict[Any, set[str]] = {}
+        self._batches: dict[Any, set[tuple[str, int]]] = {}
+        self._warned: set[Any] = set()
 
     def check(self, side: Any, ran: RunBatch) -> None:
         """Refuse, or warn of, features that are others in a batch than alone.
@@ -59,8 +67,14 @@ class Neighbours:
             ValueError: If they differ by more than any rounding does.
         """
         checked = self._checked.setdefault(side, set())
+        if ran.features.size == 1:
+            return
         news = {f"once {name}" for name in ran.called_once} | {"neighbours", "padding"}
-        if ran.features.size == 1 or news <= checked:
+        batches = self._batches.setdefault(side, set())
+        if len(batches) < CHECKED[-1]:
+            batches.add((ran.side.name, ran.positions[0]))
+        news.update(f"batch {number}" for number in CHECKED if number <= len(batches))
+        if news <= checked:
             return
         lengths = example_lengths(ran)
         if len(set(lengths)) == 1:
@@ -68,10 +82,10 @@ class Neighbours:
         numbers = telling_examples(ran, lengths)
         if numbers and not news <= checked:  # without a target there is nothing to see: a later batch's turn
             for number in numbers:
-                self._compare(ran, number)
+                self._compare(side, ran, number)
             checked |= news
 
-    def _compare(self, ran: RunBatch, number: int) -> None:
+    def _compare(self, side: Any, ran: RunBatch, number: int) -> None:
         position = ran.positions[number]
         example = alone(ran, number)
         features = ran.features_of(example, [position])
@@ -91,7 +105,8 @@ class Neighbours:
         )
         if not difference <= largest + cancelled:
             raise ValueError(sentence + CAUSES + WAY_OUT)
-        if difference > smallest + cancelled:
+        if difference > smallest + cancelled and side not in self._warned:
+            self._warned.add(side)
             warn_user(sentence + "That is more than rounding. " + CAUSES + WAY_OUT)
 
 

@@ -47,12 +47,13 @@ class Call:
     autocast: tuple[str, torch.dtype, bool]
     """The device's kind, and the dtype that autocast chose, if it was enabled."""
 
-    def rerun(self, tensors: Sequence[Tensor], aliases: Mapping[str, nn.Parameter]) -> list[Tensor]:
-        """Call the module's forward again, from the random state of the call.
+    def rerun(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Call the module's forward again, from the random state of the call, with its parameters `replaced`.
+
+        They must stay so until its graph has been used: a part that is checkpointed runs once more by then.
 
         Args:
             tensors: What it was given.
-            aliases: What takes the place of its parameters, by its own names of them.
 
         Returns:
             Those of its outputs that may have a gradient.
@@ -63,8 +64,7 @@ class Call:
         device, dtype, enabled = self.autocast
         with kept_rng(), torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             self.random_state.restore()
-            with replaced(self.module, aliases):
-                output = self.module.forward(*args, **kwargs)
+            output = self.module.forward(*args, **kwargs)
         return differentiable(tree_flatten(output)[0])
 
 
@@ -97,7 +97,7 @@ def differentiable(leaves: Sequence[Any]) -> list[Tensor]:
 
 @contextmanager
 def replaced(module: nn.Module, aliases: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let aliases stand in the place of a module's parameters."""
+    """Let aliases stand in the place of a module's parameters, by its own names of them."""
     originals = {name: module.get_parameter(name) for name in aliases}
     put_parameters(module, aliases)
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from captum_sdi.capture.rules.recompute import Call
+from captum_sdi.capture.rules.recompute import Call, replaced
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def tried(
     for tensor, is_by_example in zip(tensors, by_example, strict=True):
         inputs.append(tensor.detach().clone().requires_grad_(is_by_example and tensor.is_floating_point()))
     # Inside a checkpointed block, tensors that this trial saves must not be counted: its recomputation has no trial.
-    with saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
-        repeated = _rerun_unless_it_fails(call, inputs, aliases[0])
+    with saved_tensors_hooks(lambda saved: saved, lambda saved: saved), replaced(call.module, aliases[0]):
+        repeated = _rerun_unless_it_fails(call, inputs)
         if repeated is None or not are_alike(repeated, outputs):
             return Trial(agrees=False)
         varied = [tensor for tensor in inputs if tensor.requires_grad]
@@ -58,15 +58,11 @@ def tried(
         return Trial(agrees=True, read=read, mixes=mixes)
 
 
-def _rerun_unless_it_fails(
-    call: Call,
-    inputs: Sequence[Tensor],
-    aliases: Mapping[str, nn.Parameter],
-) -> list[Tensor] | None:
+def _rerun_unless_it_fails(call: Call, inputs: Sequence[Tensor]) -> list[Tensor] | None:
     """Return a call's outputs; None where it fails or writes to what it was given."""
     versions = [tensor._version for tensor in inputs]
     try:
-        outputs = call.rerun(inputs, aliases)
+        outputs = call.rerun(inputs)
     except torch.OutOfMemoryError:  # the batch is too large, not the module unknown
         raise
     except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
