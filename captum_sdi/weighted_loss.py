@@ -21,6 +21,8 @@ from captum_sdi.data.losses import IGNORED, example_losses, target_labels
 from captum_sdi.data.side import Side
 from captum_sdi.parameter_vector import ParameterVector
 
+ASYMMETRY = 1e-2
+"""How far a Hessian may be from symmetric, relative to its products with random directions, by rounding in float32."""
 Reduction = Literal["mean", "tokens", "sum"]
 """How a training loss is made of its examples' losses: their mean; the mean over all their targets; their sum."""
 
@@ -103,6 +105,36 @@ def twice_differentiable(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
+
+
+def check_second_derivative(gradient: Tensor, vector: Tensor) -> None:
+    """Refuse second derivatives that are no Hessian's: a few operations of torch have wrong ones, and say nothing.
+
+    A Hessian is symmetric: ⟨u, H v⟩ = ⟨v, H u⟩, here for two random directions.
+
+    Args:
+        gradient: ``(size,)`` of a loss, differentiable.
+        vector: ``(size,)`` what it was taken in.
+
+    Raises:
+        ValueError: If they differ by more than rounding does.
+    """
+    if not gradient.requires_grad:  # of a loss that is linear
+        return
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, len(vector), generator=generator).to(vector)
+    settings: dict[str, Any] = {"retain_graph": True, "materialize_grads": True}
+    (first_product,) = torch.autograd.grad(gradient, vector, first, **settings)
+    (second_product,) = torch.autograd.grad(gradient, vector, second, **settings)
+    difference = float((second @ first_product - first @ second_product).abs())
+    scale = float(first_product.norm() + second_product.norm())
+    if difference > ASYMMETRY * scale:
+        raise ValueError(
+            f"torch's second derivative of the training loss is wrong: its Hessian is not symmetric, by "
+            f"{difference / scale:.1g} of its size. Some operation of the model has a faulty double backward pass, as "
+            "torch.nn.utils.parametrizations.weight_norm on a CPU: remove the parametrization "
+            "(torch.nn.utils.parametrize.remove_parametrizations), or ask without second derivatives."
+        )
 
 
 def check_reduction(reduction: Any) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from cases import CASES, Case, rows
-from reference import next_token_loss
+from reference import next_token_loss, spread
 from torch import Tensor, nn
 
+from captum_sdi import SDIInfluence
 from captum_sdi.data import Collator
 from captum_sdi.data.losses import default_loss
 from captum_sdi.data.side import Side
+from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.parameter_vector import ParameterVector
-from captum_sdi.weighted_loss import BatchLoss, example_shares
+from captum_sdi.preconditioners import Hessian
+from captum_sdi.weighted_loss import BatchLoss, check_second_derivative, example_shares
 
 TRAIN = rows(4, seed=1)
 
@@ -103,3 +107,41 @@ def test_what_cannot_be_is_refused() -> None:
         ParameterVector.of(CASES[0].model().requires_grad_(requires_grad=False))
     with pytest.raises(ValueError, match=r"not trainable, so that no training changes them: \['other'\]"):
         ParameterVector.of(model).rows({"other": torch.zeros(1, 3)})
+
+
+class WronglyTwice(torch.autograd.Function):
+    """A square whose double backward pass forgets a factor, as one of torch's own does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = ctx.saved_tensors
+        return grad * y, grad * x.detach()
+
+
+def test_a_hessian_that_is_not_symmetric_is_refused() -> None:
+    vector = torch.linspace(-1, 1, 6, dtype=torch.float64).requires_grad_()
+    right, wrong = vector[:3] * vector[3:], WronglyTwice.apply(vector[:3], vector[3:])
+    for product in (right, right.square(), right.sin() * vector[:3]):
+        (gradient,) = torch.autograd.grad(product.sum(), vector, create_graph=True)
+        check_second_derivative(gradient, vector)
+    (gradient,) = torch.autograd.grad(wrong.sum(), vector, create_graph=True)
+    with pytest.raises(ValueError, match=r"Hessian is not symmetric, by .*weight_norm"):
+        check_second_derivative(gradient, vector)
+
+
+def test_curvature_of_what_torch_differentiates_wrongly_is_refused() -> None:
+    torch.manual_seed(0)
+    model = LoopedGPTForCausalLM(LoopedGPTConfig(vocab_size=8, n_embd=8, n_head=2, n_positions=8, n_loops=2)).double()
+    for module in list(model.core.modules()):
+        if isinstance(module, nn.Linear):
+            torch.nn.utils.parametrizations.weight_norm(module)
+    spread(model, 0.5)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 8, (4, 6))]
+    sdi = SDIInfluence(model, rows, batch_size=2, layers=None, preconditioner=Hessian(rank=4))
+    with pytest.raises(ValueError, match="Hessian is not symmetric"):
+        sdi.influence(rows[:1])

@@ -16,7 +16,7 @@ from captum_sdi.index.identity import described, weights_hash
 from captum_sdi.preconditioners.arguments import check_count, check_damping
 from captum_sdi.preconditioners.lanczos import ritz_pairs
 from captum_sdi.preconditioners.shelf import Tensors, scratch
-from captum_sdi.weighted_loss import BatchLoss
+from captum_sdi.weighted_loss import BatchLoss, check_second_derivative
 
 if TYPE_CHECKING:
     from captum_sdi.passes import Point
@@ -174,6 +174,7 @@ class HessianProduct:
     ) -> None:
         self._point, self._train, self._loss, self._chosen, self._bar = point, train, loss, chosen, bar
         self._vector = vector.requires_grad_()
+        self._is_checked = False
 
     def __call__(self, direction: Tensor) -> Tensor:
         """Multiply a direction ``(size,)``.
@@ -193,6 +194,9 @@ class HessianProduct:
                 losses = self._loss(self._vector, raw, hands_labels=hands_labels)
                 summed_loss = losses.sum()
                 (gradient,) = torch.autograd.grad(summed_loss, self._vector, create_graph=True)
+                if not self._is_checked:
+                    check_second_derivative(gradient, self._vector)
+                    self._is_checked = True
                 (curved,) = torch.autograd.grad(gradient, self._vector, direction)
             product += curved
             n_examples += len(positions)

@@ -24,7 +24,7 @@ from captum_sdi.model_lock import exclusive
 from captum_sdi.unrolled.clipping import clipped
 from captum_sdi.unrolled.optimizers import State, UpdateSettings, decays
 from captum_sdi.unrolled.run import TrainingRun
-from captum_sdi.weighted_loss import BatchLoss, example_shares, target_counts
+from captum_sdi.weighted_loss import BatchLoss, check_second_derivative, example_shares, target_counts
 
 
 class TrainRows:
@@ -90,6 +90,7 @@ class Updates:
         layout = loss.layout
         like = torch.zeros((), dtype=layout.dtype, device=layout.device)
         self._decay = decays(run.optimizer, dict(layout.shapes), like)
+        self._is_curvature_checked = False
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -145,6 +146,9 @@ class Updates:
         check_gradient(losses, self.loss.side.argument)
         total = (batch.shares * own_weights * losses.to(batch.shares)).sum()
         (gradient,) = torch.autograd.grad(total, leaf, create_graph=differentiable)
+        if differentiable and not self._is_curvature_checked:
+            check_second_derivative(gradient, leaf)
+            self._is_curvature_checked = True
         return GradientGraph(gradient, leaf, own_weights)
 
     def gradient(
