@@ -37,4 +37,6 @@ def test_every_sentence_that_is_explained_is_one_of_ours() -> None:
     said = [words.sub(" ", source) for source in sources]
     assert len(explained) > 5
     for sentence in explained:
+        if sentence.startswith("An error of "):  # another library's
+            continue
         assert any(words.sub(" ", sentence) in source for source in said), sentence

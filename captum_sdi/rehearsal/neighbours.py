@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_sdi.capture.featurizer import Capture
-from captum_sdi.data.batch import map_tensors, select
+from captum_sdi.data.batch import map_tensors, select, tensors_in
 from captum_sdi.data.fingerprints import used_positions
 from captum_sdi.data.losses import IGNORED, target_labels, untargeted_examples
 from captum_sdi.data.side import Side
@@ -169,9 +169,15 @@ def telling_examples(ran: RunBatch, lengths: Sequence[int]) -> list[int]:
 
 
 def alone(ran: RunBatch, number: int) -> Any:
-    """Return one example as it would be with batch_size=1; where the data set cannot tell, without its padding."""
+    """Return one example as it would be with batch_size=1; where the data set cannot tell, without its padding.
+
+    A collate function that leaves a field out for a single row, such as the mask, does not tell what the model can be
+    called with.
+    """
     collated = ran.collated_alone(ran.positions[number])
-    return without_padding(select(ran.raw, [number])) if collated is None else collated
+    if collated is None or len(tensors_in(collated)) != len(tensors_in(ran.raw)):
+        return without_padding(select(ran.raw, [number]))
+    return collated
 
 
 def without_padding(raw: Any) -> Any:
