@@ -107,9 +107,10 @@ def uncovered_layers(refused: Sequence[tuple[str, str]], remedy: str) -> str:
 
 def mixes_examples(layers: Sequence[str], batch_size: int) -> str:
     """Refuse modules whose output for one example depends on others."""
+    modules = "; and in ".join(layer.removesuffix(",") for layer in layers)
     return (
         f"In a batch of {batch_size} examples are mixed, so that no gradient is one example's own: what is returned "
-        f"for the first depends on what was given for others in {'; and in '.join(layers)}. Pass batch_size=1 (to a "
+        f"for the first depends on what was given for others in {modules}. Pass batch_size=1 (to a "
         "DataLoader, too), or let the model keep examples apart."
     )
 
