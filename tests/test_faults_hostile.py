@@ -10,11 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from datasets import Dataset
 from hostile import is_refused, mutated_anywhere, mutated_bytes, mutated_json, mutated_text
 from pages import random_result
 from safetensors.torch import save_file
@@ -33,6 +30,10 @@ from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.unrolled import SGD, TrainingRun
 from captum_sdi.unrolled.run_files import read_start, read_tensors, write_tensors
 from captum_sdi.unrolled.states import WayBack
+
+pyarrow = pytest.importorskip("pyarrow")
+pyarrow_parquet = pytest.importorskip("pyarrow.parquet")
+datasets = pytest.importorskip("datasets")
 
 TRIED = 15 * int(os.environ.get("CAPTUM_SDI_KILLS", "3"))
 """How many hostile files of each format; `make test-faults` tries more."""
@@ -101,12 +102,12 @@ def json_array(folder: Path) -> Format:
 
 
 def parquet(folder: Path) -> Format:
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "rows.parquet")
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "rows.parquet")
     return examples(folder / "rows.parquet", mutated_anywhere)
 
 
 def dataset(folder: Path, name: str) -> Format:
-    Dataset.from_list(ROWS).save_to_disk(folder / "rows")
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder / "rows")
     mutated = mutated_anywhere if name.endswith(".arrow") else mutated_json
     file = folder / "rows" / name
     read = examples(folder / "rows", mutated).read

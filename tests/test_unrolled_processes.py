@@ -20,7 +20,6 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         rendezvous = f"file://{tmp_path}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
         torch.save(ran()[1].step_influence(TEST).trajectories, tmp_path / f"scores-{rank}.pt")
-        torch.distributed.destroy_process_group()
 
     processes = [forked(lambda rank=rank: work(rank)) for rank in range(2)]  # type: ignore[misc]
     assert [ended(process) for process in processes] == [0, 0]
