@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         rendezvous = f"file://{tmp_path}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
         torch.save(ran()[1].step_influence(TEST).trajectories, tmp_path / f"scores-{rank}.pt")
+        other = tmp_path / f"scores-{1 - rank}.pt"  # who leaves first closes what the other still reads from
+        for _ in range(6000):
+            if other.exists():
+                break
+            time.sleep(0.01)
 
     processes = [forked(lambda rank=rank: work(rank)) for rank in range(2)]  # type: ignore[misc]
     assert [ended(process) for process in processes] == [0, 0]
