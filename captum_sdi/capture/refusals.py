@@ -119,7 +119,7 @@ def no_tokens_of_whole_pass(names: Sequence[str], remedy: str) -> str:
     """Refuse per-token features of parameters whose gradients the losses alone tell."""
     return (
         f"unit='token' needs a call that tells the gradient of {first_few(names)}: the model uses it beside any call "
-        f"inside the loop. Leave it out{remedy}, or ask for unit='example'."
+        f"inside the loop. Leave it out{remedy}, or ask without axes of positions."
     )
 
 
@@ -141,7 +141,7 @@ def no_token_axis(
     return (
         "unit='token' needs the token positions as the second axis of each layer's input and output: "
         f"{layer} was given a tensor of shape {tuple(activation)} and returned one of shape {tuple(output)}. Leave it "
-        f"out{remedy}, or ask for unit='example'."
+        f"out{remedy}, or ask without axes of positions."
     )
 
 
@@ -155,7 +155,7 @@ def unequal_token_axes(
     """Refuse per-token features of two layers that read different numbers of tokens."""
     return (
         f"unit='token' needs the same number of token positions in every layer: {layer} was given {count}, "
-        f"{other_layer} {other_count}. Leave the second one out{remedy}, or ask for unit='example'."
+        f"{other_layer} {other_count}. Leave the second one out{remedy}, or ask without axes of positions."
     )
 
 
