@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, requiring_grad
-from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
+from captum_sdi.capture.settling import seen_forward, settled, uses_in_sight
 from captum_sdi.capture.tape import Tape
 from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
 from captum_sdi.data.losses import LossFn, check_gradient, default_loss, example_losses
@@ -148,12 +148,13 @@ def captured_gradients(
     def attempted() -> dict[str, Tensor]:
         for name, projection in projections.items():
             sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
-        loss = forward()
-        tape.backward(loss, consume)
+        with uses_in_sight(tape, checked=True) as check_uses:
+            loss = forward()
+            check_uses(loss)
+            tape.backward(loss, consume)
         return sums
 
     with tape:
-        attribute_stray_uses(tape, forward)
         return settled(attempted)
 
 
