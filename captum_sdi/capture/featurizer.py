@@ -289,18 +289,23 @@ class Capture:
         """Say whether the model is handed a side's labels: its logits are others with them, as Ouro's."""
         return side.manner in self.labelled
 
-    def check_uses(self, raw: Any, side: Side) -> None:
-        """Let other modules answer for the targets that are used outside their layer's calls, in a forward pass.
+    def check_uses(self, raw: Any, side: Side) -> Tensor:
+        """Let other modules answer for the targets that are used outside their layer's calls.
+
+        Returns:
+            ``(n,)`` losses of a forward pass without such uses.
 
         Raises:
             ValueError: If no module answers for one.
         """
 
-        def attempted() -> None:
+        def attempted() -> Tensor:
             with uses_in_sight(self.tape, checked=True) as check_uses:
-                check_uses(self._forward(raw, side)[1])
+                losses = self._forward(raw, side)[1]
+                check_uses(losses)
+            return losses.detach()
 
-        settled(attempted)
+        return settled(attempted)
 
     def check_gradient(self, raw: Any, side: Side) -> None:
         """Check, in a forward pass, that the loss depends on some parameter at all, targeted or not.
