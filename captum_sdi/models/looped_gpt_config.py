@@ -6,7 +6,8 @@ from transformers import PretrainedConfig
 
 from captum_sdi.words import is_integer
 
-INJECTIONS = ("concat", "add")
+INJECTIONS = ("concat", "add", "none")
+FEEDBACKS = ("state", "tokens")
 STATE_INITS = ("prelude", "zeros", "normal")
 
 POSITIVE_COUNTS = ("vocab_size", "n_positions", "n_embd", "n_head", "n_core", "n_loops")
@@ -39,6 +40,7 @@ class LoopedGPTConfig(PretrainedConfig):
         n_loops: int = 32,
         injection: str = "concat",
         state_init: str = "prelude",
+        feedback: str = "state",
         is_causal: bool = True,
         bias: bool = False,
         initializer_range: float = 0.02,
@@ -58,10 +60,15 @@ class LoopedGPTConfig(PretrainedConfig):
             n_core: Blocks inside the loop.
             n_coda: Blocks after the loop.
             n_loops: How often the core runs; `forward` and `generate` can override it per call.
-            injection: How the core mixes state and inputs: "concat" (a linear layer) or "add".
+            injection: How the core mixes state and inputs: "concat" (a linear layer), "add", or "none": it reads the
+                state alone.
             state_init: The state before the first loop: "prelude" (the prelude's output), "zeros",
                 or "normal" (noise of standard deviation `initializer_range`; fresh at every call in
                 training mode, always the same in evaluation mode).
+            feedback: What a loop step hands on to the next one: its "state", or its "tokens", softly: in the place of
+                each token stands what coda and head answer there, a distribution, embedded as tokens are. Then all
+                of the model repeats. With injection="none" a step reads tokens and nothing else, so that one trained
+                at `n_loops=1` can be asked to go on from its own answers.
             is_causal: Whether a token sees only earlier ones. Only then are labels shifted.
             bias: Whether linear layers other than the head have biases; layer norms always do.
             initializer_range: Standard deviation of the initial weights. Narrow models need more
@@ -85,6 +92,7 @@ class LoopedGPTConfig(PretrainedConfig):
         self.n_loops = n_loops
         self.injection = injection
         self.state_init = state_init
+        self.feedback = feedback
         self.is_causal = is_causal
         self.bias = bias
         self.initializer_range = initializer_range
@@ -117,6 +125,12 @@ def check_config(config: LoopedGPTConfig) -> None:
         check_count(name, getattr(config, name), minimum=0)
     check_choice("injection", config.injection, INJECTIONS)
     check_choice("state_init", config.state_init, STATE_INITS)
+    check_choice("feedback", config.feedback, FEEDBACKS)
+    if config.injection == "none" and config.state_init != "prelude":
+        raise ValueError(
+            f"injection='none' with state_init={config.state_init!r}: the model would never read its tokens; "
+            "take state_init='prelude'."
+        )
     if config.n_embd % config.n_head:
         raise ValueError(
             f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "
