@@ -40,6 +40,7 @@ class LoopedGPTConfig(PretrainedConfig):
         injection: str = "concat",
         state_init: str = "prelude",
         is_causal: bool = True,
+        has_positions: bool = True,
         bias: bool = False,
         initializer_range: float = 0.02,
         layer_norm_epsilon: float = 1e-5,
@@ -63,6 +64,7 @@ class LoopedGPTConfig(PretrainedConfig):
                 or "normal" (noise of standard deviation `initializer_range`; fresh at every call in
                 training mode, always the same in evaluation mode).
             is_causal: Whether a token sees only earlier ones. Only then are labels shifted.
+            has_positions: Whether tokens know their positions; without, `n_positions` limits the length alone.
             bias: Whether linear layers other than the head have biases; layer norms always do.
             initializer_range: Standard deviation of the initial weights. Narrow models need more
                 than GPT-2's 0.02: of width 64, parity was learnt from 0.1 and not from 0.02.
@@ -86,6 +88,7 @@ class LoopedGPTConfig(PretrainedConfig):
         self.injection = injection
         self.state_init = state_init
         self.is_causal = is_causal
+        self.has_positions = has_positions
         self.bias = bias
         self.initializer_range = initializer_range
         self.layer_norm_epsilon = layer_norm_epsilon
