@@ -42,6 +42,7 @@ class LoopedGPTConfig(PretrainedConfig):
         state_init: str = "prelude",
         feedback: str = "state",
         is_causal: bool = True,
+        has_positions: bool = True,
         bias: bool = False,
         initializer_range: float = 0.02,
         layer_norm_epsilon: float = 1e-5,
@@ -70,6 +71,7 @@ class LoopedGPTConfig(PretrainedConfig):
                 of the model repeats. With injection="none" a step reads tokens and nothing else, so that one trained
                 at `n_loops=1` can be asked to go on from its own answers.
             is_causal: Whether a token sees only earlier ones. Only then are labels shifted.
+            has_positions: Whether tokens know their positions; without, `n_positions` limits the length alone.
             bias: Whether linear layers other than the head have biases; layer norms always do.
             initializer_range: Standard deviation of the initial weights. Narrow models need more
                 than GPT-2's 0.02: of width 64, parity was learnt from 0.1 and not from 0.02.
@@ -94,6 +96,7 @@ class LoopedGPTConfig(PretrainedConfig):
         self.state_init = state_init
         self.feedback = feedback
         self.is_causal = is_causal
+        self.has_positions = has_positions
         self.bias = bias
         self.initializer_range = initializer_range
         self.layer_norm_epsilon = layer_norm_epsilon
