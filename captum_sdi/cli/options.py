@@ -231,8 +231,8 @@ def add_demo_options(command: ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of weights, data and sketch")
-    command.add_argument("--steps", type=int, default=500, help="training steps")
+    command.add_argument("--seed", type=int, default=0, help="seed of facts, weights and sketch")
+    command.add_argument("--steps", type=int, default=60, help="training steps")
 
 
 # --- options of several commands ---
