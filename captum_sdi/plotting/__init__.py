@@ -15,7 +15,8 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
 * ``texts``: the training examples as text, in the order of the training set. They are shown on one line, beside a few
   rows on two, and cut with an ellipsis where room ends. Scripts that the default font lacks are written in an installed
   one that has them; without any, "[8 CJK]" stands for eight characters.
-* ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value drawn.
+* ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value
+  drawn, or where a few outliers would hide all others the largest of those; outliers are marked.
 * ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.
 * ``width``: of a new figure, in inches; None = one column, 3.4. Twice as wide shows thrice the text.
 * ``ax``: the Axes to draw on; None makes a figure. A plain grid of subplots is given ``layout="constrained"``, which finds
