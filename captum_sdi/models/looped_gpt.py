@@ -5,6 +5,10 @@
     repeat n_loops times:  state = core(state, inputs)      where examples differ, each keeps its last state
     logits = lm_head(ln_f(coda(state)))
 
+With `feedback="tokens"` the state is handed on from one loop step to the next as soft tokens:
+
+    state  = prelude(wte(softmax(lm_head(ln_f(coda(state))))) + wpe(positions))
+
 Shapes: `n` examples, `p` token positions, `e` model width, `v` vocabulary.
 
 Every parameter belongs to an `nn.Linear`, `nn.LayerNorm` or `nn.Embedding` called with the example
@@ -19,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutput
 
 from captum_sdi.models.looped_gpt_config import LoopedGPTConfig, check_config, check_count
-from captum_sdi.models.looped_gpt_layers import Core, attention_pattern, stack_blocks
+from captum_sdi.models.looped_gpt_layers import Core, SoftEmbedding, attention_pattern, stack_blocks
 
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index")
 """The keywords that `self.loss_function` reads beside logits and labels."""
@@ -61,7 +65,8 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # Once more: from_pretrained(folder, n_loops=0) sets attributes after the config was made.
         check_config(config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        token_embedding = SoftEmbedding if config.feedback == "tokens" else nn.Embedding
+        self.wte = token_embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.has_positions else None
         self.prelude = stack_blocks(config, config.n_prelude)
         self.core = Core(config)
@@ -115,37 +120,49 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids = token_positions(input_ids, attention_mask, position_ids)
         mask = attention_pattern(attention_mask, is_causal=self.config.is_causal)
 
-        inputs = self.wte(input_ids)
-        if self.wpe is not None:
-            inputs = inputs + self.wpe(position_ids)
-        for block in self.prelude:
-            inputs = block(inputs, mask)
+        inputs = self.read_in(input_ids, position_ids, mask)
         state = self._initial_state(initial_state, inputs, position_ids)
-        state = self._looped(state, inputs, mask, n_loops)
-        for block in self.coda:
-            state = block(state, mask)
-        logits = self.lm_head(self.ln_f(state))
+        state = self._looped(state, inputs, position_ids, mask, n_loops)
+        logits = self.read_out(state, mask)
 
         loss = None if labels is None else self._loss(logits, labels, **kwargs)
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 
+    def read_in(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Embed token ids (n, p), or probabilities (n, p, v), and run the prelude: (n, p, e)."""
+        hidden = self.wte(tokens)
+        if self.wpe is not None:
+            hidden = hidden + self.wpe(position_ids)
+        for block in self.prelude:
+            hidden = block(hidden, mask)
+        return hidden
+
+    def read_out(self, state: Tensor, mask: Tensor | None) -> Tensor:
+        """Run coda and head on a state (n, p, e): logits (n, p, v)."""
+        for block in self.coda:
+            state = block(state, mask)
+        return self.lm_head(self.ln_f(state))
+
     def _looped(
         self,
         state: Tensor,
         inputs: Tensor,
+        position_ids: Tensor,
         mask: Tensor | None,
         n_loops: int | Tensor,
     ) -> Tensor:
         """Return each example's state after its last loop, (n, p, e)."""
-        if not isinstance(n_loops, Tensor):
-            for _ in range(n_loops):
-                state = self.core(state, inputs, mask)
-            return state
-        for step in range(int(n_loops.max())):
-            runs = (step < n_loops).to(state.device)
+        most_loops = int(n_loops.max()) if isinstance(n_loops, Tensor) else n_loops
+        for step in range(most_loops):
+            if step > 0 and self.config.feedback == "tokens":
+                soft_tokens = self.read_out(state, mask).softmax(-1)
+                state = self.read_in(soft_tokens, position_ids, mask)
             new_state = self.core(state, inputs, mask)
-            state = torch.where(runs[:, None, None], new_state, state)
+            if isinstance(n_loops, Tensor):
+                runs = (step < n_loops).to(state.device)
+                new_state = torch.where(runs[:, None, None], new_state, state)
+            state = new_state
         return state
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:

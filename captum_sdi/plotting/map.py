@@ -18,6 +18,7 @@ from captum_sdi.plotting._axes import (
     width_in_points,
 )
 from captum_sdi.plotting._colours import draw_cells
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._maps import check_axis, check_map, names_along, pair_name, values_along, without_empty_ends
 from captum_sdi.plotting._text import FONT, SMALL, clip, isolated, text_width
 from captum_sdi.scores.influence_map import InfluenceMap
@@ -83,13 +84,13 @@ def plot_map(
     draw_cells(ax, values, limit)
     _label_columns(ax, names)
     if height_in_points(ax) / n_rows >= 6:
-        label_rows(ax, [clip(isolated(name), room) for name in rows])
+        label_rows(ax, [isolated(name) for name in rows], room)
     else:
         number_ticks(ax.yaxis, n_rows, 8, first_at=0)
     ax.set_xlabel(_WORDS.get(x, x), fontsize=FONT)
     ax.set_ylabel(", ".join(_WORDS.get(axis, axis) for axis in row_axes), fontsize=FONT)
     set_title(ax, title, pair_name(split, test, train), taken=0)
-    return ax
+    return readable(ax)
 
 
 def rows_within_rows(
