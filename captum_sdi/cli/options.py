@@ -204,6 +204,19 @@ def add_view_options(command: ArgumentParser) -> None:
     command.add_argument("--no-open", action="store_true", help="write the page and say where it is, open nothing")
 
 
+def add_merge_options(command: ArgumentParser) -> None:
+    """Add the options of ``captum-sdi merge``."""
+    group = command.add_argument_group("what to merge")
+    group.add_argument(
+        "parts",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders that captum-sdi index wrote, each of its own training examples",
+    )
+    group.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder to write")
+
+
 def add_show_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi show``."""
     command.add_argument("index", type=Path, metavar="DIR", help="folder that captum-sdi index wrote")

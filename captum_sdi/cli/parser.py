@@ -72,6 +72,13 @@ COMMANDS = (
         has_quiet=False,
     ),
     Command(
+        name="merge",
+        add_options=options.add_merge_options,
+        summary="join the indexes of several machines to one",
+        description="Joins indexes of parts of the training examples, as the tasks of an array job write them, to the "
+        "index of all, in the order in which they are named. They stay as they are. Run it again after a kill.",
+    ),
+    Command(
         name="show",
         add_options=options.add_show_options,
         summary="what is in an index",

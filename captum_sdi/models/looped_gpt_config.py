@@ -49,6 +49,7 @@ class LoopedGPTConfig(PretrainedConfig):
         state_init: str = "prelude",
         feedback: str = "state",
         is_causal: bool = True,
+        has_positions: bool = True,
         bias: bool = False,
         initializer_range: float = 0.02,
         layer_norm_epsilon: float = 1e-5,
@@ -71,6 +72,7 @@ class LoopedGPTConfig(PretrainedConfig):
             state_init: The state before the first loop: "prelude" (its output), "zeros", or "normal" (noise).
             feedback: What a loop step hands on: its "state", or its answers as soft "tokens".
             is_causal: Whether a token sees only earlier ones. Only then are labels shifted.
+            has_positions: Whether tokens know their positions; without, `n_positions` limits the length alone.
             bias: Whether linear layers other than the head have biases; layer norms always do.
             initializer_range: Standard deviation of the initial weights; narrow models need more than GPT-2's 0.02.
             layer_norm_epsilon: Added to the variance in layer norms.
@@ -94,6 +96,7 @@ class LoopedGPTConfig(PretrainedConfig):
         self.state_init = state_init
         self.feedback = feedback
         self.is_causal = is_causal
+        self.has_positions = has_positions
         self.bias = bias
         self.initializer_range = initializer_range
         self.layer_norm_epsilon = layer_norm_epsilon
