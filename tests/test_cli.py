@@ -343,6 +343,25 @@ def test_a_train_file_that_changed_is_refused(here: Path, capsys: pytest.Capture
     assert not Path("out").exists()
 
 
+def test_indexes_of_two_files_are_merged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the tasks of an array job write them: scores are those of one index of both files."""
+    _write(here / "a.jsonl", [{"id": f"t{i}", "text": text} for i, text in enumerate(TRAIN[:6])])
+    _write(here / "b.jsonl", [{"id": f"t{i}", "text": text} for i, text in enumerate(TRAIN[6:], start=6)])
+    for name in "ab":
+        assert run(INDEX, train=f"{name}.jsonl", index=f"idx_{name}", checkpoints="run", batch_size="3") == 0
+    capsys.readouterr()
+    assert main(["merge", "idx_a", "idx_b", "--index", "idx"]) == 0
+    assert "examples      12" in capsys.readouterr().out
+    assert run(SCORE) == 0
+    _same_scores(_lines("out/scores.jsonl"), _python().step_influence(_rows(QUERIES), k=4))
+    assert run(INDEX, train="b.jsonl", index="idx_c", dim="8") == 0
+    assert main(["merge", "idx_a", "idx_c", "--index", "idx_d"]) == 1
+    assert "idx_c was made with --dim 8, not --dim 16, as idx_a was" in capsys.readouterr().err
+    _write(here / "b.jsonl", [{"text": "a b c"}])
+    assert run(SCORE, out="again") == 1
+    assert "are not the files that were indexed" in capsys.readouterr().err
+
+
 def test_an_index_cannot_grant_trust(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
     real = AutoModelForCausalLM.from_pretrained

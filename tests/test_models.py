@@ -330,7 +330,7 @@ def test_trainer_learns_and_writes_checkpoints_that_load(tmp_path: Path):
         ({"n_loops": True}, r"n_loops=True must be an integer"),
         ({"n_core": 0}, r"n_core=0 must be an integer of at least 1"),
         ({"n_coda": -1}, r"n_coda=-1 must be an integer of at least 0"),
-        ({"injection": "mul"}, r"injection='mul' is unknown; use one of \('concat', 'add'\)"),
+        ({"injection": "mul"}, r"injection='mul' is unknown; use one of \('concat', 'add', 'none'\)"),
         ({"state_init": "one"}, r"state_init='one' is unknown; use one of \('prelude', "),
         ({"n_layer": 3}, r"n_layer=3 is no setting of LoopedGPTConfig; use one of n_coda, n_core"),
         ({"use_cache": True}, r"use_cache=True: LoopedGPT has no key-value cache; leave it False"),
