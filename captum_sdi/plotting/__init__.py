@@ -12,8 +12,9 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
 * ``test`` / ``tests``: positions of test examples in ``result``, from 0.
 * ``train``: training examples to draw in place of the strongest, by index in the training set.
 * ``k``: how many proponents, and how many opponents, to draw.
-* ``texts``: the training examples as text, in the order of the training set. They are shown on one line and cut with
-  an ellipsis where room ends. Scripts that the default font lacks need another in ``rcParams["font.family"]``.
+* ``texts``: the training examples as text, in the order of the training set; None = those that the result knows, as one
+  of `captum_sdi.texts` does. They are shown on one line and cut with an ellipsis where room ends. Scripts that the
+  default font lacks need another in ``rcParams["font.family"]``.
 * ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value drawn.
 * ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.
 * ``width``: of a new figure, in inches; None = one column, 3.4. Twice as wide shows thrice the text.

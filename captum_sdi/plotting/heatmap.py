@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from captum_sdi.plotting._arguments import check_limit
 from captum_sdi.plotting._axes import column_axes, height_in_points, label_room, label_rows, number_ticks, set_title
 from captum_sdi.plotting._colours import draw_colours
-from captum_sdi.plotting._scores import Result, ranked, read_scores
+from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
 from captum_sdi.plotting._text import FONT, clip, example_name
 
 
@@ -49,6 +49,7 @@ def plot_heatmap(
     if sort not in ("total", "step"):
         raise ValueError(f'sort must be "total" or "step", got {sort!r}.')
     check_limit(limit)
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     scores = scores.select(ranked(scores.totals, k))
     if sort == "step":

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from captum_sdi.plotting._axes import column_axes, set_title
 from captum_sdi.plotting._legend import draw_legend, legend_height
 from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines
-from captum_sdi.plotting._scores import Result, read_scores, strongest
+from captum_sdi.plotting._scores import Result, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import signed_numbers
 
 
@@ -39,6 +39,7 @@ def plot_trajectories(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['proponents: total', '+0.750  #0: 1 0 1', 'opponents: total', '−1.500  #1: 0 0 1']
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     proponents, opponents = strongest(scores.totals, k if train is None else None)
     n_proponents = len(proponents)

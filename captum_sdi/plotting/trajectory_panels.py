@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from captum_sdi.plotting._axes import COLUMN, checked_width, hide_spines, number_steps, scale_ticks, small_print
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT, LineStyle, draw_line, step_padding
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest
+from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, SMALL, clip, isolated, signed_numbers
 
 _PANEL = 1.6  # inches: a panel is about so wide, and a little less high
@@ -48,6 +48,7 @@ def plot_trajectory_panels(
         ['+0.750  #0\n1 0 1', '−1.500  #1\n0 0 1']
         >>> plt.close(ax.figure)
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     proponents, opponents = strongest(scores.totals, k if train is None else None)
     order = np.concatenate([proponents, opponents])
