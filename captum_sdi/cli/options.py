@@ -117,8 +117,8 @@ def add_model_options(command: ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="with --loop-layers: the weight of a single pass in what comes out; 0.5 beside --damping 1/N is the recipe "
-        "of training-free looping",
+        help="with --loop-layers: the weight of a single pass in what comes out; 0.5 beside --damping 1/N is the "
+        "recipe of training-free looping",
     )
     group.add_argument(
         "--n-loops",
