@@ -246,9 +246,7 @@ def test_a_study_that_changes_gradients_is_refused(changes: dict[str, Any]) -> N
 def test_a_loader_of_unknown_length_is_counted() -> None:
     train = [Collator()([row]) for row in TRAIN[:3]]
     sdi = SDIInfluence(WithStates(), DataLoader(train, batch_size=None), loop=LoopSpec(("block",)), batch_size=None)
-    with pytest.raises(
-        ValueError, match=r"names training examples|names 2 training examples, of which train_dataset has 1"
-    ):
+    with pytest.raises(ValueError, match="names 2 training examples, of which train_dataset has 1"):
         sdi.direction([0, 5])
     with pytest.raises(ValueError, match="weights of 4 training examples, and train_dataset has 3"):
         sdi.direction(torch.ones(4))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, rows
-from reference import spread
-from test_faults_neighbours import REFUSED, Base, Mean, SortedByLength, equal_rows
-from torch import Tensor, nn
+from test_faults_neighbours import Base, equal_rows
+from torch import nn
 
 from captum_sdi import Exact, SDIInfluence
-from captum_sdi.data.side import Side
 
 ORDERED = sorted(rows(4, seed=1), key=lambda row: -len(row["input_ids"]))
 
