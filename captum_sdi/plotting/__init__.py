@@ -33,6 +33,7 @@ from captum_sdi.plotting.groups import plot_groups
 from captum_sdi.plotting.heatmap import plot_heatmap
 from captum_sdi.plotting.map import plot_map
 from captum_sdi.plotting.path import plot_path
+from captum_sdi.plotting.predicted_losses import plot_predicted_losses
 from captum_sdi.plotting.self_influence import plot_self_influence
 from captum_sdi.plotting.step_matrix import plot_step_matrix
 from captum_sdi.plotting.step_share import plot_step_share
@@ -48,6 +49,7 @@ __all__ = [
     "plot_heatmap",
     "plot_map",
     "plot_path",
+    "plot_predicted_losses",
     "plot_self_influence",
     "plot_step_matrix",
     "plot_step_share",
