@@ -8,7 +8,7 @@ first example is rehearsed, so that what cannot work is said before hours are sp
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from captum_sdi.loop.presets import WHOLE_MODEL
 from captum_sdi.loop.saved import check_saved_loop
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.model_lock import exclusive
+from captum_sdi.offload import weights_at_hand
 from captum_sdi.pieces import Pieces
 from captum_sdi.precision import score_dtype
 from captum_sdi.rehearsal.alone import BatchRun
@@ -242,7 +243,11 @@ class Engine:
         """
         loads_weights = any(checkpoint.source is not None for checkpoint in checkpoints)
         # Tensors made in the user's inference mode could not be saved for backward.
-        with torch.inference_mode(mode=False), exclusive(self.model), preserved(self.model, weights=loads_weights):
+        with ExitStack() as borrowed:
+            borrowed.enter_context(torch.inference_mode(mode=False))
+            borrowed.enter_context(exclusive(self.model))
+            borrowed.enter_context(weights_at_hand(self.model))
+            borrowed.enter_context(preserved(self.model, weights=loads_weights))
             prepared = self._prepare(first)
             prepared.rehearsal.begin(first.side)
             # Closed before the weights are restored, also when the body ends early: no hook outlives it.

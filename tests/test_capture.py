@@ -628,12 +628,6 @@ def test_a_compiled_language_model_from_end_to_end(monkeypatch: pytest.MonkeyPat
     assert torch.equal(ours.trajectories, plain.trajectories)
 
 
-def test_an_offloaded_model_is_refused() -> None:
-    model = dispatch_model(looped(mlp()).float(), {"before": "cpu", "core": "disk", "after": "cpu"}, offload_dir="/tmp")
-    with pytest.raises(ValueError, match="is on the meta device"):
-        SDIInfluence(model, [(torch.zeros(D), torch.zeros(D))], loss_fn=squared)
-
-
 # --- the mechanics of published looped models, in small ---
 
 

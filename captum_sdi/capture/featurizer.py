@@ -231,7 +231,7 @@ class Capture:
             sketched = self.projections[name](gradient)
             row = rows[POOLED if self.sketch.pool else name]
             step_bin = place if by_step else 0
-            row[chosen_rows, step_bin].add_(sketched, alpha=1 / scale)
+            row[chosen_rows, step_bin].add_(sketched.to(row.device), alpha=1 / scale)
 
         if scale != 1:
             losses = losses * scale
@@ -382,4 +382,5 @@ def in_float16(model: nn.Module) -> bool:
 def finite_rows(rows: Mapping[str, Tensor]) -> Tensor:
     """Return ``(n,)`` which examples' rows are finite."""
     sums = [row.flatten(1).sum(1) for row in rows.values()]
-    return torch.stack([total.isfinite() for total in sums]).all(0)
+    device = sums[0].device  # of a model spread over devices each parameter has its own
+    return torch.stack([total.isfinite().to(device) for total in sums]).all(0)

@@ -177,11 +177,28 @@ class Derivative:
         way_back.remove()
         return scores
 
-    def update_scores(self, flat: Tensor, *, show_progress: bool) -> Tensor:
-        """Compute how much seeds change with the examples' weights at each update alone, ``(seeds, n, updates)``."""
-        scores = flat.new_zeros(self.updates.run.n_updates, len(flat), self.n_examples)
+    def update_scores(
+        self,
+        flat: Tensor,
+        *,
+        only: Tensor | None = None,
+        show_progress: bool,
+    ) -> Tensor:
+        """Compute how much seeds change with the examples' weights at each update alone.
+
+        Args:
+            flat: ``(seeds, size)``.
+            only: ``(n,)`` positions of the examples to keep; None: all.
+            show_progress: Show a progress bar.
+
+        Returns:
+            ``(seeds, n, updates)``.
+        """
+        chosen = torch.arange(self.n_examples) if only is None else only
+        scores = flat.new_zeros(self.updates.run.n_updates, len(flat), len(chosen))
         for visit in self.visits(flat, show_progress=show_progress):
-            add_scores(scores[visit.update], visit)
+            of_update = add_scores(flat.new_zeros(len(flat), self.n_examples), visit)
+            scores[visit.update] = of_update[:, chosen.to(flat.device)]
         return scores.permute(1, 2, 0)
 
 
