@@ -19,9 +19,9 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
   drawn, or where a few outliers would hide all others the largest of those; outliers are marked.
 * ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.
 * ``width``: of a new figure, in inches; None = one column, 3.4. Twice as wide shows thrice the text.
-* ``ax``: the Axes to draw on; None makes a figure. A plain grid of subplots is given ``layout="constrained"``, which finds
-  room for labels, and for legends below the picture. Where you have set the spacing, or placed the Axes yourself, it is
-  left alone: legends then cover part of the picture, and long labels may reach into its neighbours.
+* ``ax``: the Axes to draw on; None makes a figure. A plain grid of subplots is given ``layout="constrained"``, which
+  finds room for labels, and for legends below the picture. Where you have set the spacing, or placed the Axes yourself,
+  it is left alone: legends then cover part of the picture, and long labels may reach into its neighbours.
 
 What cannot be drawn truthfully (a wrong shape, NaN, an example that is not there) is a `ValueError`.
 """
