@@ -142,7 +142,7 @@ def target_columns(losses: Tensor, labels: Any) -> Tensor:
         labels: The batch's.
 
     Returns:
-        ``(n, p)`` booleans: False where the label is -100 and the loss zero, and where nothing predicts the first label.
+        ``(n, p)`` booleans: False where the label is -100 and the loss zero, and at a first label that none predicts.
     """
     own_labels = column_labels(losses.shape[1], labels)
     if own_labels is None:
