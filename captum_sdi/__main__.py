@@ -1,4 +1,4 @@
-"""The command line: ``captum-sdi index``, ``score``, ``plot``, ``show`` and ``demo``, or ``python -m captum_sdi``."""
+"""The command line: ``captum-sdi index``, ``score``, ``plot`` and the others, or ``python -m captum_sdi``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from captum_sdi.cli.places import check_places
 from captum_sdi.cli.shell_words import in_shell_words
 
 ERROR, INTERRUPTED = 1, 130  # what shells expect; argparse itself exits with 2
-MODULES = {"view": "viewing"}
+RESUMED = ("index", "merge")
+MODULES = {"view": "viewing", "merge": "merging"}
 """Commands that are not in `captum_sdi.cli.commands`."""
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_command = getattr(module, options.command)
             run_command(options)
     except KeyboardInterrupt:
-        advice = ": the same command goes on from here" if words[:1] == ["index"] else ""
+        advice = ": the same command goes on from here" if words[0] in RESUMED else ""
         print_message(f"interrupted{advice}")
         return INTERRUPTED
     except Exception as error:

@@ -108,6 +108,20 @@ def add_model_options(command: ArgumentParser) -> None:
         "loop close to itself",
     )
     group.add_argument(
+        "--loop-mode",
+        choices=("block", "layer"),
+        default="block",
+        help="with --loop-layers: repeat the layers together, or each by itself",
+    )
+    group.add_argument(
+        "--anchor",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="with --loop-layers: the weight of a single pass in what comes out; 0.5 beside --damping 1/N is the "
+        "recipe of training-free looping",
+    )
+    group.add_argument(
         "--n-loops",
         type=positive_integer,
         metavar="N",
@@ -205,6 +219,19 @@ def add_view_options(command: ArgumentParser) -> None:
     command.add_argument("--no-open", action="store_true", help="write the page and say where it is, open nothing")
 
 
+def add_merge_options(command: ArgumentParser) -> None:
+    """Add the options of ``captum-sdi merge``."""
+    group = command.add_argument_group("what to merge")
+    group.add_argument(
+        "parts",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders that captum-sdi index wrote, each of its own training examples",
+    )
+    group.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder to write")
+
+
 def add_show_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi show``."""
     command.add_argument("index", type=Path, metavar="DIR", help="folder that captum-sdi index wrote")
@@ -219,8 +246,8 @@ def add_demo_options(command: ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of weights, data and sketch")
-    command.add_argument("--steps", type=int, default=500, help="training steps")
+    command.add_argument("--seed", type=int, default=0, help="seed of facts, weights and sketch")
+    command.add_argument("--steps", type=int, default=60, help="training steps")
 
 
 # --- options of several commands ---

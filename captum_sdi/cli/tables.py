@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from captum_sdi.cli.places import may_be_on_hub
 from captum_sdi.cli.readers import READERS, is_dataset_folder, is_plain_text, named_rows, read_table
-from captum_sdi.cli.rows import JsonLines, stamp
+from captum_sdi.cli.rows import JsonLines, joined_digest, stamp
 from captum_sdi.data.encoder import INPUTS, Encoder
 from captum_sdi.data.texts import has_target
 from captum_sdi.whole_file import check_regular
@@ -119,9 +119,7 @@ class JoinedRows(Dataset[dict[str, Tensor]]):
     def __init__(self, parts: Sequence[Examples], digest: str | None = None) -> None:
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
-        joined = "".join(examples.digest for examples in parts)
-        digest_of_all = hashlib.blake2b(joined.encode(), digest_size=16)
-        self.digest = digest_of_all.hexdigest()
+        self.digest = joined_digest([examples.digest for examples in parts])
         if digest is not None and digest != self.digest:
             names = ", ".join(str(examples.path) for examples in parts)
             raise ValueError(

@@ -10,6 +10,7 @@ from matplotlib.patches import Patch
 
 from captum_sdi.plotting._arguments import Array
 from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
 from captum_sdi.plotting._lines import NEUTRAL, PROPONENT, draw_band, draw_examples, finish_lines
 from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
@@ -51,7 +52,7 @@ def plot_self_influence(
     finish_lines(ax, scores.trajectories.shape[1], "self-influence\n(drop in own loss)")
     set_title(ax, title, "")
     draw_legend(ax, [distribution, examples], stacked=stacked)
-    return ax
+    return readable(ax)
 
 
 def _draw_distribution(ax: Axes, values: Array) -> LegendBlock:
