@@ -6,8 +6,10 @@ import gc
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from peers import Call
+if TYPE_CHECKING:
+    from peers import Call
 
 Seconds = dict[str, list[float]]
 
