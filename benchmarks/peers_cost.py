@@ -162,7 +162,7 @@ def page(results: dict[str, Any]) -> str:
         "# An example's cost, beside the peers that are right on a loop",
         "",
         f"`python benchmarks/peers_cost.py`: a looped GPT of width {model['width']}, two looped blocks, four loop",
-        f"steps; {model['examples']} training examples of {model['tokens']} tokens against {model['tests']} tests, totals",
+        f"steps; {model['examples']} training examples of {model['tokens']} tokens and {model['tests']} tests, totals",
         "over all parameters, one thread. Only ours tells loop steps apart, and it does so here at no further cost.",
         "",
         f"| method | ms of the processor per example | peak memory, MB | LDS on *{BED}*, {KIND} |",

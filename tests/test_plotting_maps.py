@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from test_plotting import LONG, assert_nothing_is_cut_off, lines_of, make_result, overlapping
 
 from captum_sdi import InfluenceMap, plotting
-from captum_sdi.plotting import _flow
+from captum_sdi.plotting import _flow, _fonts
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._text import FIRST_STRONG, POP, clip, signed_numbers
 
@@ -138,13 +140,34 @@ def test_right_to_left_texts_begin_at_the_right() -> None:
 
 
 def test_characters_that_no_font_has_are_numbered_and_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_flow, "family_with", lambda characters: None)
+    monkeypatch.setattr(_fonts, "family_with", lambda character: None)
     with pytest.warns(UserWarning, match="No installed font has the characters '循环模'") as caught:
         words = _flow.flow(["循", "a", "环", "模"], 200, 8)
     assert [word.text for word in words] == ["[0]", "a", "[2]", "[3]"]
     assert len(caught) == 1
-    monkeypatch.setattr(_flow, "family_with", lambda characters: "Noto Sans CJK SC")
-    assert _flow.flow(["循"], 200, 8)[0].family == "Noto Sans CJK SC"
+    monkeypatch.setattr(_fonts, "family_with", lambda character: "DejaVu Serif")
+    assert _flow.flow(["循"], 200, 8)[0].text == "循"
+    tokens = plotting.plot_tokens(make_map(words=["循", "a"])).texts
+    assert [text.get_fontfamily()[-1] for text in tokens if text.get_text() in ("循", "a")] == [
+        "DejaVu Serif",
+        mpl.rcParams["font.family"][-1],
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_labels_in_any_script_have_no_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fonts, "family_with", lambda character: None)
+    with pytest.warns(UserWarning, match="their number and script is shown in brackets"):
+        ax = plotting.plot_heatmap(make_result(n=2), texts=["循环 and हिन्दी", "plain"])
+    labels = {label.get_text() for label in ax.get_yticklabels()}
+    assert {"#1: plain"} < labels
+    (other,) = labels - {"#1: plain"}
+    assert other.startswith("#0: [2 CJK] and [")
+    assert "Devanagari]" in other
+    monkeypatch.setattr(_fonts, "family_with", lambda character: "DejaVu Serif")
+    ax = plotting.plot_heatmap(make_result(n=2), texts=["循环", "plain"])
+    families = {label.get_text(): label.get_fontfamily() for label in ax.get_yticklabels()}
+    assert families["#0: 循环"] == [*families["#1: plain"], "DejaVu Serif"]
 
 
 @pytest.mark.parametrize("t", [1, 3, 64])
@@ -183,6 +206,67 @@ def test_outliers_do_not_set_the_colours_of_all_others_and_are_marked() -> None:
     assert ax.get_images()[0].colorbar.extend == "both"
     (marks,) = ax.collections
     assert len(marks.get_offsets()) == 1
+    assert "dots: beyond the colours" in ax.figure.axes[-1].get_ylabel()
+    assert "beyond" not in plotting.plot_heatmap(make_result(), 0).figure.axes[-1].get_ylabel()
+
+
+def all_words(ax: Axes) -> list[str]:
+    return [text.get_text() for text in ax.figure.findobj(Text)]
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_point_that_would_flatten_all_lines_is_marked_at_the_edge(k: int) -> None:
+    result = make_result(n=30)
+    best = int(result.influence_scores[0].argmax())
+    plain = plotting.plot_trajectories(result, 0, k=k)
+    usual = plain.get_ylim()[1]
+    assert not any("triangles" in text for text in all_words(plain))
+    result.trajectories[0, best, 2] = 500.0
+    result.influence_scores[0, best] += 500.0
+    ax = plotting.plot_trajectories(result, 0, k=k)
+    assert ax.get_ylim()[1] < 2 * usual
+    (triangle,) = [marks for marks in ax.collections if isinstance(marks, PathCollection) and len(marks.get_offsets())]
+    step, height = triangle.get_offsets()[0]
+    assert step == 3
+    assert 0.9 < height / ax.get_ylim()[1] < 1
+    assert any("triangles: beyond the axis" in text for text in all_words(ax))
+
+
+def test_more_than_five_lines_are_panels_also_in_a_given_axes() -> None:
+    figure = Figure(figsize=(8, 6))
+    left, right = figure.subplots(1, 2)
+    assert plotting.plot_trajectories(make_result(n=30), k=3, ax=left) is left
+    assert len(figure.axes) == 7
+    assert all(len(lines_of(panel)) == 1 for panel in figure.axes if panel is not right)
+    four = plotting.plot_trajectories(make_result(n=30))
+    assert len(four.figure.axes) == 1
+    assert len(lines_of(four)) == 4
+
+
+def test_plain_subplots_do_not_reach_into_each_other() -> None:
+    figure, grid = plt.subplots(2, 2, figsize=(8, 6))
+    texts = [LONG] * 12
+    plotting.plot_trajectories(make_result(), texts=texts, ax=grid[0, 0])
+    plotting.plot_heatmap(make_result(), texts=texts, ax=grid[0, 1])
+    plotting.plot_totals(make_result(q=1), texts=texts, ax=grid[1, 0])
+    plotting.plot_step_share(make_result(), {"a": [0], LONG: [1]}, ax=grid[1, 1])
+    assert not overlapping(assert_nothing_is_cut_off(figure))
+    spaced, ax = plt.subplots()
+    spaced.subplots_adjust(left=0.4)
+    plotting.plot_heatmap(make_result(), ax=ax)
+    assert spaced.get_layout_engine() is None, "spacing that somebody has set is left alone"
+
+
+def test_long_names_of_few_rows_have_two_lines() -> None:
+    few = plotting.plot_heatmap(make_result(n=3), texts=[LONG, HEBREW[0] * 12, "short"])
+    names = {label.get_text().split(":")[0]: label.get_text() for label in few.get_yticklabels()}
+    assert names["#0"].count("\n") == 1
+    assert names["#2"] == "#2: short"
+    if hasattr(mpl.ft2font, "__libraqm_version__"):
+        two = clip(f"#0: {FIRST_STRONG}{' '.join(HEBREW * 3)}{POP}", 80, lines=2)
+        assert all(line.count(FIRST_STRONG) == line.count(POP) == 1 for line in two.split("\n"))
+    many = plotting.plot_heatmap(make_result(n=30), texts=[LONG] * 30)
+    assert not any("\n" in label.get_text() for label in many.get_yticklabels())
 
 
 def test_numbers_stay_where_they_are_beside_right_to_left_text() -> None:

@@ -187,6 +187,38 @@ def test_totals_steps_and_updates_are_the_derivative_of_training(trained: Traine
     assert close(updates, -trained.truth.sum(1).transpose(1, 2))
 
 
+@pytest.mark.parametrize("axes", [("update", "step"), ("step", "update"), ("step",)])
+def test_a_map_of_updates_and_steps_is_the_derivative_of_training(trained: Trained, axes: tuple[str, ...]) -> None:
+    indices = torch.tensor([[3, 0], [0, 2]])
+    split = trained.unrolled().influence_map(TEST, indices, axes)
+    in_order = [0, *range(2, trained.truth.shape[1]), 1]
+    by_example = -trained.truth[:, in_order].permute(0, 3, 2, 1)  # (q, n, updates, b)
+    expected = torch.stack([by_example[q, indices[q]] for q in range(len(TEST))])
+    if axes == ("step", "update"):
+        expected = expected.transpose(2, 3)
+    elif axes == ("step",):
+        expected = expected.sum(2)
+    assert close(split.values, expected)
+    assert torch.equal(split.indices, indices)
+    assert split.labels["step"] == ("prelude", *range(N_LOOPS), "coda")
+    if "update" in axes:
+        assert split.sel(update=T - 1).axes == ("step",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"axes": ("update", "layer")}, "has the axes 'update' and 'step', once each"),
+        ({"axes": ("step", "step")}, "once each"),
+        ({"indices": [9]}, r"training examples \[9\], which train_dataset does not have"),
+        ({"indices": torch.tensor([[0]])}, "indices= has 1 rows for 2 test examples"),
+    ],
+)
+def test_maps_through_training_that_cannot_be(trained: Trained, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        trained.unrolled().influence_map(TEST, **{"indices": [0], **changes})
+
+
 def test_retraining_with_other_weights_ends_where_the_derivative_says(trained: Trained) -> None:
     step, example = 1e-5, 2
     with torch.no_grad():

@@ -14,6 +14,7 @@ from retraining.gauge import gauge
 from retraining.judging import Judged
 from retraining.measuring import LEFT_OUT, Counts, Effects, fingerprint, measured_effects, subsets_of
 from retraining.methods import METHODS, Method, Scores, Subject, unrolled_totals
+from retraining.own_removal import own_removals
 from retraining.peers import PEERS
 
 PER_STEP = "mean over steps"
@@ -31,6 +32,7 @@ def study(
     cache: Path,
     wanted: Sequence[str] | None,
     peers: bool,
+    own: bool,
 ) -> dict[str, Any]:
     """Judge every method on a bed with several seeds."""
     methods = {**METHODS, **(PEERS if peers and not is_one_fact_each(beds[0]) else {})}
@@ -56,6 +58,8 @@ def study(
     }
     if is_one_fact_each(beds[0]):
         results["own fact first"] = own_facts(beds, effects, scores)
+    elif own:
+        results["own top 10% removed"] = own_removals(beds, scores, cache)
     return results
 
 

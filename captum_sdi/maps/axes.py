@@ -10,6 +10,8 @@
     Where in the text the layers read what the gradient arises from.
 "checkpoint"
     Each one, times its learning rate.
+"update"
+    Of `UnrolledInfluence.influence_map` alone, with "step" or without: each update of a run of training.
 
 In every combination the parts sum to the influence of the pair.
 """
@@ -71,7 +73,9 @@ class MapAxes:
     def __post_init__(self) -> None:
         unknown = [name for name in self.names if name not in AXES]
         if "update" in unknown:
-            raise ValueError("The axis 'update' splits training into its updates: UnrolledInfluence follows them.")
+            raise ValueError(
+                "The axis 'update' splits training into its updates: UnrolledInfluence follows them, by influence_map."
+            )
         if unknown:
             raise ValueError(f"axes= names {unknown}, of which nothing is known. Choose among {', '.join(AXES)}.")
         if len(set(self.names)) != len(self.names):

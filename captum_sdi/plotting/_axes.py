@@ -8,11 +8,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec, SubplotParams
 from matplotlib.ticker import FuncFormatter
 
-from captum_sdi.plotting._text import FONT, SMALL, clip
+from captum_sdi.plotting._text import FONT, SMALL, clip, text_width
 
 COLUMN = 3.4  # inches: one column of a two-column paper
+_LABELS = 0.42  # the share of a picture's width that labels of rows may take
+_MOST_WRAPPED = 20  # rows: with more of them, names have one line
+_BOLD = 1.15  # how much wider bold type is
+_SPACING = ("left", "right", "bottom", "top", "wspace", "hspace")
 _POWERS = 10 ** np.arange(9)
 _ROUND = np.outer(_POWERS, [1, 2, 4, 5, 8])
 _STRIDES = np.union1d(_ROUND, [16, 32])
@@ -23,7 +29,51 @@ def column_axes(ax: Axes | None, height: float, width: float | None = None) -> A
     inches = checked_width(width) or COLUMN
     if ax is None:
         _, ax = plt.subplots(figsize=(inches, height), layout="constrained")
+    make_room(ax)
     return small_print(ax)
+
+
+def make_room(ax: Axes) -> None:
+    """Let a layout engine make room in a plain grid of subplots, whose spacing nobody has set."""
+    figure = ax.figure.figure  # that of a part of a figure, too
+    if has_layout(ax) or ax.get_subplotspec() is None or not isinstance(figure, Figure):
+        return
+    usual = SubplotParams()
+    if all(getattr(figure.subplotpars, name) == getattr(usual, name) for name in _SPACING):
+        figure.set_layout_engine("constrained")
+
+
+def divided(
+    ax: Axes,
+    shape: tuple[int, int],
+    count: int,
+    widths: Sequence[float] | None = None,
+    gap: float = 0.1,
+) -> list[Axes]:
+    """Divide an Axes into a grid of Axes that share their rows' scale, whether or not it sits in one.
+
+    Args:
+        ax: It becomes the first of them.
+        shape: Rows and columns.
+        count: How many of its places are taken, row by row.
+        widths: Of the columns, in any unit; None: all the same.
+        gap: Between columns, as a share of their mean width.
+
+    Returns:
+        The Axes, row by row.
+    """
+    subplot, figure = ax.get_subplotspec(), ax.figure
+    places = range(1, count)
+    if subplot is not None:
+        grid = subplot.subgridspec(*shape, width_ratios=widths, wspace=gap)
+        ax.set_subplotspec(grid[0])
+        return [ax, *(figure.add_subplot(grid[place], sharey=ax) for place in places)]
+    corners = ax.get_position()
+    outline = {"left": corners.x0, "right": corners.x1, "bottom": corners.y0, "top": corners.y1}
+    spaced = GridSpec(*shape, width_ratios=widths, wspace=gap, hspace=0.8, **outline)
+    bounds = [spaced[place].get_position(figure.figure).bounds for place in range(count)]
+    ax.set_position(bounds[0])
+    return [ax, *(figure.add_axes(bounds[place], sharey=ax) for place in places)]
 
 
 def checked_width(width: float | None) -> float | None:
@@ -83,9 +133,9 @@ def set_title(
     ax.set_title(clip(title, room, FONT), fontsize=FONT, loc="left")
 
 
-def number_steps(ax: Axes, n_steps: int) -> None:
-    """Label the x axis with as many step numbers, from 1, as fit."""
-    fitting = int(width_in_points(ax) / 17)
+def number_steps(ax: Axes, n_steps: int, taken: float = 0.0) -> None:
+    """Label the x axis with as many step numbers, from 1, as fit beside labels that take so many points."""
+    fitting = int((width_in_points(ax) - taken) / 17)
     number_ticks(ax.xaxis, n_steps, max(3, fitting))
     ax.set_xlabel("loop step", fontsize=FONT)
 
@@ -135,21 +185,45 @@ def scale_ticks(axis: XAxis | YAxis, largest: float, label: str) -> str:
     return f"{label}\n({factor})"
 
 
+def row_height(names: Sequence[str], width: float | None) -> float:
+    """Return the inches that a row of a new figure takes, twice as many where a few rows have long names."""
+    room = _LABELS * 72 * (width or COLUMN)
+    is_long = any(text_width(name) > room for name in names)
+    return 0.25 if is_long and len(names) <= _MOST_WRAPPED else 0.135
+
+
 def label_room(ax: Axes) -> float:
     """Return the points that labels may take: a share of the width, or of the margin there is."""
     width = width_in_points(ax)
     if has_layout(ax):
-        return 0.42 * width
+        return _LABELS * width
     margin = _in_points(ax, ax.bbox.x0) - 20
     return max(20.0, min(margin, 0.2 * width))
 
 
-def label_rows(ax: Axes, names: list[str], bold: Sequence[int] = ()) -> None:
-    """Label each row, in smaller letters where rows are close."""
+def label_rows(
+    ax: Axes,
+    names: Sequence[str],
+    room: float,
+    bold: Sequence[int] = (),
+) -> None:
+    """Label each row within so many points, on two lines where rows are high, in smaller letters where they are close.
+
+    Args:
+        ax: Of as many rows as there are names.
+        names: Of the rows.
+        room: The width of a label, in points.
+        bold: Rows whose names are headings.
+    """
     n_rows = len(names)
-    row_height = 0.9 * height_in_points(ax) / n_rows
-    ax.set_yticks(np.arange(n_rows), names, fontsize=min(SMALL, row_height))
+    height = 0.9 * height_in_points(ax) / n_rows
+    lines = 2 if height >= 2.1 * SMALL else 1
+    labels = []
+    for row, name in enumerate(names):
+        own_room = room / _BOLD if row in bold else room
+        labels.append(clip(name, own_room, lines=lines))
+    ax.set_yticks(np.arange(n_rows), labels, fontsize=min(SMALL, height), linespacing=1.0)
     ax.tick_params(axis="y", length=0)
-    labels = ax.get_yticklabels()
+    written = ax.get_yticklabels()
     for row in bold:
-        labels[row].set_fontweight("bold")
+        written[row].set_fontweight("bold")

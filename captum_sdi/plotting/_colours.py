@@ -15,17 +15,22 @@ _OUTLYING = 4.0
 """How many times as large as the 95th percentile a value is that may not set the colours of all others."""
 
 
-def draw_colours(ax: Axes, values: Array, limit: float | None) -> None:
-    """Draw ``(rows, t)``, the first row on top, in colours that are symmetric about zero."""
+def draw_colours(
+    ax: Axes,
+    values: Array,
+    limit: float | None,
+    taken: float = 0.0,
+) -> None:
+    """Draw ``(rows, t)``, the first row on top, in colours symmetric about zero; labels take so many points."""
     draw_cells(ax, values, limit)
-    number_steps(ax, values.shape[1])
+    number_steps(ax, values.shape[1], taken)
 
 
 def draw_cells(ax: Axes, values: Array, limit: float | None) -> None:
     """Draw ``(rows, columns)``, the first row on top and columns from 1 on, in colours symmetric about zero.
 
     NaN, a step that did not run, is grey: no diverging colour map contains it. Values beyond the limit are marked with
-    a dot.
+    a dot, which the colour bar explains.
     """
     bound = float(limit or robust_bound(values) or 1.0)  # all zero: the colour of zero, on a scale that has a centre
     n_rows, n_columns = values.shape
@@ -41,7 +46,7 @@ def draw_cells(ax: Axes, values: Array, limit: float | None) -> None:
         rows, columns = np.nonzero(np.abs(values) > bound)
     if len(rows):
         ax.scatter(columns + 1, rows, s=4, color="white", linewidths=0)
-    _draw_colour_bar(ax, image, bound, extend="both" if len(rows) else "neither")
+    _draw_colour_bar(ax, image, bound, exceeded=bool(len(rows)))
 
 
 def robust_bound(values: Array) -> float:
@@ -49,7 +54,8 @@ def robust_bound(values: Array) -> float:
     sizes = np.abs(values[np.isfinite(values)])
     largest = float(sizes.max(initial=0))
     if sizes.size < 20:
-        return largest
+        second = float(np.partition(sizes, -2)[-2]) if sizes.size >= 5 else 0.0
+        return second if largest > 10 * second > 0 else largest
     usual = float(np.quantile(sizes, 0.95))
     if largest <= _OUTLYING * usual or usual == 0:
         return largest
@@ -60,7 +66,8 @@ def _draw_colour_bar(
     ax: Axes,
     image: AxesImage,
     bound: float,
-    extend: str,
+    *,
+    exceeded: bool,
 ) -> None:
     """Draw a colour bar 6 points wide, with its label on one line where that fits."""
     height = height_in_points(ax)
@@ -72,11 +79,13 @@ def _draw_colour_bar(
         fraction=fraction,
         aspect=aspect,
         pad=0.03,
-        extend=extend,
+        extend="both" if exceeded else "neither",
     )
     small_print(colour_bar.ax)
     label = scale_ticks(colour_bar.ax.yaxis, bound, "influence\n(drop in test loss)")
     one_line = label.replace("\n", " ")
     if text_width(one_line, FONT) <= height:
         label = one_line
+    if exceeded:
+        label += "\ndots: beyond the colours"
     colour_bar.set_label(label, fontsize=FONT, linespacing=1.1)

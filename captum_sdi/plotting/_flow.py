@@ -1,20 +1,16 @@
-"""Words in lines: where each stands, and in which font, so that any script can be read."""
+"""Words in lines: where each stands."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import font_manager
-from matplotlib.font_manager import FontProperties
 
-from captum_sdi.plotting._text import FIRST_STRONG, POP, reads_leftwards, text_width
+from captum_sdi.plotting._fonts import unreadable
+from captum_sdi.plotting._text import reads_leftwards, text_width
 from captum_sdi.words import warn_user
 
-_LIKELY = ("cjk", "noto sans", "hei", "ming", "song", "gothic", "unifont", "arial unicode", "droid", "han")
-"""Parts of the names of fonts that have many scripts: all others need not be opened."""
 _MOST_LETTERS = 24
 """Of one word: a longer one is cut in the middle."""
 
@@ -28,8 +24,6 @@ class Word:
     """In points, from the left edge."""
     line: int
     width: float
-    family: str | None
-    """The font that has its characters; None: the usual one."""
 
 
 def flow(
@@ -56,23 +50,23 @@ def flow(
         n_leftwards = sum(reads_leftwards(word) for word in words)
         rightwards = 2 * n_leftwards <= sum(any(map(str.isalpha, word)) for word in words)
     placed = []
-    unreadable = ""
+    boxes = ""
     used, line = 0.0, 0
     for number, word in enumerate(words):
         text = shown(word)
-        missing, family = font_for(text)
+        missing = unreadable(text)
         if missing:
-            unreadable += missing
+            boxes += missing
             text = f"[{number}]"
         width = min(room, text_width(text, size) + 0.45 * size)
         if used and used + width > room:
             used, line = 0.0, line + 1
         left = used if rightwards else room - used - width
-        placed.append(Word(text, left, line, width, family))
+        placed.append(Word(text, left, line, width))
         used += width + gap
-    if unreadable:
+    if boxes:
         warn_user(
-            f"No installed font has the characters {unreadable[:8]!r}: such tokens are shown as their number in the "
+            f"No installed font has the characters {boxes[:8]!r}: such tokens are shown as their number in the "
             "text, in brackets. Install a font, such as Noto Sans CJK, or name one in matplotlib's "
             "rcParams['font.family']."
         )
@@ -91,37 +85,6 @@ def shown(word: str) -> str:
         half = _MOST_LETTERS // 2
         text = f"{text[:half]}…{text[-half:]}"
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
-
-
-def font_for(text: str) -> tuple[str, str | None]:
-    """Return the characters that no installed font has, and the name of one that has all; None for the usual one."""
-    missing = lacking(text, font_manager.findfont(FontProperties()))
-    if not missing:
-        return "", None
-    family = family_with(missing)
-    return (missing, None) if family is None else ("", family)
-
-
-def lacking(text: str, path: str) -> str:
-    """Return the characters of a text that a font lacks."""
-    font = font_manager.get_font(path)
-    visible = [character for character in text if character not in FIRST_STRONG + POP]
-    return "".join(character for character in visible if not font.get_char_index(ord(character)))
-
-
-@functools.lru_cache(maxsize=1024)
-def family_with(characters: str) -> str | None:
-    """Return the name of an installed font that has all these characters; None where there is none."""
-    for entry in _many_scripts():
-        if not lacking(characters, entry.fname):
-            return entry.name
-    return None
-
-
-def _many_scripts() -> Iterable[font_manager.FontEntry]:
-    """Return the installed fonts that may have many scripts."""
-    entries = font_manager.fontManager.ttflist
-    return [entry for entry in entries if any(fragment in entry.name.lower() for fragment in _LIKELY)]
 
 
 def n_lines(words: Sequence[Word]) -> int:

@@ -91,7 +91,7 @@ def draw_line(
         linewidth=1.2,
         marker=marker,
         markersize=3.5,
-        markerfacecolor="white" if hollow else style.colour,
+        markerfacecolor=ax.get_facecolor() if hollow else style.colour,
         markevery=max(1, round(n_steps / 10)),
     )
     return line
@@ -130,6 +130,36 @@ def finish_lines(ax: Axes, n_steps: int, label: str) -> None:
     if largest == 0:
         ax.set_ylim(-1, 1)
     ax.set_ylabel(scale_ticks(ax.yaxis, largest, label), fontsize=FONT, linespacing=1.1)
+
+
+def limit_line(
+    ax: Axes,
+    values: Array,
+    colour: str,
+    bound: float,
+) -> bool:
+    """End the axis a little beyond a bound where a line goes farther, and mark with triangles where it does.
+
+    Args:
+        ax: With the line.
+        values: Its values ``(t,)``, at steps from 1.
+        colour: The line's.
+        bound: The largest absolute value that is to be seen.
+
+    Returns:
+        Whether there are triangles.
+    """
+    edge = 1.15 * bound
+    exceeds_edge = np.abs(values) > edge
+    if not bound or not exceeds_edge.any():
+        return False
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -edge), min(high, edge))
+    for marker, sign in (("^", 1), ("v", -1)):
+        steps = np.flatnonzero(exceeds_edge & (sign * values > 0))
+        heights = np.full(len(steps), 0.95 * sign * edge)
+        ax.scatter(steps + 1, heights, marker=marker, s=18, color=colour)
+    return True
 
 
 def step_padding(n_steps: int) -> float:

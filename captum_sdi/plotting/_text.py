@@ -11,6 +11,7 @@ from matplotlib import font_manager, ft2font
 from matplotlib.font_manager import FontProperties
 
 from captum_sdi.plotting._arguments import Array
+from captum_sdi.plotting._fonts import any_has, without_boxes
 
 FONT, SMALL = 8, 7  # points: labels; ticks and legends
 FIRST_STRONG, POP = "\u2068", "\u2069"  # Unicode's isolate: what is inside orders nothing outside
@@ -18,12 +19,25 @@ _REORDERS = hasattr(ft2font, "__libraqm_version__")  # from 3.11 on; before, mat
 _MOST_CHARACTERS = 500  # more than any label holds: a book costs no more than a line
 
 
-def clip(text: str, room: float, size: float = SMALL) -> str:
-    """Return a line of at most ``room`` points, cut with an ellipsis; dollars stay dollars."""
+def clip(
+    text: str,
+    room: float,
+    size: float = SMALL,
+    lines: int = 1,
+) -> str:
+    """Return lines of at most ``room`` points, the last one cut with an ellipsis; dollars stay dollars."""
     words = text[:_MOST_CHARACTERS].split()
-    line = "".join(map(_printable, " ".join(words)))
+    line = without_boxes("".join(map(_printable, " ".join(words))))
     ends = np.cumsum(_advances(line, size))
-    if len(text) > _MOST_CHARACTERS or ends.max(initial=0) > room:
+    is_longer = len(text) > _MOST_CHARACTERS or ends.max(initial=0) > room
+    fitting = int(np.searchsorted(ends, room, side="right"))
+    last_space = line.rfind(" ", 0, fitting + 1)
+    if lines > 1 and is_longer and last_space > fitting // 2:
+        first, others = line[:last_space], line[last_space + 1 :]
+        if first.count(FIRST_STRONG) > first.count(POP):
+            others = FIRST_STRONG + others
+        return clip(first, room, size) + "\n" + clip(others, room, size, lines - 1)
+    if is_longer:
         room_before_ellipsis = room - text_width("…", size)
         fitting = int(np.searchsorted(ends, room_before_ellipsis, side="right"))
         line = line[:fitting].rstrip() + "…"
@@ -102,9 +116,9 @@ def _advance(character: str, path: str) -> float:
     """Return a character's width over the font size."""
     if character in FIRST_STRONG + POP:
         return 0.0
+    if not any_has((path,), character):
+        return 1.15  # a little more than another font's widest letters take
     font = font_manager.get_font(path)
-    if not font.get_char_index(ord(character)):
-        return 1.15  # of the box that is drawn in its place
     font.set_size(100, 72)
     glyph = font.load_char(ord(character))
     return glyph.linearHoriAdvance / 65536 / 100

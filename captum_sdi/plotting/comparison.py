@@ -11,6 +11,7 @@ from matplotlib.container import Container
 
 from captum_sdi.plotting._arguments import Array
 from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height, total_entry
 from captum_sdi.plotting._lines import CATEGORY, NEUTRAL, LineStyle, finish_lines
 from captum_sdi.plotting._scores import Result, Scores, read_scores
@@ -73,7 +74,7 @@ def plot_comparison(
     ax.set_xlim(0.5, n_steps + 0.5)
     set_title(ax, title, f"train example {train} on test example {test}")
     draw_legend(ax, [block], stacked=True)
-    return ax
+    return readable(ax)
 
 
 def _common_steps(pairs: Mapping[str, Scores]) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_sdi.plotting._arguments import Array, finite_array
 from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, count_entry, draw_legend, legend_height
 from captum_sdi.plotting._lines import CATEGORY, NEUTRAL, LineStyle, draw_line, finish_lines
 from captum_sdi.plotting._scores import Result, Scores, read_scores
@@ -68,7 +69,7 @@ def plot_groups(
     finish_lines(ax, points.shape[2], "influence\n(mean size = 1)")
     set_title(ax, title, "")
     draw_legend(ax, [block], stacked=True)
-    return ax
+    return readable(ax)
 
 
 def _read_group(name: str, group: ArrayLike | Tensor, shape: tuple[int, ...]) -> Flags:

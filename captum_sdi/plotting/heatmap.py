@@ -8,10 +8,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from captum_sdi.plotting._arguments import check_limit
-from captum_sdi.plotting._axes import column_axes, height_in_points, label_room, label_rows, number_ticks, set_title
+from captum_sdi.plotting._axes import (
+    column_axes,
+    height_in_points,
+    label_room,
+    label_rows,
+    number_ticks,
+    row_height,
+    set_title,
+)
 from captum_sdi.plotting._colours import draw_colours
-from captum_sdi.plotting._scores import Result, ranked, read_scores
-from captum_sdi.plotting._text import FONT, clip, example_name
+from captum_sdi.plotting._fonts import readable
+from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
+from captum_sdi.plotting._text import FONT, example_name
 
 
 def plot_heatmap(
@@ -49,6 +58,7 @@ def plot_heatmap(
     if sort not in ("total", "step"):
         raise ValueError(f'sort must be "total" or "step", got {sort!r}.')
     check_limit(limit)
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     scores = scores.select(ranked(scores.totals, k))
     if sort == "step":
@@ -56,19 +66,20 @@ def plot_heatmap(
         largest = sizes.max(1)
         strongest_step = sizes.argmax(1)
         scores = scores.select(np.lexsort((-largest, strongest_step)))
-    n_rows = len(scores.totals)
-    height = max(2.1, 0.7 + 0.135 * n_rows) if n_rows <= 40 else 2.8
+    names = [example_name(int(index), texts) for index in scores.indices]
+    n_rows = len(names)
+    height = max(2.1, 0.7 + row_height(names, width) * n_rows) if n_rows <= 40 else 2.8
     ax = column_axes(ax, height, width)
     room = label_room(ax)
     n_steps = scores.n_steps[0]
-    draw_colours(ax, scores.trajectories[:, :n_steps], limit)
-    if height_in_points(ax) / n_rows >= 6:
-        names = [example_name(int(index), texts) for index in scores.indices]
-        label_rows(ax, [clip(name, room) for name in names])
+    is_named = height_in_points(ax) / n_rows >= 6
+    draw_colours(ax, scores.trajectories[:, :n_steps], limit, taken=room if is_named else 0)
+    if is_named:
+        label_rows(ax, names, room)
     else:
         room = 20
         number_ticks(ax.yaxis, n_rows, 6, first_at=0)
     order = ", by total" if sort == "total" else ",\nby strongest step"
     ax.set_ylabel(f"train examples{order}", fontsize=FONT, linespacing=1.1)
     set_title(ax, title, f"test example {test}", taken=room)
-    return ax
+    return readable(ax)

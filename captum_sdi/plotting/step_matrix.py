@@ -9,6 +9,7 @@ from torch import Tensor
 from captum_sdi.plotting._arguments import Array, check_limit, check_position, finite_array
 from captum_sdi.plotting._axes import column_axes, height_in_points, number_ticks, set_title, width_in_points
 from captum_sdi.plotting._colours import draw_colours
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._text import FONT
 
 
@@ -49,7 +50,7 @@ def plot_step_matrix(
     ax.set_xlabel("loop step of the test example", fontsize=FONT)
     ax.set_ylabel("loop step of the train example", fontsize=FONT)
     set_title(ax, title, default_title, taken=20 + margin)
-    return ax
+    return readable(ax)
 
 
 def _pick_matrix(values: Array, pair: tuple[int, int] | None) -> tuple[Array, str]:

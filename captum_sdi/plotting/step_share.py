@@ -12,7 +12,8 @@ from matplotlib.ticker import FuncFormatter
 
 from captum_sdi.features import Bins
 from captum_sdi.plotting._arguments import Array, check_positions, finite_array
-from captum_sdi.plotting._axes import column_axes, hide_spines, number_steps, set_title
+from captum_sdi.plotting._axes import column_axes, hide_spines, number_steps, set_title, width_in_points
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, count_entry, draw_legend, legend_height
 from captum_sdi.plotting._lines import CATEGORY, draw_line, step_padding
 from captum_sdi.plotting._scores import Result, Scores, read_scores
@@ -65,13 +66,12 @@ def plot_step_share(
     groups = {name: _select_tests(shares, positions) for name, positions in members.items()}
     drawn = np.concatenate(list(groups.values()))
     n_steps = shares.shape[1] - 2
-    gap = max(1.0, 0.15 * n_steps)  # the words must not touch the numbers
-    outer_bins = _outer_bins(drawn, gap)
-
     named = isinstance(tests, Mapping)
     n_entries = len(groups) * named + (norm_shares is not None)
     height = legend_height([n_entries], stacked=True)
     ax = column_axes(ax, 2.1 + height, width)
+    gap = max(1.0, 0.15 * n_steps, 40 * n_steps / width_in_points(ax))  # the words must not touch the numbers
+    outer_bins = _outer_bins(drawn, gap)
     lines = _draw_groups(ax, groups, outer_bins, gap)
     block = LegendBlock()
     if named:
@@ -87,7 +87,7 @@ def plot_step_share(
     set_title(ax, title, "" if named else _count_tests(drawn))
     if n_entries:
         draw_legend(ax, [block], stacked=True)
-    return ax
+    return readable(ax)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from captum_sdi.plotting._arguments import Array, check_integer, check_limit, check_position
 from captum_sdi.plotting._axes import column_axes, height_in_points, set_title, width_in_points
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._flow import Word, flow, n_lines
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._maps import TEST_TEXT, TRAIN_TEXT, check_map, names_along, pair_name, values_along
 from captum_sdi.plotting._text import FONT, SMALL, signed_numbers, text_width
 from captum_sdi.scores.influence_map import InfluenceMap
@@ -33,6 +35,11 @@ class Passage:
     bound: float
     """At which its colours saturate."""
     shows_scale: bool
+
+    @property
+    def beyond(self) -> NDArray[np.bool_]:
+        """Which words lie beyond the colours."""
+        return np.abs(self.values) > self.bound * (1 + 1e-9)
 
 
 def plot_tokens(
@@ -218,12 +225,13 @@ def _draw(
             parse_math=False,
         )
         if passage.shows_scale:
-            _draw_scale(ax, passage.bound, top + 0.5 * _LINE, room)
+            exceeded = any(bool(other.beyond.any()) for other in passages if other.bound == passage.bound)
+            _draw_scale(ax, passage.bound, top + 0.5 * _LINE, room, exceeded=exceeded)
         _draw_words(ax, passage, words, top + _LINE, outlined=outlined)
         outlined = None
         top += height
     set_title(ax, title, "")
-    return ax
+    return readable(ax)
 
 
 def _draw_words(
@@ -236,7 +244,7 @@ def _draw_words(
 ) -> None:
     """Draw the words of a text in tinted boxes."""
     shares = np.clip(passage.values / passage.bound, -1, 1)
-    exceeds_bound = np.abs(passage.values) > passage.bound * (1 + 1e-9)
+    exceeds_bound = passage.beyond
     tints = matplotlib.colormaps["RdBu"](0.5 + 0.5 * shares)
     foreground = matplotlib.rcParams["text.color"]
     for number, word in enumerate(words):
@@ -252,7 +260,7 @@ def _draw_words(
             box.set_edgecolor(foreground)
             box.set_linestyle("-" if number == outlined else ":")
         ax.add_patch(box)
-        text = ax.text(
+        ax.text(
             word.left + word.width / 2,
             y + 0.45 * _LINE,
             word.text,
@@ -262,8 +270,6 @@ def _draw_words(
             color="white" if abs(shares[number]) > 0.72 else "black",
             parse_math=False,
         )
-        if word.family is not None:
-            text.set_fontfamily(word.family)
 
 
 def _draw_scale(
@@ -271,9 +277,13 @@ def _draw_scale(
     bound: float,
     middle: float,
     room: float,
+    *,
+    exceeded: bool,
 ) -> None:
     """Draw the colours from minus the bound to the bound, at the right end of a heading."""
     low, high = signed_numbers(np.array([-bound, bound]))
+    if exceeded:
+        low = f"dotted: beyond  {low}"
     right = room - text_width(high, SMALL) - 4
     left = right - 60
     half = 0.25 * FONT

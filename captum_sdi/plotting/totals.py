@@ -12,20 +12,22 @@ from matplotlib.ticker import MaxNLocator
 from captum_sdi.plotting._arguments import Positions, check_limit, check_positions, check_texts
 from captum_sdi.plotting._axes import (
     column_axes,
+    divided,
     hide_spines,
     label_room,
     label_rows,
+    row_height,
     scale_ticks,
     set_title,
     small_print,
     width_in_points,
 )
 from captum_sdi.plotting._colours import draw_colours
+from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT
-from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores
-from captum_sdi.plotting._text import FONT, clip, example_name
+from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores, test_texts_of, train_texts
+from captum_sdi.plotting._text import FONT, example_name, isolated
 
-_BOLD = 1.15  # how much wider bold type is
 _MOST_ROWS = 80
 
 
@@ -61,6 +63,8 @@ def plot_totals(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['test 0', '#0', '#1', 'test 1', '#0']
     """
+    texts = train_texts(result, texts)
+    test_texts = test_texts_of(result, test_texts)
     scores = read_scores(result, texts)
     n_tests = len(scores.totals)
     chosen = check_positions("tests", tests, n_tests).tolist()
@@ -77,10 +81,13 @@ def plot_totals(
     example_rows = np.setdiff1d(np.arange(n_rows), headings)
     examples = Scores.concatenate(groups)
 
-    ax = column_axes(ax, max(2.2, 0.85 + 0.135 * n_rows), width)
+    names = _row_names(chosen, groups, texts, test_texts)
+    ax = column_axes(ax, max(2.2, 0.85 + row_height(names, width) * n_rows), width)
     room = label_room(ax)
-    bar_axes, heat_axes = _split_axes(ax)
-    _draw_bars(bar_axes, example_rows, examples, has_outer_bins=scores.has_outer_bins)
+    bar_axes, heat_axes = divided(ax, (1, 2), 2, widths=(1.0, 1.7), gap=0.05)
+    small_print(heat_axes)
+    is_narrow = width_in_points(bar_axes) - room / 2.7 < 45
+    _draw_bars(bar_axes, example_rows, examples, has_outer_bins=scores.has_outer_bins, is_narrow=is_narrow)
     depth = examples.trajectories.shape[1]
     cells = np.zeros((n_rows, depth))
     cells[example_rows] = examples.steps_run
@@ -90,11 +97,10 @@ def plot_totals(
     heat_axes.tick_params(left=False, labelleft=False)
     heat_axes.spines[:].set_visible(b=False)
     bar_axes.set_ylim(n_rows - 0.5, -0.5)  # the first row on top
-    labels = _row_labels(chosen, groups, texts, test_texts, room)
-    label_rows(bar_axes, labels, bold=headings.tolist())
+    label_rows(bar_axes, names, room, bold=headings.tolist())
     bar_axes.set_ylabel("train examples", fontsize=FONT)
     set_title(bar_axes, title, "", taken=room - width_in_points(heat_axes))
-    return bar_axes
+    return readable(bar_axes)
 
 
 def _pick_examples(
@@ -109,23 +115,21 @@ def _pick_examples(
     return group.select(rows)
 
 
-def _row_labels(
+def _row_names(
     tests: Sequence[int],
     groups: Sequence[Scores],
     texts: Sequence[str] | None,
     test_texts: Sequence[str] | None,
-    room: float,
 ) -> list[str]:
-    """Return the labels of all rows: each test example, followed by its training examples."""
-    labels = []
+    """Return the names of all rows: each test example, followed by its training examples."""
+    names = []
     for test, group in zip(tests, groups, strict=True):
         heading = f"test {test}"
         if test_texts is not None:
-            heading += f": {test_texts[test]}"
-        labels.append(clip(heading, room / _BOLD))
-        names = [example_name(int(index), texts) for index in group.indices]
-        labels += [clip(name, room) for name in names]
-    return labels
+            heading += f": {isolated(test_texts[test])}"
+        names.append(heading)
+        names += [example_name(int(index), texts) for index in group.indices]
+    return names
 
 
 def _draw_bars(
@@ -134,6 +138,7 @@ def _draw_bars(
     scores: Scores,
     *,
     has_outer_bins: bool,
+    is_narrow: bool,
 ) -> None:
     """Draw totals as bars, with two standard errors where there are any."""
     totals = scores.totals
@@ -149,26 +154,8 @@ def _draw_bars(
     if not totals.any() and not errors.any():
         ax.set_xlim(-1, 1)
     hide_spines(ax, "left", "top", "right")
-    few_round_ticks = MaxNLocator(3, steps=[1, 2, 3, 5, 10])
+    few_round_ticks = MaxNLocator(1 if is_narrow else 3, steps=[1, 2, 3, 5, 10], prune="lower" if is_narrow else None)
     ax.xaxis.set_major_locator(few_round_ticks)
-    label = "total with\nprelude, coda" if has_outer_bins else "total"
+    label = "total with\nprelude, coda" if has_outer_bins and not is_narrow else "total"
     largest = np.abs(totals).max() + errors.max()
     ax.set_xlabel(scale_ticks(ax.xaxis, largest, label), fontsize=FONT)
-
-
-def _split_axes(ax: Axes) -> tuple[Axes, Axes]:
-    """Divide an Axes into two that share rows, whether or not it sits in a grid of subplots."""
-    bars, heat_map = ratios = (1.0, 1.7)
-    subplot = ax.get_subplotspec()
-    if subplot is not None:
-        grid = subplot.subgridspec(1, 2, width_ratios=ratios, wspace=0.05)
-        ax.set_subplotspec(grid[0])
-        heat_axes = ax.figure.add_subplot(grid[1], sharey=ax)
-    else:
-        left, bottom, width, height = ax.get_position().bounds
-        unit = width / (bars + heat_map + 0.1)
-        heat_width = unit * heat_map
-        ax.set_position((left, bottom, unit * bars, height))
-        bounds = (left + width - heat_width, bottom, heat_width, height)
-        heat_axes = ax.figure.add_axes(bounds, sharey=ax)
-    return ax, small_print(heat_axes)

@@ -5,18 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from captum_sdi.plotting._axes import COLUMN, checked_width, hide_spines, number_steps, scale_ticks, small_print
+from captum_sdi.plotting._axes import (
+    COLUMN,
+    checked_width,
+    column_axes,
+    divided,
+    hide_spines,
+    number_steps,
+    scale_ticks,
+    small_print,
+    width_in_points,
+)
 from captum_sdi.plotting._colours import robust_bound
-from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT, LineStyle, draw_line, step_padding
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest
+from captum_sdi.plotting._fonts import readable
+from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT, LineStyle, draw_line, limit_line, step_padding
+from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, SMALL, clip, isolated, signed_numbers
 
-_PANEL = 1.6  # inches: a panel is about so wide, and a little less high
+_PANEL = 115  # points: a panel is about so wide, and a little less high
 _MOST_PANELS = 60
 
 
@@ -29,11 +38,12 @@ def plot_trajectory_panels(
     texts: Sequence[str] | None = None,
     title: str | None = None,
     width: float | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
     r"""Draw influence by loop step for the top proponents and opponents, each in a panel of its own.
 
     All panels have the same axes. Where a few points would flatten all others they are cut off, and a triangle marks
-    them at the edge. The arguments are described in `captum_sdi.plotting`; it makes a figure of its own.
+    them at the edge. ``ax`` is divided into panels. The arguments are described in `captum_sdi.plotting`.
 
     Returns:
         The Axes of the first panel; ``ax.figure.axes`` has all of them.
@@ -42,52 +52,56 @@ def plot_trajectory_panels(
         ValueError: If there are more panels than can be read.
 
     Example:
+        >>> from matplotlib.figure import Figure
         >>> trajectories = [[[0.5, 0.25], [-0.5, -1.0]]]  # (q, n, t) = (1, 2, 2)
-        >>> ax = plot_trajectory_panels(trajectories, texts=["1 0 1", "0 0 1"])
+        >>> ax = plot_trajectory_panels(trajectories, texts=["1 0 1", "0 0 1"], ax=Figure().subplots())
         >>> [panel.get_title(loc="left") for panel in ax.figure.axes]
-        ['+0.750  #0\n1 0 1', '−1.500  #1\n0 0 1']
-        >>> plt.close(ax.figure)
+        ['test example 0\n+0.750  #0\n1 0 1', '−1.500  #1\n0 0 1']
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     proponents, opponents = strongest(scores.totals, k if train is None else None)
-    order = np.concatenate([proponents, opponents])
-    n_panels = len(order)
+    drawn = scores.select(np.concatenate([proponents, opponents]))
+    n_panels = len(drawn.totals)
     if n_panels > _MOST_PANELS:
         raise ValueError(f"train or k asks for {n_panels} panels, more than can be read ({_MOST_PANELS}).")
-    drawn = scores.select(order)
-    inches = checked_width(width) or COLUMN
-    n_columns = min(n_panels, max(1, round(inches / _PANEL)))
-    figure, panels = _panels(n_panels, n_columns, inches)
-    room = (72 * inches - 44) / n_columns - 10
-    totals = signed_numbers(drawn.totals)
+    is_new = ax is None
+    points = 72 * (checked_width(width) or COLUMN) if ax is None else width_in_points(ax)
+    n_columns = min(n_panels, max(1, round(points / _PANEL)))
+    n_rows = math.ceil(n_panels / n_columns)
+    ax = column_axes(ax, 0.5 + (1.3 if texts is None else 1.6) * n_rows, width)
+    panels = divided(ax, (n_rows, n_columns), n_panels)
     bound = robust_bound(np.abs(drawn.trajectories) + 2 * drawn.errors)
     for number, panel in enumerate(panels):
         style = PROPONENT[0] if number < len(proponents) else OPPONENT[0]
         _draw_panel(panel, drawn, number, style, bound)
-        index = int(drawn.indices[number])
-        name = clip(f"{totals[number]}  #{index}", room)
-        words = "" if texts is None else "\n" + clip(isolated(texts[index]), room)
-        panel.set_title(name + words, fontsize=SMALL, loc="left", linespacing=1.1)
-    heading = clip(f"test example {test}" if title is None else title, 72 * inches - 20)
-    figure.suptitle(heading, fontsize=FONT, x=0.02, ha="left")
-    figure.supxlabel("loop step", fontsize=FONT)
-    figure.supylabel(scale_ticks(panels[0].yaxis, bound, "influence (drop in test loss)"), fontsize=FONT)
-    return panels[0]
+        panel.tick_params(labelleft=number % n_columns == 0, labelbottom=number + n_columns >= n_panels)
+    headings = _headings(drawn, texts, (points - 60) / n_columns - 6)
+    what = f"test example {test}" if title is None else title
+    if np.nanmax(np.abs(drawn.steps_run)) > panels[0].get_ylim()[1]:
+        what = f"{clip(what, points / 3)} (triangles: beyond the axis)"
+    heading = clip(what, points - 60)
+    if is_new:
+        ax.figure.suptitle(heading, fontsize=FONT, x=0.02, ha="left")
+    else:
+        headings[0] = f"{heading}\n{headings[0]}"
+    for panel, words in zip(panels, headings, strict=True):
+        panel.set_title(words, fontsize=SMALL, loc="left", linespacing=1.1)
+    for panel in panels[max(0, n_panels - n_columns) :]:
+        panel.set_xlabel("loop step", fontsize=SMALL)
+    ax.set_ylabel(scale_ticks(ax.yaxis, bound, "influence\n(drop in\ntest loss)"), fontsize=SMALL)
+    return readable(ax)
 
 
-def _panels(n_panels: int, n_columns: int, inches: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels that share their axes; the lowest of each column have numbers below them."""
-    n_rows = math.ceil(n_panels / n_columns)
-    size = (inches, 0.5 + 1.3 * n_rows)
-    figure, grid = plt.subplots(
-        n_rows, n_columns, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
-    )
-    panels = list(grid.flatten())
-    for panel in panels[n_panels:]:
-        panel.remove()
-    for panel in panels[max(0, n_panels - n_columns) : n_panels]:
-        panel.tick_params(labelbottom=True)
-    return figure, panels[:n_panels]
+def _headings(scores: Scores, texts: Sequence[str] | None, room: float) -> list[str]:
+    """Return what stands above each panel: total, index, and two lines of text."""
+    headings = []
+    for total, index in zip(signed_numbers(scores.totals), scores.indices.tolist(), strict=True):
+        lines = [clip(f"{total}  #{index}", room)]
+        if texts is not None:
+            lines.append(clip(isolated(texts[index]), room, lines=2))
+        headings.append("\n".join(lines))
+    return headings
 
 
 def _draw_panel(
@@ -106,13 +120,9 @@ def _draw_panel(
     panel.axhline(0, color=NEUTRAL, linewidth=0.6, zorder=0)
     draw_line(panel, values, values - margin, values + margin, [style], 0)
     edge = 1.15 * bound or 1.0
-    for marker, sign in (("^", 1), ("v", -1)):
-        clipped_steps = np.flatnonzero(sign * values > edge)
-        panel.scatter(
-            clipped_steps + 1, np.full(len(clipped_steps), 0.95 * sign * edge), marker=marker, s=18, color=style.colour
-        )
+    panel.set_ylim(-edge, edge)
+    limit_line(panel, values, style.colour, bound)
     number_steps(panel, n_steps)
     panel.set_xlabel("")
     padding = step_padding(n_steps)
     panel.set_xlim(1 - padding, n_steps + padding)
-    panel.set_ylim(-edge, edge)

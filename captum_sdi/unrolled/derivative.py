@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.data.examples import Examples
-from captum_sdi.data.side import Side, identity
+from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
 from captum_sdi.features import join
 from captum_sdi.passes import Engine, Point
@@ -91,7 +91,7 @@ class Derivative:
     def rehearse(self) -> None:
         """Say what cannot work with the train set before hours are spent."""
         side = self.updates.loss.side
-        steps_count = identity(side) == identity(self.test_side)
+        steps_count = side.manner == self.test_side.manner
         positions = list(self.updates.run.batches[0])
         raw = self.updates.rows.batch(positions, 0)
         as_tests = Examples(self.train_examples().stream, self.test_side)
@@ -177,11 +177,28 @@ class Derivative:
         way_back.remove()
         return scores
 
-    def update_scores(self, flat: Tensor, *, show_progress: bool) -> Tensor:
-        """Compute how much seeds change with the examples' weights at each update alone, ``(seeds, n, updates)``."""
-        scores = flat.new_zeros(self.updates.run.n_updates, len(flat), self.n_examples)
+    def update_scores(
+        self,
+        flat: Tensor,
+        *,
+        only: Tensor | None = None,
+        show_progress: bool,
+    ) -> Tensor:
+        """Compute how much seeds change with the examples' weights at each update alone.
+
+        Args:
+            flat: ``(seeds, size)``.
+            only: ``(n,)`` positions of the examples to keep; None: all.
+            show_progress: Show a progress bar.
+
+        Returns:
+            ``(seeds, n, updates)``.
+        """
+        chosen = torch.arange(self.n_examples) if only is None else only
+        scores = flat.new_zeros(self.updates.run.n_updates, len(flat), len(chosen))
         for visit in self.visits(flat, show_progress=show_progress):
-            add_scores(scores[visit.update], visit)
+            of_update = add_scores(flat.new_zeros(len(flat), self.n_examples), visit)
+            scores[visit.update] = of_update[:, chosen.to(flat.device)]
         return scores.permute(1, 2, 0)
 
 

@@ -29,6 +29,7 @@ from captum_sdi.scores.contract import Scores
 from captum_sdi.scores.ranking import Ranking, gather_pairs
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.sketch.exact import Exact
+from captum_sdi.unrolled.asking import AsksForUpdates
 from captum_sdi.unrolled.derivative import Derivative, load_vector
 from captum_sdi.unrolled.estimate import UnrolledEstimate, estimated
 from captum_sdi.unrolled.gauge import Gauge
@@ -44,7 +45,7 @@ from captum_sdi.words import is_integer
 _TESTS_AT_ONCE = 8
 
 
-class UnrolledInfluence(DataInfluence):
+class UnrolledInfluence(AsksForUpdates, DataInfluence):
     """Influence that is true for AdamW: the derivative of a test loss through training, by loop step.
 
     Let w_i be the weight of training example i wherever it was trained on, θ_T(w) the end of training, and φ_t the part
@@ -274,20 +275,6 @@ class UnrolledInfluence(DataInfluence):
         for visit in self._derivative.visits(seeds.flat, show_progress=show_progress):
             matrices.add(visit, seeds)
         return matrices.result()
-
-    @log_usage(part_of_slo=True)
-    def update_influence(self, inputs: Any, show_progress: bool = False) -> Tensor:
-        """Compute when in training each example acted: its influence through every update.
-
-        Args:
-            inputs: As for `influence`.
-            show_progress: As for `influence`.
-
-        Returns:
-            ``(q, n, updates)``; summed over updates it is `influence`.
-        """
-        seeds = self._seeds(inputs, by_step=False, show_progress=show_progress)
-        return -self._derivative.update_scores(seeds.flat, show_progress=show_progress)
 
     @log_usage(part_of_slo=True)
     def predicted_losses(
