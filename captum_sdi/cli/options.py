@@ -107,6 +107,20 @@ def add_model_options(command: ArgumentParser) -> None:
         "loop close to itself",
     )
     group.add_argument(
+        "--loop-mode",
+        choices=("block", "layer"),
+        default="block",
+        help="with --loop-layers: repeat the layers together, or each by itself",
+    )
+    group.add_argument(
+        "--anchor",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="with --loop-layers: the weight of a single pass in what comes out; 0.5 beside --damping 1/N is the "
+        "recipe of training-free looping",
+    )
+    group.add_argument(
         "--n-loops",
         type=positive_integer,
         metavar="N",
