@@ -218,7 +218,15 @@ def test_a_simulated_index_can_be_searched(script, tmp_path: Path) -> None:
 def test_truth_is_measured_and_told(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     truth = script("truth")
     methods = ["random scores", "TracIn / SDI, 4 checkpoints", "unrolled"]
-    arguments = ["parity", "--small", f"--cache={tmp_path / 'cache'}", f"--out={tmp_path}", "--methods", *methods]
+    arguments = [
+        "parity",
+        "--small",
+        "--own",
+        f"--cache={tmp_path / 'cache'}",
+        f"--out={tmp_path}",
+        "--methods",
+        *methods,
+    ]
     monkeypatch.setattr("sys.argv", ["", *arguments])
     truth.main()
     bed = json.loads((tmp_path / "truth.json").read_text())["parity"]
@@ -230,6 +238,8 @@ def test_truth_is_measured_and_told(script, monkeypatch: pytest.MonkeyPatch, tmp
     assert left_out["unrolled"]["total"]["value"] > 0.95
     assert left_out["unrolled"]["mean over steps"]["value"] > 0.95
     assert 0.8 < left_out["unrolled"]["slope"]["value"] < 1.25
+    own = bed["own top 10% removed"]
+    assert own["unrolled"]["value"] > 1.5 * own["random sets"]["value"] > 0
     assert "unrolled, leave one out: total" in (tmp_path / "truth.md").read_text()
     assert (tmp_path / "truth.png").stat().st_size > 10_000
     trained_before = "leave one out: 3 of 3"

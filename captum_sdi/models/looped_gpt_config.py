@@ -20,8 +20,8 @@ class LoopedGPTConfig(PretrainedConfig):
     With `n_prelude=0, n_coda=0, n_loops=1, injection="add", state_init="zeros"` the model is an
     ordinary GPT-2 of `n_core` layers: the core sees `0 + inputs` once, and nothing else happens.
 
-    The noise of `state_init="normal"` has the standard deviation `initializer_range`, fresh at every call in training mode
-    and always the same in evaluation mode.
+    The noise of `state_init="normal"` has the standard deviation `initializer_range`, fresh at every call in training
+    mode and always the same in evaluation mode.
 
     With `feedback="tokens"` all of the model repeats: in the place of each token the next loop step reads what coda and
     head answered there, a distribution, embedded as tokens are. With `injection="none"` as well a step reads tokens and
