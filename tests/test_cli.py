@@ -226,12 +226,14 @@ def test_layers_that_are_looped_on_request(here: Path) -> None:
     config = GPT2Config(vocab_size=VOCAB, n_positions=12, n_embd=8, n_head=2, n_layer=4)
     spread(GPT2LMHeadModel(config)).save_pretrained("plain")
     options = {"model": "plain", "tokenizer": "run/checkpoint-10", "loop_layers": "1 3 2", "damping": "0.5"}
+    options |= {"loop_mode": "layer", "anchor": "0.25"}
     assert run(INDEX, **options) == 0
     assert run(SCORE) == 0
-    model = loop_layers(GPT2LMHeadModel.from_pretrained("plain"), 1, 3, 2, damping=0.5)
+    plain = GPT2LMHeadModel.from_pretrained("plain")
+    model = loop_layers(plain, 1, 3, 2, damping=0.5, mode="layer", anchor=0.25)
     sdi = SDIInfluence(model, _rows(TRAIN), sketch=TensorSketch(16, seed=3), batch_size=4)
     lines = _lines("out/scores.jsonl")
-    assert lines[0]["n_steps"] == 2
+    assert lines[0]["n_steps"] == 4
     _same_scores(lines, sdi.step_influence(_rows(QUERIES), k=4))
 
 

@@ -88,9 +88,9 @@ COMMANDS = (
     Command(
         name="demo",
         add_options=options.add_demo_options,
-        summary="train a looped GPT on parity, attribute its answers",
-        description="Trains a looped GPT on parity, attributes its answers, and writes scores, pictures and a report. "
-        "It takes minutes on two cores.",
+        summary="train a looped GPT on single facts, ask it chains",
+        description="Trains a looped GPT on single facts, asks it chains of five, and writes which document acts at "
+        "which loop step: scores, pictures, a page and a report. It takes a minute.",
         has_quiet=False,
     ),
 )

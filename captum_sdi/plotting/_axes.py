@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+from matplotlib.gridspec import GridSpec, SubplotParams
 from matplotlib.ticker import FuncFormatter
 
 from captum_sdi.plotting._text import FONT, SMALL, clip, text_width
@@ -39,8 +38,8 @@ def make_room(ax: Axes) -> None:
     figure = ax.figure.figure  # that of a part of a figure, too
     if has_layout(ax) or ax.get_subplotspec() is None or not isinstance(figure, Figure):
         return
-    spacing = {name: getattr(figure.subplotpars, name) for name in _SPACING}
-    if all(matplotlib.rcParams[f"figure.subplot.{name}"] == each for name, each in spacing.items()):
+    usual = SubplotParams()
+    if all(getattr(figure.subplotpars, name) == getattr(usual, name) for name in _SPACING):
         figure.set_layout_engine("constrained")
 
 
@@ -72,7 +71,7 @@ def divided(
     corners = ax.get_position()
     outline = {"left": corners.x0, "right": corners.x1, "bottom": corners.y0, "top": corners.y1}
     spaced = GridSpec(*shape, width_ratios=widths, wspace=gap, hspace=0.8, **outline)
-    bounds = [spaced[place].get_position(figure).bounds for place in range(count)]
+    bounds = [spaced[place].get_position(figure.figure).bounds for place in range(count)]
     ax.set_position(bounds[0])
     return [ax, *(figure.add_axes(bounds[place], sharey=ax) for place in places)]
 

@@ -39,8 +39,8 @@ def check_model(model: Any) -> None:
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
                 f"The model is sharded: {name!r} is a DTensor, of which this process holds a part (FSDP2, tensor "
-                "parallelism). Save its whole weights (torch.distributed.checkpoint.state_dict.get_model_state_dict "
-                "with full_state_dict=True) and load them on one device, or with a device_map."
+                "parallelism). Load it whole, on one device or by a device_map: the weights are those that "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict returns with full_state_dict=True."
             )
     if "meta" in places:
         raise ValueError(f"The model has no weights: {places['meta']!r} is on the meta device. Load it first.")
