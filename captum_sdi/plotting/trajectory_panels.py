@@ -81,7 +81,7 @@ def plot_trajectory_panels(
         what = f"{clip(what, points / 3)} (triangles: beyond the axis)"
     heading = clip(what, points - 60)
     if is_new:
-        ax.figure.suptitle(heading, fontsize=FONT, x=0.02, ha="left")  # type: ignore[union-attr]
+        ax.figure.suptitle(heading, fontsize=FONT, x=0.02, ha="left")
     else:
         headings[0] = f"{heading}\n{headings[0]}"
     for panel, words in zip(panels, headings, strict=True):
