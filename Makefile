@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTHON_OLDEST ?= $(shell for p in python3.10 $(PYTHON); do $$p -c "" 2>&- && echo $$p && break; done)
+PYTHON_QUANDA ?= $(shell for p in python3.11 python3.12 $(PYTHON); do $$p -c "" 2>&- && echo $$p && break; done)
 OUT ?= demo
 WORKERS ?= 2
 ARGS ?=
@@ -10,6 +11,8 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
+QUANDA := .venv-quanda
+COMMA := ,
 NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 
 # One thread for each test worker: two workers with a thread each keep two cores busy, two workers
@@ -18,7 +21,7 @@ PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo bench truth test test-faults test-page lint format docs docs-links tutorials tutorials-full \
-	test-captum test-oldest clean
+	test-captum test-oldest test-quanda clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,8 +81,11 @@ test-captum: $(VENV)/.stamp  ## run Captum's own influence tests on SDIInfluence
 test-oldest: $(OLDEST)/.stamp  ## run the tests on the oldest versions that pyproject.toml admits
 	$(call PYTEST,$(OLDEST))
 
+test-quanda: $(QUANDA)/.stamp  ## hold quanda's metrics on SDIInfluence to their definitions, beside captum 0.8
+	OMP_NUM_THREADS=1 $(QUANDA)/bin/python -m pytest tests/test_quanda.py $(ARGS)
+
 clean:  ## remove the environments, the caches and the demo's output
-	rm -rf $(VENV) $(OLDEST) demo build dist *.egg-info docs/_build docs/tutorials
+	rm -rf $(VENV) $(OLDEST) $(QUANDA) demo build dist *.egg-info docs/_build docs/tutorials
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -99,3 +105,6 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 $(OLDEST)/.stamp: pyproject.toml constraints-oldest.txt
 	$(call make_venv,$(PYTHON_OLDEST),$(OLDEST),constraints-oldest.txt,test)
+
+$(QUANDA)/.stamp: pyproject.toml constraints-quanda.txt
+	$(call make_venv,$(PYTHON_QUANDA),$(QUANDA),constraints-quanda.txt,test$(COMMA)quanda)

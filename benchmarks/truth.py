@@ -46,7 +46,14 @@ def main() -> None:
     chosen = [] if options.tables else options.beds or list(BEDS)
     for name in chosen:
         start = time.perf_counter()
-        results = study.study(named(name, options), options.counts, options.cache, options.methods, peers=options.peers)
+        results = study.study(
+            named(name, options),
+            options.counts,
+            options.cache,
+            options.methods,
+            peers=options.peers,
+            own=options.own,
+        )
         record(path, name, {"environment": environment(), "minutes": minutes_since(start), **results})
     if options.gauge:
         start = time.perf_counter()
@@ -71,6 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tests", type=int, help="how many of a bed's tests are asked about; default: all")
     parser.add_argument("--methods", nargs="*", help="default: all")
     parser.add_argument("--peers", action="store_true", help="other libraries, too")
+    parser.add_argument("--own", action="store_true", help="each test's own top 10%% removed, too")
     parser.add_argument("--gauge", action="store_true", help="metasmoothness against agreement, over many runs")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "captum_sdi_truth")
     parser.add_argument("--out", type=Path, help="folder for the results; default: this one, or a temporary one")

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from captum_sdi.data.stream import Stream
 from captum_sdi.influence import SDIInfluence
 from captum_sdi.model_facts import model_device
 from captum_sdi.passes import Point
+from captum_sdi.preconditioners import Hessian
 from captum_sdi.study import Study
+from captum_sdi.train_side import TrainSide
 from captum_sdi.words import readable_size
 
 
@@ -27,7 +29,7 @@ from captum_sdi.words import readable_size
 class Estimate:
     """The cost of sketching every training example at every checkpoint; prints as a short table.
 
-    ``seconds = n_checkpoints * (checkpoint_seconds + n_batches * batch_seconds)``;
+    ``seconds = n_checkpoints * (checkpoint_seconds + n_batches * batch_seconds) + curvature_seconds``;
     ``disk_bytes = n_checkpoints * n_examples * row_bytes``.
     """
 
@@ -49,11 +51,14 @@ class Estimate:
     """Most memory in use at once, the model included: what torch had allocated on a GPU, the whole process on a CPU."""
     row_bytes: int
     """One example's sketch in an index, at one checkpoint."""
+    curvature_seconds: float = 0.0
+    """The products of a `captum_sdi.preconditioners.Hessian`, once; one of them, with one batch, is measured."""
 
     @property
     def seconds(self) -> float:
         """Time in all."""
-        return self.n_checkpoints * (self.checkpoint_seconds + self.n_batches * self.batch_seconds)
+        rows = self.n_checkpoints * (self.checkpoint_seconds + self.n_batches * self.batch_seconds)
+        return rows + self.curvature_seconds
 
     @property
     def disk_bytes(self) -> int:
@@ -64,11 +69,12 @@ class Estimate:
         batch, checkpoint = readable_time(self.batch_seconds), readable_time(self.checkpoint_seconds)
         model, row = readable_size(self.model_bytes), readable_size(self.row_bytes)
         memory_owner = "the whole process" if self.device == "cpu" else "of the GPU"
+        curvatures = f"; {readable_time(self.curvature_seconds)} for curvatures" if self.curvature_seconds else ""
         return "\n".join(
             (
                 f"{_count(self.n_examples, 'example')} at {_count(self.n_checkpoints, 'checkpoint')} on {self.device}",
                 f"time    {readable_time(self.seconds):>11}  {batch} a batch, {_count(self.n_batches, 'batch', 'es')}, "
-                f"and {checkpoint} a checkpoint",
+                f"and {checkpoint} a checkpoint{curvatures}",
                 f"memory  {readable_size(self.peak_bytes):>11}  {memory_owner} at the peak of a batch; "
                 f"the model is {model}",
                 f"disk    {readable_size(self.disk_bytes):>11}  {row} an example and checkpoint",
@@ -86,7 +92,8 @@ def estimate(
 
     After a warm-up, a batch of examples from all over the training set is timed at the first checkpoint. Nothing is
     written, and the model comes back as it was. Memory is that of the batches which ran: pass ``longest`` for the most
-    that any will need. Writing rows to the disk, and scoring test examples with them, are not counted.
+    that any will need. The curvatures of a `captum_sdi.preconditioners.Hessian` are counted as if none were kept.
+    Writing rows to the disk, and scoring test examples with them, are not counted.
 
     Args:
         sdi: The object that will do the work.
@@ -130,6 +137,7 @@ def estimate(
         model_bytes=sum(tensor.nbytes for tensor in (*sdi.model.parameters(), *sdi.model.buffers())),
         peak_bytes=peak_bytes,
         row_bytes=timing.row_bytes,
+        curvature_seconds=_curvature_seconds(study, typical, n, device),
     )
 
 
@@ -188,6 +196,30 @@ def _timed(study: Study, batches: list[Any], device: torch.device) -> _Timing:
             batch_ends.append(_now(device))
         row_bytes = _row_bytes(study, point)
     return _Timing(begun, loaded, batch_ends, row_bytes)
+
+
+def _curvature_seconds(
+    study: Study,
+    raw: Any,
+    n_examples: int,
+    device: torch.device,
+) -> float:
+    """Measure a product with a batch's Hessian at the last checkpoint, and multiply; 0 where none is asked for."""
+    hessian = study.preconditioner
+    if not isinstance(hessian, Hessian):
+        return 0.0
+    size = batch_size(raw)
+    examples = Examples(Stream([raw], "train_dataset"), study.train.side)
+    with study.engine.points(study.checkpoints[-1:], examples) as points:
+        point = next(points)
+        clock = []
+        for n_products in (1, 1, 1 + _REPEATS):  # the first warms up
+            short = replace(hessian, rank=n_products, examples=None)
+            short.curvatures(point, TrainSide(examples), size)
+            clock.append(_now(device))
+    one_product, several = clock[1] - clock[0], clock[2] - clock[1]
+    n_batches = math.ceil(min(n_examples, hessian.examples or n_examples) / size)
+    return hessian.rank * n_batches * (several - one_product) / _REPEATS
 
 
 def _row_bytes(study: Study, point: Point) -> int:

@@ -21,6 +21,7 @@ from captum_sdi.data.examples import Examples
 from captum_sdi.data.losses import LossFn, default_loss
 from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
+from captum_sdi.direction.asking import AsksForDirections
 from captum_sdi.features import Columns, LoopSpec
 from captum_sdi.index import Faiss, SketchIndex, TrainIndex
 from captum_sdi.inputs import as_batches, as_loader, padding_token
@@ -42,7 +43,7 @@ from captum_sdi.sketch.tensor_sketch import TensorSketch
 from captum_sdi.study import Normalize, Question, Study
 
 
-class SDIInfluence(AsksForMaps, TracInCPBase):
+class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
     """Step-Decomposed Influence: which training examples shaped an output, and at which loop step.
 
     For checkpoints c with learning rates η_c, a test example z' and a training example z,

@@ -8,8 +8,9 @@ first example is rehearsed, so that what cannot work is said before hours are sp
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,13 @@ from captum_sdi.loop.presets import WHOLE_MODEL
 from captum_sdi.loop.saved import check_saved_loop
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.model_lock import exclusive
+from captum_sdi.offload import weights_at_hand
 from captum_sdi.pieces import Pieces
 from captum_sdi.precision import score_dtype
-from captum_sdi.rehearsal.first_example import Rehearsal
+from captum_sdi.rehearsal.alone import BatchRun
 from captum_sdi.rehearsal.ids import check_ids
 from captum_sdi.rehearsal.lengths import check_length, position_limit
-from captum_sdi.rehearsal.neighbours import RunBatch
+from captum_sdi.rehearsal.rehearsal import Rehearsal
 from captum_sdi.sketch.base import Sketch
 
 Transform = Callable[[str, Gradient], Gradient]
@@ -79,23 +81,14 @@ class Point:
         Returns:
             ``(n, b, width)`` for each parameter.
         """
-
-        def features_of(raw: Any, positions: Sequence[int]) -> StepFeatures:
-            return self.pieces.features(
-                self.capture,
-                raw,
-                side,
-                positions,
-                by_step=by_step,
-                transform=transform,
-            )
-
-        self.rehearsal.before_batch(self.capture, raw, side, positions)
-        features = features_of(raw, positions)
-        called_once = frozenset(self.capture.tape.state.expanded)
-        self.rehearsal.after_batch(
-            RunBatch(self.capture, raw, side, positions, features, called_once, features_of, collated_alone)
+        compute = partial(
+            self.pieces.features,
+            self.capture,
+            by_step=by_step,
+            transform=transform,
         )
+        batch = BatchRun(self.capture, raw, side, positions, compute, collated_alone)
+        features = self.rehearsal.features(batch)
         dtype = score_dtype(self.model)
         return features.map(lambda row: row.to(dtype))
 
@@ -216,6 +209,7 @@ class Engine:
         self._load = load
         self._prepared: Prepared | None = None
         self._pieces = Pieces()
+        self._known: dict[tuple[LoopSpec, tuple[str, ...]], Prepared] = {}
         check_saved_loop(model)
         if loop is not None or layers != "loop":
             self._checked_targets(loop or WHOLE_MODEL)
@@ -230,11 +224,7 @@ class Engine:
             sketch,
             activation_checkpointing=self.activation_checkpointing,
         )
-        prepared = self._prepared
-        if prepared is not None:
-            featurizer = prepared.featurizer.with_sketch(sketch)
-            rehearsal = Rehearsal(self.model, prepared.loop)
-            engine._prepared = replace(prepared, featurizer=featurizer, rehearsal=rehearsal)
+        engine._known = self._known
         return engine
 
     @contextmanager
@@ -253,11 +243,17 @@ class Engine:
         """
         loads_weights = any(checkpoint.source is not None for checkpoint in checkpoints)
         # Tensors made in the user's inference mode could not be saved for backward.
-        with torch.inference_mode(mode=False), exclusive(self.model), preserved(self.model, weights=loads_weights):
+        with ExitStack() as borrowed:
+            borrowed.enter_context(torch.inference_mode(mode=False))
+            borrowed.enter_context(exclusive(self.model))
+            borrowed.enter_context(weights_at_hand(self.model))
+            borrowed.enter_context(preserved(self.model, weights=loads_weights))
             prepared = self._prepare(first)
+            prepared.rehearsal.begin(first.side)
             # Closed before the weights are restored, also when the body ends early: no hook outlives it.
             with closing(self._visit(checkpoints, prepared)) as points:
                 yield points
+                prepared.rehearsal.finish()
 
     def _visit(self, checkpoints: Sequence[Checkpoint], prepared: Prepared) -> Generator[Point]:
         """Load and hook the model at one checkpoint after the other."""
@@ -274,6 +270,7 @@ class Engine:
                     self._pieces,
                     trainable,
                 )
+                prepared.rehearsal.finish()
 
     def _prepare(self, examples: Examples) -> Prepared:
         """Find the loop on the first batch, once, and the targets, anew where the model has others by now."""
@@ -281,14 +278,18 @@ class Engine:
         loop = self.loop or self._found_loop(examples)
         targets = self._checked_targets(loop)
         if self._prepared is None or self._prepared.targets != targets:
-            featurizer = Featurizer(
-                self.model,
-                targets,
-                loop,
-                self.sketch,
-                self.activation_checkpointing,
-            )
-            self._prepared = Prepared(loop, targets, featurizer, Rehearsal(self.model, loop))
+            key = LoopSpec(loop.modules, loop.anchors), tuple(targets)
+            if key not in self._known:
+                featurizer = Featurizer(
+                    self.model,
+                    targets,
+                    loop,
+                    self.sketch,
+                    self.activation_checkpointing,
+                )
+                self._known[key] = Prepared(loop, targets, featurizer, Rehearsal(self.model, loop))
+            prepared = self._known[key]
+            self._prepared = replace(prepared, featurizer=prepared.featurizer.with_sketch(self.sketch))
         return self._prepared
 
     def _found_loop(self, examples: Examples) -> LoopSpec:

@@ -32,6 +32,7 @@ class Pieces:
         by_step: bool,
         unit: Unit = "example",
         transform: Callable[[str, Gradient], Gradient] | None = None,
+        checks_uses: bool = False,
     ) -> StepFeatures:
         """Compute the features of a batch, as `captum_sdi.passes.Point.batch` does."""
         pieces: list[StepFeatures] = []
@@ -43,7 +44,15 @@ class Pieces:
             try:
                 own_positions = positions[n_done:stop]
                 pieces.append(
-                    capture(piece, side, by_step=by_step, positions=own_positions, unit=unit, transform=transform)
+                    capture(
+                        piece,
+                        side,
+                        by_step=by_step,
+                        positions=own_positions,
+                        unit=unit,
+                        transform=transform,
+                        checks_uses=checks_uses,
+                    )
                 )
                 n_done = stop
                 continue

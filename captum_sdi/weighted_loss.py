@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_sdi.borrow import evaluating
 from captum_sdi.data.batch import BatchReader, batch_size, run_model, with_labels
-from captum_sdi.data.losses import IGNORED, example_losses, target_labels
+from captum_sdi.data.losses import IGNORED, example_losses, target_labels, without_own_loss
 from captum_sdi.data.side import Side
 from captum_sdi.parameter_vector import ParameterVector
 
@@ -78,6 +78,8 @@ class BatchLoss:
             if hands_labels:
                 batch = with_labels(batch)
             output = run_model(self.model, batch, self.layout.named(vector))
+            if hands_labels:
+                _, output = without_own_loss(output)
             return example_losses(
                 self.side.loss_fn,
                 output,

@@ -59,6 +59,13 @@ def readable_size(n_bytes: int) -> str:
     return f"{size:.3g} PB"
 
 
+def in_bytes(size: float) -> str:
+    """Write a size in MiB, or in KiB where it is less than one."""
+    if size >= 2**20:
+        return f"{size / 2**20:,.1f} MiB"
+    return f"{size / 2**10:,.1f} KiB"
+
+
 def warn_user(message: str) -> None:
     """Warn at the line that called this library, however deep inside it the cause was seen."""
     frame, level = sys._getframe(1), 2

@@ -628,12 +628,6 @@ def test_a_compiled_language_model_from_end_to_end(monkeypatch: pytest.MonkeyPat
     assert torch.equal(ours.trajectories, plain.trajectories)
 
 
-def test_an_offloaded_model_is_refused() -> None:
-    model = dispatch_model(looped(mlp()).float(), {"before": "cpu", "core": "disk", "after": "cpu"}, offload_dir="/tmp")
-    with pytest.raises(ValueError, match="is on the meta device"):
-        SDIInfluence(model, [(torch.zeros(D), torch.zeros(D))], loss_fn=squared)
-
-
 # --- the mechanics of published looped models, in small ---
 
 
@@ -866,5 +860,5 @@ def test_free_memory_goes_back_once_per_loop_step(checkpointing: bool, monkeypat
             return x
 
     capture(Looped().double(), [data()], checkpointing=checkpointing)
-    # The rehearsal is two forward passes; the batch is a forward and a backward pass, and so are two examples alone.
-    assert len(returned) == (8 * n_steps if checkpointing else 0)
+    # The batch is a forward and a backward pass, and so is the example that is rehearsed alone and compared.
+    assert len(returned) == (4 * n_steps if checkpointing else 0)

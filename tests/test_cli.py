@@ -226,12 +226,14 @@ def test_layers_that_are_looped_on_request(here: Path) -> None:
     config = GPT2Config(vocab_size=VOCAB, n_positions=12, n_embd=8, n_head=2, n_layer=4)
     spread(GPT2LMHeadModel(config)).save_pretrained("plain")
     options = {"model": "plain", "tokenizer": "run/checkpoint-10", "loop_layers": "1 3 2", "damping": "0.5"}
+    options |= {"loop_mode": "layer", "anchor": "0.25"}
     assert run(INDEX, **options) == 0
     assert run(SCORE) == 0
-    model = loop_layers(GPT2LMHeadModel.from_pretrained("plain"), 1, 3, 2, damping=0.5)
+    plain = GPT2LMHeadModel.from_pretrained("plain")
+    model = loop_layers(plain, 1, 3, 2, damping=0.5, mode="layer", anchor=0.25)
     sdi = SDIInfluence(model, _rows(TRAIN), sketch=TensorSketch(16, seed=3), batch_size=4)
     lines = _lines("out/scores.jsonl")
-    assert lines[0]["n_steps"] == 2
+    assert lines[0]["n_steps"] == 4
     _same_scores(lines, sdi.step_influence(_rows(QUERIES), k=4))
 
 
@@ -341,6 +343,25 @@ def test_a_train_file_that_changed_is_refused(here: Path, capsys: pytest.Capture
     assert run(SCORE) == 1
     assert "train.jsonl is not the file that was indexed, or it has changed since" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_indexes_of_two_files_are_merged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the tasks of an array job write them: scores are those of one index of both files."""
+    _write(here / "a.jsonl", [{"id": f"t{i}", "text": text} for i, text in enumerate(TRAIN[:6])])
+    _write(here / "b.jsonl", [{"id": f"t{i}", "text": text} for i, text in enumerate(TRAIN[6:], start=6)])
+    for name in "ab":
+        assert run(INDEX, train=f"{name}.jsonl", index=f"idx_{name}", checkpoints="run", batch_size="3") == 0
+    capsys.readouterr()
+    assert main(["merge", "idx_a", "idx_b", "--index", "idx"]) == 0
+    assert "examples      12" in capsys.readouterr().out
+    assert run(SCORE) == 0
+    _same_scores(_lines("out/scores.jsonl"), _python().step_influence(_rows(QUERIES), k=4))
+    assert run(INDEX, train="b.jsonl", index="idx_c", dim="8") == 0
+    assert main(["merge", "idx_a", "idx_c", "--index", "idx_d"]) == 1
+    assert "idx_c was made with --dim 8, not --dim 16, as idx_a was" in capsys.readouterr().err
+    _write(here / "b.jsonl", [{"text": "a b c"}])
+    assert run(SCORE, out="again") == 1
+    assert "are not the files that were indexed" in capsys.readouterr().err
 
 
 def test_an_index_cannot_grant_trust(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

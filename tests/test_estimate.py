@@ -16,6 +16,8 @@ from torch import Tensor
 from captum_sdi import SDIInfluence, TensorSketch
 from captum_sdi.cost import Estimate, estimate
 from captum_sdi.passes import Point
+from captum_sdi.preconditioners import Hessian
+from captum_sdi.preconditioners.hessian import HessianProduct
 
 TRAIN = rows(10, seed=1)
 COST = Estimate(
@@ -51,6 +53,26 @@ def test_a_batch_and_a_checkpoint_are_timed_apart(monkeypatch: pytest.MonkeyPatc
     cost = estimate(SDIInfluence(looped_gpt()(), TRAIN, batch_size=4), longest=0)
     assert (cost.checkpoint_seconds, cost.batch_seconds) == (3, 7)
     assert (cost.n_examples, cost.n_batches, cost.n_checkpoints) == (10, 3, 1)
+
+
+@pytest.mark.parametrize(("settings", "n_batches"), [({}, 3), ({"examples": 5}, 2)])
+def test_products_with_a_hessian_are_timed_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, int],
+    n_batches: int,
+) -> None:
+    products = []
+
+    def product(self: HessianProduct, direction: Tensor) -> Tensor:
+        products.append(direction)
+        return direction
+
+    monkeypatch.setattr(HessianProduct, "__call__", product)
+    monkeypatch.setattr(sys.modules[estimate.__module__], "_now", lambda _: float(len(products)))  # a second each
+    hessian = Hessian(rank=50, **settings)
+    cost = estimate(SDIInfluence(looped_gpt()(), TRAIN, batch_size=4, preconditioner=hessian))
+    assert cost.seconds == cost.curvature_seconds == 50 * n_batches
+    assert "for curvatures" in str(cost)
 
 
 def test_it_measures_examples_from_all_over_and_a_batch_of_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:

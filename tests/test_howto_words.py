@@ -23,5 +23,5 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     printed = capsys.readouterr().out
     assert len(re.findall(r"  [+-]\d\.\d{4} ± \d\.\d{4}  \w+ has a \w+ \w+", printed)) == 12
     assert printed.count("InfluenceMap of 1 test example x 3 train examples") == 4
-    for picture in ("words", "words_by_step", "layers_by_step"):
+    for picture in ("words", "words_by_step", "layers_by_step", "sources_by_step"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5_000

@@ -115,6 +115,18 @@ def test_forward_is_prelude_loop_coda(injection: str, state_init: str, n_loops: 
     torch.testing.assert_close(model(ids, n_loops=n_loops).logits, expected)
 
 
+def test_every_example_may_have_its_own_number_of_loops():
+    model = tiny(has_positions=False)
+    assert model.wpe is None
+    rows = [tokens(4), tokens(6, seed=2), tokens(3, seed=3)]
+    ids, mask = padded(rows, "right")
+    depths = torch.tensor([2, 5, 1])
+    together = model(input_ids=ids, attention_mask=mask, n_loops=depths).logits
+    for row, depth, logits in zip(rows, depths.tolist(), together, strict=True):
+        alone = model(input_ids=row[None], n_loops=depth).logits[0]
+        torch.testing.assert_close(logits[: len(row)], alone)
+
+
 def test_core_is_called_once_per_loop_with_positional_arguments():
     model, calls = tiny(), []
     model.core.register_forward_pre_hook(lambda _, args, kwargs: calls.append((len(args), kwargs)), with_kwargs=True)
@@ -330,7 +342,7 @@ def test_trainer_learns_and_writes_checkpoints_that_load(tmp_path: Path):
         ({"n_loops": True}, r"n_loops=True must be an integer"),
         ({"n_core": 0}, r"n_core=0 must be an integer of at least 1"),
         ({"n_coda": -1}, r"n_coda=-1 must be an integer of at least 0"),
-        ({"injection": "mul"}, r"injection='mul' is unknown; use one of \('concat', 'add'\)"),
+        ({"injection": "mul"}, r"injection='mul' is unknown; use one of \('concat', 'add', 'none'\)"),
         ({"state_init": "one"}, r"state_init='one' is unknown; use one of \('prelude', "),
         ({"n_layer": 3}, r"n_layer=3 is no setting of LoopedGPTConfig; use one of n_coda, n_core"),
         ({"use_cache": True}, r"use_cache=True: LoopedGPT has no key-value cache; leave it False"),
@@ -352,6 +364,8 @@ def test_settings_changed_later_are_checked_too(tmp_path: Path):
     [
         ({"n_loops": 0}, r"n_loops=0 must be an integer of at least 1"),
         ({"n_loops": 2.0}, r"n_loops=2.0 must be an integer"),
+        ({"n_loops": torch.tensor([2, 3, 1])}, r"n_loops must be .* a tensor of 2 of them, .* shape \(3,\)"),
+        ({"n_loops": torch.tensor([2, 0])}, r"n_loops must be an integer of at least 1, or a tensor of 2"),
         ({"n_loop": 4}, r"n_loop is no argument of LoopedGPTForCausalLM.forward; leave it out"),
         ({"input_ids": tokens(6)}, r"input_ids has shape \(6,\); it must be \(examples, positions"),
         ({"input_ids": tokens(2, 11)}, r"input_ids has 11 positions, more than n_positions=10;"),

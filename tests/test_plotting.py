@@ -569,6 +569,8 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "matrix nan": (lambda: plotting.plot_step_matrix([[torch.nan]]), r"matrix has 1 of 1 values that are not finite"),
     "pair": (lambda: plotting.plot_step_matrix(make_matrix(), (0, 3)), r"pair=3 is out of range"),
     "pair of one": (lambda: plotting.plot_step_matrix(make_matrix()[0, 0], (0, 0)), r"Leave pair out"),
+    "shares": (lambda: plotting.plot_path({"a": [[0.5, 2.0]]}), r"shares\['a'\] must be a matrix .* from 0 to 1"),
+    "no shares": (lambda: plotting.plot_path({}), r"shares names no panel"),
     "pair length": (lambda: plotting.plot_step_matrix(make_matrix(), (0,)), r"pair must be two positions.*\(0,\)"),  # type: ignore[arg-type]
 }
 

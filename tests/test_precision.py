@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import dispatch_model
 from accelerate.hooks import attach_execution_device_hook
 from cases import CASES, Case, rows
 from reference import Truth, truth
@@ -155,18 +154,6 @@ def test_a_model_behind_accelerates_hooks() -> None:
         assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
     dispatched = dispatch_model(CASES[0].model(), {"": "cpu"}, force_hooks=True)
     assert torch.allclose(influence(dispatched).trajectories, expected.trajectories, rtol=1e-12)
-
-
-def test_a_model_offloaded_by_a_device_map_is_refused(tmp_path: Path) -> None:
-    """Its weights come only while a module runs: the name of the first that is not there."""
-    match = "'{}' is on the meta device.*device_map.*load the model on one device"
-    with pytest.raises(ValueError, match=match.format("wte.weight")):
-        influence(cpu_offload(CASES[0].model(), execution_device=torch.device("cpu")))
-    parts = [name for name, _ in CASES[0].model().named_children()]
-    device_map = {name: "disk" if name == "core" else "cpu" for name in parts}
-    model = dispatch_model(CASES[0].model(), device_map, main_device="cpu", offload_dir=tmp_path)
-    with pytest.raises(ValueError, match=match.format("core.adapter.weight")):
-        influence(model)
 
 
 def test_a_model_spread_over_devices_is_refused() -> None:

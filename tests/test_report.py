@@ -40,6 +40,9 @@ class Contents:
             '<script type="text/plain" id="chunk-([a-z0-9-]+)">([A-Za-z0-9+/=]*)</script>', self.document
         )
         self.chunks = {name: json.loads(zlib.decompress(base64.b64decode(text))) for name, text in packed}
+        plain = re.findall('<script type="application/json" id="chunk-([a-z0-9-]+)">(.*?)</script>', self.document)
+        self.plain = dict(plain)
+        self.chunks |= {name: json.loads(text) for name, text in plain}
 
     def rows(self, name: str) -> list[Any]:
         """The rows of a list in all its chunks."""
@@ -75,6 +78,18 @@ def test_all_numbers_and_all_texts_are_there(target: Path) -> None:
     assert (contents.facts["tests"], contents.facts["steps"], contents.facts["hasAll"]) == (TESTS, STEPS, True)
 
 
+def test_what_is_seen_first_comes_before_the_scripts_and_is_plain(target: Path) -> None:
+    contents = Contents(write_page(random_result(60, 60), target, texts=["x" * 500] * 59 + ["last"]).path)
+    scripts = contents.document.index("<script>")
+    assert set(contents.plain) == {"tests", "pairs-0", "texts-0"}
+    assert max(contents.document.index(f'id="chunk-{name}"') for name in contents.plain) < scripts
+    assert contents.document.index('id="chunk-pairs-1"') > scripts
+    assert len(contents.rows("pairs")) == 60
+    large = Contents(write_page(RESULT, target, test_texts=["x" * 1_000_000, "y", "z"]).path)
+    assert "tests" not in large.plain
+    assert large.chunks["tests"][1]["entry"] == ["y"]
+
+
 def test_a_text_stands_there_once(target: Path) -> None:
     contents = Contents(write_page(RESULT, target, texts=["the same"] * 28 + [{"text": "it", "id": 7}] * 2).path)
     assert sorted(contents.rows("texts")) == [["it", {"id": "7"}], ["the same"]]
@@ -83,7 +98,11 @@ def test_a_text_stands_there_once(target: Path) -> None:
 def test_no_text_can_leave_its_place(target: Path) -> None:
     examples = [{"text": text, "id": HOSTILE[1]} for text in TEXTS]
     page = write_page(RESULT, target, texts=examples, test_texts=list(HOSTILE[:3]), title=HOSTILE[1] + "{{script}}")
-    document = page.path.read_text(encoding="utf-8")
+    contents = Contents(page.path)
+    document = contents.document
+    for text in contents.plain.values():
+        assert "<" not in text  # so no element begins or ends in it
+        document = document.replace(text, "")
     assert "hacked'" not in document.replace(
         r"\u003c/script>\u003cscript>document.title='hacked'\u003c/script>", ""
     ).replace("&lt;/script&gt;&lt;script&gt;document.title=&#x27;hacked&#x27;&lt;/script&gt;", "")

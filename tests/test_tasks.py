@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.tasks import (
     Example,
+    Facts,
     TaskDataset,
     addition,
     draw_examples,
@@ -435,3 +436,26 @@ def test_a_bidirectional_model_is_asked_for_the_blanks():
 def test_impossible_puzzles(task: Callable[..., TaskDataset], arguments: dict[str, Any], sentence: str):
     with pytest.raises(ValueError, match=sentence):
         task(**{"size": 5, **arguments})
+
+
+def test_facts_chain_into_the_answers_of_questions():
+    facts = Facts.draw(seed=1)
+    documents, questions = facts.documents(), facts.questions(hops=4)
+    assert documents.texts != Facts.draw(seed=2).documents().texts
+    facts_by_question = dict(text.split(" is ") for text in documents.texts)
+    assert len(facts_by_question) == len(documents) == len(questions) == 52
+    for question, chain in zip(range(52), facts.chains(hops=4).tolist(), strict=True):
+        asked, answer = questions.texts[question].split(" is ")
+        person, *relations = asked.split("'s ")
+        for document, relation in zip(chain, relations, strict=True):
+            assert documents.texts[document].startswith(f"{person}'s {relation} is ")
+            person = facts_by_question[f"{person}'s {relation}"]
+        assert person == answer
+        assert len({*chain}) == 4
+        row = questions[question]
+        assert documents.decode(row["input_ids"]) == f"{asked.split(chr(39))[0]} 's {relations[0]}"
+        assert documents.decode(row["labels"][:1]) == answer
+        assert row["labels"][1:].tolist() == [-100, -100]
+    assert documents.labels[0, 1:].tolist() == documents.input_ids[0, 1:].tolist()
+    with pytest.raises(ValueError, match=r"hops=0 must be an integer of at least 1"):
+        facts.questions(hops=0)

@@ -83,12 +83,8 @@ class Effects:
 
 
 def measured_effects(bed: Bed, kept: Tensor, label: str, cache: Path) -> Effects:
-    """Train without some examples, and compare with the model trained with all of them.
-
-    That one is the first of a stack of its own: a stack's sums round differently.
-    """
-    everything = torch.ones(1, bed.n, dtype=torch.bool)
-    base = model_with(bed, retrained(bed, everything.expand(min(bed.stack, 2), -1), "all", cache)[0])
+    """Train without some examples, and compare with the model trained with all of them."""
+    base = model_at_the_end(bed, cache)
     with_all = test_losses(bed, base)
     model = bed.start()
     all_steps = range(bed.n_steps)
@@ -109,6 +105,12 @@ def measured_effects(bed: Bed, kept: Tensor, label: str, cache: Path) -> Effects
         )
     steps = torch.stack(swapped, dim=1) - with_all[:, None, None]
     return Effects(kept, torch.stack(whole, dim=1) - with_all[:, None], steps[..., -1], steps[..., :-1])
+
+
+def model_at_the_end(bed: Bed, cache: Path) -> nn.Module:
+    """Return the model trained with all examples: the first of a stack of its own, whose sums round as a stack's do."""
+    everything = torch.ones(min(bed.stack, 2), bed.n, dtype=torch.bool)
+    return model_with(bed, retrained(bed, everything, "all", cache)[0])
 
 
 @torch.no_grad()

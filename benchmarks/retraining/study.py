@@ -14,6 +14,7 @@ from retraining.gauge import gauge
 from retraining.judging import Judged
 from retraining.measuring import LEFT_OUT, Counts, Effects, fingerprint, measured_effects, subsets_of
 from retraining.methods import METHODS, Method, Scores, Subject, unrolled_totals
+from retraining.own_removal import own_removals
 from retraining.peers import PEERS
 
 PER_STEP = "mean over steps"
@@ -22,6 +23,10 @@ PAIRED = (
     ("Fisher, TensorSketch(512)", "TracIn / SDI, 4 checkpoints"),
     ("Hessian, rank 80", "TracIn / SDI, 4 checkpoints"),
     ("unrolled", "Hessian, rank 80"),
+    ("kronfluence EK-FAC", "Fisher, TensorSketch(512)"),
+    ("Fisher, TensorSketch(512)", "TRAK, 2048, damped"),
+    ("Hessian, rank 80", "kronfluence EK-FAC"),
+    ("unrolled", "kronfluence EK-FAC"),
 )
 
 
@@ -31,6 +36,7 @@ def study(
     cache: Path,
     wanted: Sequence[str] | None,
     peers: bool,
+    own: bool,
 ) -> dict[str, Any]:
     """Judge every method on a bed with several seeds."""
     methods = {**METHODS, **(PEERS if peers and not is_one_fact_each(beds[0]) else {})}
@@ -56,6 +62,8 @@ def study(
     }
     if is_one_fact_each(beds[0]):
         results["own fact first"] = own_facts(beds, effects, scores)
+    elif own:
+        results["own top 10% removed"] = own_removals(beds, scores, cache)
     return results
 
 
@@ -126,8 +134,9 @@ def differences(of_methods: dict[str, dict[str, Judged]]) -> dict[str, Any]:
     for first, second in PAIRED:
         if first in of_methods and second in of_methods:
             for what in ("total", PER_STEP):
-                difference = judging.difference(of_methods[first][what], of_methods[second][what])
-                found[f"{first} - {second}, {what}"] = difference.as_json()
+                if what in of_methods[first] and what in of_methods[second]:
+                    difference = judging.difference(of_methods[first][what], of_methods[second][what])
+                    found[f"{first} - {second}, {what}"] = difference.as_json()
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from captum_sdi.evaluate import correlation
+from retraining.peers import PEERS
 
 Results = dict[str, Any]
 Agreement = dict[str, Any]
@@ -58,6 +59,8 @@ def bed_section(name: str, bed: Results) -> str:
     parts.append(difference_table(kinds))
     if "own fact first" in bed:
         parts.append(own_fact_table(bed["own fact first"]))
+    if "own top 10% removed" in bed:
+        parts.append(own_removal_table(bed["own top 10% removed"]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -126,6 +129,13 @@ def own_fact_table(shares: dict[str, Sequence[float]]) -> str:
     return "Share of tests in which the fact of hop t comes first of all facts at step t:\n\n" + table(header, rows)
 
 
+def own_removal_table(found: Results) -> str:
+    """Return what taking each test's own top 10% away did to its loss."""
+    rows = [[name, with_interval(rise, 3), f"{rise['share worse']:.0%}"] for name, rise in found.items()]
+    header = ["ranked by", "rise of the test's loss", "higher in"]
+    return "Each test's own first 10% of the train set taken away:\n\n" + table(header, rows)
+
+
 def gauge_section(runs: Sequence[Results]) -> str:
     """Return metasmoothness beside the agreement of the unrolled derivative."""
     rows = []
@@ -158,10 +168,12 @@ def goals(results: Results) -> str:
 
 def smooth_goals(results: Results) -> Iterable[list[str]]:
     """Yield the goals of the unrolled derivative on smooth beds."""
-    for name in ("parity", "text"):
-        agreements = agreements_of(results, name, LEFT_OUT, UNROLLED)
+    for bed in ("parity", "text"):
+        agreements = agreements_of(results, bed, LEFT_OUT, UNROLLED)
         if agreements is None:
             continue
+        smoothness = [gauge["metasmoothness"] for gauge in results[bed]["gauge"]]
+        name = f"{bed} (metasmoothness {sum(smoothness) / len(smoothness):.3f})"
         yield goal(name, "unrolled, leave one out: total", ">= .80", agreements["total"], 0.80)
         steps = [agreement for what, agreement in agreements.items() if what.startswith("step ")]
         weakest = min(steps, key=lambda agreement: agreement["value"])
@@ -177,6 +189,7 @@ def text_goals(results: Results) -> Iterable[list[str]]:
     unrolled = agreements_of(results, "text", "5% removed", UNROLLED)
     if unrolled is not None:
         yield goal("text, 5% removed", "unrolled, LDS", ">= .70", unrolled["total"], 0.70)
+        yield from peer_goals(results, "5% removed", UNROLLED)
     for kind in ("50% removed", "20% removed"):
         fisher = agreements_of(results, "text", kind, FISHER)
         tracin = agreements_of(results, "text", kind, TRACIN)
@@ -188,14 +201,29 @@ def text_goals(results: Results) -> Iterable[list[str]]:
             reached = yes(ratio >= 1.5) if is_shown else "not shown: the interval holds 0"
             measured = f"{ratio:.2f}; difference {with_interval(difference)}"
             yield [f"text, {kind}", "Fisher / TracIn", ">= 1.5", measured, reached]
+            yield from peer_goals(results, kind, FISHER, ["TRAK, 2048, damped"])
     for kind in ("50% removed", "20% removed", "5% removed"):
         hessian = agreements_of(results, "text", kind, HESSIAN)
         if hessian is not None:
             yield goal(f"text, {kind}", "Hessian, rank 80, totals", ">= .75", hessian["total"], 0.75)
+            yield from peer_goals(results, kind, HESSIAN)
     hessian = agreements_of(results, "text", "5% removed", HESSIAN)
     if hessian is not None:
         yield goal("text, 5% removed", "Hessian by loop step (mean)", "> .4 aimed at", hessian[PER_STEP], 0.4)
         yield goal("text, 5% removed", f"... {DEVIATION}", "reported", hessian[DEVIATION], None)
+
+
+def peer_goals(results: Results, kind: str, method: str, peers: Iterable[str] = PEERS) -> Iterable[list[str]]:
+    """Yield whether a method's totals are below those of the best peer that was measured on text."""
+    methods = results["text"]["agreement"][kind]["methods"]
+    measured = {name: methods[name]["total"] for name in peers if name in methods}
+    if not measured:
+        return
+    best = max(measured, key=lambda name: measured[name]["value"])
+    own = methods[method]["total"]
+    reached = yes(own["value"] >= measured[best]["value"])
+    found = f"{with_interval(own)} beside {with_interval(measured[best])}"
+    yield [f"text, {kind}", f"{method}, beside the best of its peers, {best}", "not below", found, reached]
 
 
 def gauge_goals(results: Results) -> Iterable[list[str]]:
@@ -237,15 +265,15 @@ def of_method(found: Results, method: str, what: str) -> str:
     return with_interval(found["methods"].get(method, {}).get(what))
 
 
-def with_interval(agreement: Agreement | None) -> str:
+def with_interval(agreement: Agreement | None, decimals: int = 2) -> str:
     if agreement is None:
         return MISSING
-    low, high = agreement["interval"]
-    return f"{number(agreement['value'])} [{number(low)}, {number(high)}]"
+    value, (low, high) = agreement["value"], agreement["interval"]
+    return f"{number(value, decimals)} [{number(low, decimals)}, {number(high, decimals)}]"
 
 
-def number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}"
+def number(value: float | None, decimals: int = 2) -> str:
+    return MISSING if value is None else f"{value:.{decimals}f}"
 
 
 def yes(reached: bool) -> str:

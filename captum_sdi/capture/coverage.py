@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, requiring_grad
-from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
+from captum_sdi.capture.settling import seen_forward, settled, uses_in_sight
 from captum_sdi.capture.tape import Tape
-from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
+from captum_sdi.data.batch import BatchReader, ForwardKwargs, batch_size, run_model
 from captum_sdi.data.losses import LossFn, check_gradient, default_loss, example_losses
 from captum_sdi.features import Gradient, LoopSpec
 from captum_sdi.inputs import first_batch
@@ -99,16 +99,17 @@ def coverage_check(
     spec = as_loop(loop) or find_loop(model, batch, forward_kwargs=forward_kwargs)
     names = target_parameters(model, layers, spec)
     targets = {name: model.get_parameter(name) for name in names}
-    parsed = BatchReader(model)(batch, forward_kwargs)
+    read = BatchReader(model)
     loss_fn = loss_fn or default_loss(model)
 
     def summed_loss() -> Tensor:
+        parsed = read(batch, forward_kwargs)  # anew: some models write to what they are given
         output = run_model(model, parsed)
         return example_losses(loss_fn, output, parsed.labels, parsed.size).sum()
 
     tape = Tape(model, targets, spec)
     with exclusive(model):
-        captured = captured_gradients(tape, summed_loss, parsed.size)
+        captured = captured_gradients(tape, summed_loss, batch_size(batch))
         expected = ordinary_gradients(model, targets, summed_loss)
     table = compare_gradients(captured, expected)
     dtypes = {parameter.dtype for parameter in targets.values()}
@@ -124,7 +125,7 @@ def coverage_check(
 def captured_gradients(
     tape: Tape,
     summed_loss: Callable[[], Tensor],
-    batch_size: int,
+    n_examples: int,
 ) -> dict[str, Tensor]:
     """Return the sum over examples and uses of what a tape captures, flattened."""
     projections = {}
@@ -143,17 +144,18 @@ def captured_gradients(
         sums[name] += rows.sum(0)
 
     def forward() -> Tensor:
-        return seen_forward(tape, lambda: (None, summed_loss()), batch_size)[1]
+        return seen_forward(tape, lambda: (None, summed_loss()), n_examples)[1]
 
     def attempted() -> dict[str, Tensor]:
         for name, projection in projections.items():
             sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
-        loss = forward()
-        tape.backward(loss, consume)
+        with uses_in_sight(tape, checked=True) as check_uses:
+            loss = forward()
+            check_uses(loss)
+            tape.backward(loss, consume)
         return sums
 
     with tape:
-        attribute_stray_uses(tape, forward)
         return settled(attempted)
 
 

@@ -19,14 +19,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.borrow import observable, requiring_grad
+from captum_sdi.borrow import requiring_grad
 from captum_sdi.capture.adoption import Adoption
-from captum_sdi.capture.settling import attribute_stray_uses, seen_forward, settled
+from captum_sdi.capture.settling import seen_forward, settled, uses_in_sight
 from captum_sdi.capture.tape import Tape
 from captum_sdi.capture.tokens import Unit
 from captum_sdi.data.batch import Batch, BatchReader, run_model, with_labels
-from captum_sdi.data.losses import check_gradient, example_losses
-from captum_sdi.data.side import Side, identity
+from captum_sdi.data.losses import check_gradient, example_losses, without_own_loss
+from captum_sdi.data.side import Manner, Side
 from captum_sdi.features import POOLED, Bins, Dense, Gradient, LoopSpec, Noise, StepFeatures, canonical_name
 from captum_sdi.sketch.base import Projection, Sketch
 from captum_sdi.sketch.exact import Exact
@@ -65,7 +65,7 @@ class Featurizer:
         self._activation_checkpointing = activation_checkpointing
         self._read = BatchReader(model)
         self._adoption = Adoption()
-        self._labelled: set[tuple[int, int]] = set()
+        self._labelled: set[Manner] = set()
 
     def with_sketch(self, sketch: Sketch) -> Featurizer:
         """Return a featurizer with another sketch, which knows what passes of this one have found."""
@@ -108,8 +108,8 @@ class Capture:
     projections: Mapping[str, Projection]
     """By targeted parameter."""
     tape: Tape
-    labelled: set[tuple[int, int]]
-    """The sides whose batches' labels are handed to the model, too: see `captum_sdi.data.side.identity`."""
+    labelled: set[Manner]
+    """Of the sides whose batches' labels are handed to the model, too."""
 
     # --- features ---
 
@@ -122,6 +122,7 @@ class Capture:
         *,
         unit: Unit = "example",
         transform: Transform | None = None,
+        checks_uses: bool = False,
     ) -> StepFeatures:
         """Compute the step features of a batch.
 
@@ -134,6 +135,7 @@ class Capture:
                 ``n * p`` rows, the first example's positions first. They sum up to the example's row. Positions are
                 the second axis of what targeted layers read.
             transform: Applied to each use's gradients before they are sketched; parameters are named as in `targets`.
+            checks_uses: Let other modules answer for the targets that are used outside their layer's calls.
 
         Returns:
             The features, ``(n, 2 + t, width)`` per parameter, or ``(n, 1, width)``.
@@ -146,9 +148,11 @@ class Capture:
             raise ValueError(f"unit must be 'example' or 'token', got {unit!r}.")
 
         def attempted(scale: float) -> dict[str, Tensor]:
-            losses = self.forward(raw, side)[1]  # the logits need not outlive the loss's own backward
-            self.check_finite(losses.detach().isfinite(), "loss", side, positions)
-            return self._rows(losses, scale, unit, transform, by_step=by_step)
+            with uses_in_sight(self.tape, checked=checks_uses) as check_uses:
+                losses = self._forward(raw, side)[1]  # the logits need not outlive the loss's own backward
+                check_uses(losses)
+                self.check_finite(losses.detach().isfinite(), "loss", side, positions)
+                return self._rows(losses, scale, unit, transform, by_step=by_step)
 
         def rows_at(scale: float) -> dict[str, Tensor]:
             return settled(partial(attempted, scale))
@@ -227,7 +231,7 @@ class Capture:
             sketched = self.projections[name](gradient)
             row = rows[POOLED if self.sketch.pool else name]
             step_bin = place if by_step else 0
-            row[chosen_rows, step_bin].add_(sketched, alpha=1 / scale)
+            row[chosen_rows, step_bin].add_(sketched.to(row.device), alpha=1 / scale)
 
         if scale != 1:
             losses = losses * scale
@@ -271,6 +275,8 @@ class Capture:
 
         def output_and_losses() -> tuple[Any, Tensor]:
             output = run_model(self.model, batch)
+            if self.hands_labels(side):
+                _, output = without_own_loss(output)
             return output, example_losses(side.loss_fn, output, batch.labels, batch.size, side.argument)
 
         return seen_forward(self.tape, output_and_losses, batch.size)
@@ -281,7 +287,7 @@ class Capture:
 
     def hands_labels(self, side: Side) -> bool:
         """Say whether the model is handed a side's labels: its logits are others with them, as Ouro's."""
-        return identity(side) in self.labelled
+        return side.manner in self.labelled
 
     def check_uses(self, raw: Any, side: Side) -> Tensor:
         """Let other modules answer for the targets that are used outside their layer's calls.
@@ -292,7 +298,14 @@ class Capture:
         Raises:
             ValueError: If no module answers for one.
         """
-        return attribute_stray_uses(self.tape, lambda: self._forward(raw, side)[1])
+
+        def attempted() -> Tensor:
+            with uses_in_sight(self.tape, checked=True) as check_uses:
+                losses = self._forward(raw, side)[1]
+                check_uses(losses)
+            return losses.detach()
+
+        return settled(attempted)
 
     def check_gradient(self, raw: Any, side: Side) -> None:
         """Check, in a forward pass, that the loss depends on some parameter at all, targeted or not.
@@ -334,23 +347,6 @@ class Capture:
                 "Look at these examples and that checkpoint, or leave one of them out."
             )
 
-    def own_loss(self, raw: Any, side: Side) -> tuple[Tensor, Any] | None:
-        """Return the loss that the model itself computes from labels, and what it returned with them.
-
-        Returns:
-            A scalar and the output; None when the model takes no labels or returns no loss.
-        """
-        batch = self.read(raw, side.forward_kwargs)
-        if not isinstance(batch.labels, Tensor) or not self.read.takes("labels"):
-            return None
-        keywords = {**batch.kwargs, "labels": batch.labels.long()}
-        with torch.no_grad(), observable():
-            output = self.model(*batch.args, **keywords)
-        loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            return None
-        return loss, output[1:] if isinstance(output, tuple) else output
-
     # --- what is captured ---
 
     @property
@@ -386,4 +382,5 @@ def in_float16(model: nn.Module) -> bool:
 def finite_rows(rows: Mapping[str, Tensor]) -> Tensor:
     """Return ``(n,)`` which examples' rows are finite."""
     sums = [row.flatten(1).sum(1) for row in rows.values()]
-    return torch.stack([total.isfinite() for total in sums]).all(0)
+    device = sums[0].device  # of a model spread over devices each parameter has its own
+    return torch.stack([total.isfinite().to(device) for total in sums]).all(0)

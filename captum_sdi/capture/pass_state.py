@@ -64,6 +64,10 @@ class PassState:
         """Targets whose owners were called where no graph is built."""
         self.expanded: set[str] = set()
         """Names of the layers that the model called once for the whole batch, or for one example of it."""
+        self.losses = torch.empty(0)
+        """Of the forward pass ``(n,)``, once it is over."""
+        self.has_gradient = False
+        """Whether a gradient leads back from them."""
         self.unseen: list[Unseen] = []
         """The layers whose calls did not tell."""
         self.mixing: dict[str, None] = {}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -55,26 +56,30 @@ def seen_forward(
         raise ValueError(refusals.only_without_grad(without_grad, tape.layers_without(without_grad)))
     if silent:
         tape.adopt_targets(silent, "never called")
+    tape.state.losses, tape.state.has_gradient = losses.detach(), losses.requires_grad
     return output, losses
 
 
-def attribute_stray_uses(tape: Tape, forward: Callable[[], Tensor]) -> Tensor:
+@contextmanager
+def uses_in_sight(tape: Tape, *, checked: bool) -> Iterator[Callable[[Tensor], None]]:
     """Let other modules answer for the targets that are used outside their layer's calls.
 
     Args:
         tape: Installed.
-        forward: Attempts a forward pass, and returns its losses.
+        checked: False does nothing.
 
-    Returns:
-        The losses of a pass in which no use is out of sight.
+    Yields:
+        A check of the losses of a forward pass inside, which gives the pass up where some use is out of sight. A
+        backward pass belongs inside, too, where activations may be recomputed.
     """
+    if not checked:
+        yield lambda losses: None
+        return
+    with only_stray_uses(tape.owners, tape.targets) as aliases:
 
-    def attempted() -> Tensor:
-        with only_stray_uses(tape.owners, tape.targets) as aliases:
-            losses = forward()
+        def check(losses: Tensor) -> None:
             stray = stray_targets(losses, tape.targets, aliases)
-        if stray:
-            tape.adopt_targets(stray, "used beside")
-        return losses.detach()
+            if stray:
+                tape.adopt_targets(stray, "used beside")
 
-    return settled(attempted)
+        yield check

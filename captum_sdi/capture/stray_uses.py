@@ -21,7 +21,13 @@ Aliases = Sequence[tuple[Owner, Mapping[str, nn.Parameter]]]
 
 @contextmanager
 def only_stray_uses(owners: Sequence[Owner], targets: Mapping[str, nn.Parameter]) -> Iterator[Aliases]:
-    """Let forward passes depend on the targets' stray uses alone. Do not call backward inside."""
+    """Let forward passes depend on the targets' stray uses alone.
+
+    Do not call ``.backward()`` inside: it would write to their ``.grad``.
+
+    Yields:
+        What stands for the parameters of recomputed owners.
+    """
     aliases = []
     with ExitStack() as stack:
         for owner in owners:

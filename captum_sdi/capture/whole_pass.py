@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,8 @@ class WholePass:
     def _alias(self, owner: Owner, moment: Moment) -> None:
         aliases = {}
         for own_name, target in owner.targets.items():
-            alias = nn.Parameter(owner.module.get_parameter(own_name).detach(), requires_grad=True)
+            standing = attrgetter(own_name)(owner.module)  # in an offloaded module a copy, which is no Parameter
+            alias = nn.Parameter(standing.detach(), requires_grad=True)
             aliases[own_name] = alias
             if self._is_noting:
                 self._uses.append(Use(target, alias, moment))
@@ -127,6 +129,7 @@ class WholePass:
         if not self.owners:
             return
         aliases = [use.alias for use in self._uses]
+        device_of = {target: owner.device for owner in self.owners for target in owner.targets.values()}
         with torch.enable_grad():
             example_losses = losses.reshape(-1).unbind()
         for number, loss in enumerate(example_losses):
@@ -135,6 +138,7 @@ class WholePass:
             for use, gradient in zip(self._uses, gradients, strict=True):
                 if gradient is not None:
                     key = use.target, self._clock.bin(use.moment)
-                    sums[key] = lifted(gradient) + sums[key].to(gradient.device)
+                    on_device = lifted(gradient).to(device_of[use.target])
+                    sums[key] = on_device + sums[key].to(on_device.device)
             for (target, place), gradient in sums.items():
                 consume(target, slice(number, number + 1), place, Dense(gradient.unsqueeze(0)))

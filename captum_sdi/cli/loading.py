@@ -64,7 +64,13 @@ def load_looped_model(recipe: Recipe) -> Any:
         base, dtype=named_dtype(recipe.dtype), trust_remote_code=recipe.trust_remote_code
     )
     if recipe.loop_layers is not None:
-        model = loop_layers(model, *recipe.loop_layers, damping=recipe.damping)
+        model = loop_layers(
+            model,
+            *recipe.loop_layers,
+            damping=recipe.damping,
+            mode=recipe.loop_mode,
+            anchor=recipe.anchor,
+        )
     elif saved_loop(model) is not None:
         model = loop_layers(model)
     if is_adapter:

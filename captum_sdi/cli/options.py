@@ -19,6 +19,7 @@ COSTS = "time and memory; these change no number"
 
 def add_index_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi index``."""
+    add_config_option(command)
     add_index_paths(command)
     add_data_options(command)
     add_model_options(command)
@@ -47,8 +48,8 @@ def add_index_paths(command: ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="training examples: jsonl, txt (a text in each line), csv, tsv, json, parquet, or a folder that datasets "
-        "saved; one or more",
+        help="training examples: jsonl, txt (a text in each line), csv, tsv, json, parquet, a folder that datasets "
+        "saved, or the name of a data set on the Hugging Face Hub; one or more",
     )
     group.add_argument(
         "--index",
@@ -105,6 +106,20 @@ def add_model_options(command: ArgumentParser) -> None:
         metavar="X",
         help="with --loop-layers: how much of their update each repetition takes; 1/N keeps a model trained without a "
         "loop close to itself",
+    )
+    group.add_argument(
+        "--loop-mode",
+        choices=("block", "layer"),
+        default="block",
+        help="with --loop-layers: repeat the layers together, or each by itself",
+    )
+    group.add_argument(
+        "--anchor",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="with --loop-layers: the weight of a single pass in what comes out; 0.5 beside --damping 1/N is the "
+        "recipe of training-free looping",
     )
     group.add_argument(
         "--n-loops",
@@ -204,6 +219,19 @@ def add_view_options(command: ArgumentParser) -> None:
     command.add_argument("--no-open", action="store_true", help="write the page and say where it is, open nothing")
 
 
+def add_merge_options(command: ArgumentParser) -> None:
+    """Add the options of ``captum-sdi merge``."""
+    group = command.add_argument_group("what to merge")
+    group.add_argument(
+        "parts",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="folders that captum-sdi index wrote, each of its own training examples",
+    )
+    group.add_argument("--index", required=True, type=Path, metavar="DIR", help="folder to write")
+
+
 def add_show_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi show``."""
     command.add_argument("index", type=Path, metavar="DIR", help="folder that captum-sdi index wrote")
@@ -218,8 +246,8 @@ def add_demo_options(command: ArgumentParser) -> None:
         metavar="DIR",
         help="folder to write",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of weights, data and sketch")
-    command.add_argument("--steps", type=int, default=500, help="training steps")
+    command.add_argument("--seed", type=int, default=0, help="seed of facts, weights and sketch")
+    command.add_argument("--steps", type=int, default=60, help="training steps")
 
 
 # --- options of several commands ---
@@ -236,8 +264,18 @@ def add_trust_option(group: argparse._ArgumentGroup) -> None:
 
 def add_table_options(group: argparse._ArgumentGroup) -> None:
     """Add which part of a table is meant."""
-    group.add_argument("--split", metavar="NAME", help="which split, of a folder that datasets saved")
+    group.add_argument("--split", metavar="NAME", help="which split, of a data set that has several")
     group.add_argument("--text-column", metavar="NAME", help="the field that is the text, if it is not called text")
+
+
+def add_config_option(command: ArgumentParser) -> None:
+    """Add ``--config``."""
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="run.json of an earlier run: its options hold where no others are typed",
+    )
 
 
 def add_device_option(group: argparse._ArgumentGroup) -> None:

@@ -72,6 +72,13 @@ COMMANDS = (
         has_quiet=False,
     ),
     Command(
+        name="merge",
+        add_options=options.add_merge_options,
+        summary="join the indexes of several machines to one",
+        description="Joins indexes of parts of the training examples, as the tasks of an array job write them, to the "
+        "index of all, in the order in which they are named. They stay as they are. Run it again after a kill.",
+    ),
+    Command(
         name="show",
         add_options=options.add_show_options,
         summary="what is in an index",
@@ -81,9 +88,9 @@ COMMANDS = (
     Command(
         name="demo",
         add_options=options.add_demo_options,
-        summary="train a looped GPT on parity, attribute its answers",
-        description="Trains a looped GPT on parity, attributes its answers, and writes scores, pictures and a report. "
-        "It takes minutes on two cores.",
+        summary="train a looped GPT on single facts, ask it chains",
+        description="Trains a looped GPT on single facts, asks it chains of five, and writes which document acts at "
+        "which loop step: scores, pictures, a page and a report. It takes a minute.",
         has_quiet=False,
     ),
 )

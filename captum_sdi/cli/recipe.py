@@ -65,6 +65,8 @@ class Recipe:
     train_digest: str | None = None
     split: str | None = None
     text_column: str | None = None
+    loop_mode: str = "block"
+    anchor: float = 0.0
 
     @staticmethod
     def from_options(options: Namespace) -> Recipe:
@@ -151,7 +153,7 @@ def is_place(value: Any) -> bool:
 
 PLACE = Kind("a path", is_place)
 HEADER_FIELDS = {"format": TEXT, "format_version": COUNT}
-LATER = {"split": None, "text_column": None}
+LATER = {"split": None, "text_column": None, "loop_mode": "block", "anchor": 0.0}
 """What an index says that was written before these options were."""
 FIELDS = {
     "model": PLACE,
@@ -165,6 +167,8 @@ FIELDS = {
     "loop": optional(list_of(TEXT)),
     "loop_layers": optional(list_of(INTEGER, 3)),
     "damping": NUMBER,
+    "loop_mode": one_of(("block", "layer")),
+    "anchor": NUMBER,
     "n_loops": optional(COUNT),
     "dtype": one_of(("auto", *DTYPES)),
     "trust_remote_code": FLAG,
@@ -192,8 +196,7 @@ def map_paths(change: Callable[[Any], Any], paths: Any) -> Any:
 
 def absolute_path(path: Any) -> str:
     """Return a local path as an absolute one; anything else may be a name on the Hub."""
-    is_local = isinstance(path, Path) or os.path.exists(path)
-    return os.path.abspath(path) if is_local else path
+    return os.path.abspath(path) if os.path.exists(path) else str(path)
 
 
 def seen_from_here(path: Path) -> Path:

@@ -6,6 +6,7 @@ import array
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,11 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         self.n_tokens += kept
         self.n_cut += length > kept
         self.n_without_target += not has_target(row["labels"])
+
+
+def joined_digest(digests: Sequence[str]) -> str:
+    """Return the digest of several files of examples by those of each."""
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
 def stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -125,6 +125,15 @@ def token_logits(output: Any) -> Tensor:
     return logits
 
 
+def without_own_loss(output: Any) -> tuple[Tensor | None, Any]:
+    """Return the loss that a model computed from labels, None where it returned none, and its output without."""
+    is_tuple = isinstance(output, tuple) and len(output) > 0
+    loss = output[0] if is_tuple else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        return None, output
+    return loss.detach(), output[1:] if is_tuple else output
+
+
 def default_loss(model: nn.Module) -> TokenCrossEntropy:
     """Return the loss of ``loss_fn=None``: unshifted where ``config.is_causal`` is False."""
     config = model_config(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
@@ -19,9 +18,10 @@ from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.identity import Identity, identity_at
 from captum_sdi.index.lock import check_space, explained, locked
 from captum_sdi.index.manifest import Manifest, ParameterColumns
+from captum_sdi.index.place import check_folder, unfinished_files
 from captum_sdi.index.processes import Processes, Turns
 from captum_sdi.index.search import Search
-from captum_sdi.index.shards import DTYPES, dtype_name, is_shard_name
+from captum_sdi.index.shards import DTYPES, dtype_name
 from captum_sdi.index.verify import (
     check_data,
     check_length,
@@ -32,10 +32,10 @@ from captum_sdi.index.verify import (
     first_reading,
     lookup,
 )
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.index.writer import ShardWriter
 from captum_sdi.model_facts import model_device
 from captum_sdi.sketch.base import Sketch
-from captum_sdi.whole_file import UNFINISHED
 
 if TYPE_CHECKING:
     from captum_sdi.checkpoints import Checkpoint
@@ -96,6 +96,7 @@ class TrainIndex:
         self._held: ExitStack | None = None  # what ends with the build of all checkpoints
         self._is_locked, self._n_checkpoints = False, 1
         self._completed: set[str] = set()
+        self._hashes = WeightHashes()
         if self.path.exists():
             check_folder(self.path)
 
@@ -122,7 +123,7 @@ class TrainIndex:
             ValueError: If the index is of something else.
             OSError: If it is incomplete, and another process is building it, the folder is read-only or the disk full.
         """
-        identity = identity_at(point, self._sketch, self._side)
+        identity = identity_at(point, self._sketch, self._side, self._hashes)
         build = Build(point, train, identity, Processes(model_device(point.model)))
         check_same_reading(build.processes, first_reading(train))
         index = self._compared(build)
@@ -308,47 +309,3 @@ def batches_per_turn(index: SketchIndex, build: Build) -> int:
     n_absent = len(stream) * (1 - share_present)
     n_turns = 4 * build.processes.count
     return max(1, int(n_absent / n_turns))
-
-
-# --- the folder ---
-
-
-def check_folder(path: Path) -> None:
-    """Refuse to write among other things.
-
-    Raises:
-        ValueError: If the path is a file, or a folder of other things than an index.
-    """
-    if not path.is_dir():
-        raise ValueError(f"index={str(path)!r} is a file; pass a folder of its own.")
-    if Manifest.load(path) is not None:
-        return
-    strange = sorted(entry.name for entry in path.iterdir() if not could_be_of_index(entry))
-    if strange:
-        raise ValueError(
-            f"index={str(path)!r} is no index, and holds other things ({', '.join(strange[:3])}): pass a folder of "
-            "its own."
-        )
-
-
-def could_be_of_index(entry: Path) -> bool:
-    """Say whether an entry of a folder without a manifest may be that of an index whose manifest was lost."""
-    is_kept = re.fullmatch(r"[a-z]+-[0-9a-f]{16}\.safetensors", entry.name, re.ASCII) is not None
-    if is_kept or entry.suffix in (UNFINISHED, ".lock", ".json", ".faiss"):
-        return True
-    if entry.is_symlink() or not entry.is_dir():
-        return False
-    return all(is_shard_name(file.name) or is_unfinished(file) for file in entry.iterdir())
-
-
-def unfinished_files(folder: Path) -> list[Path]:
-    """List what a killed process left of our files."""
-    return [file for file in folder.glob(f"*{UNFINISHED}") if is_unfinished(file)]
-
-
-def is_unfinished(file: Path) -> bool:
-    """Say whether a file is one of ours that was being written."""
-    derived = r"[0-9a-f]{16}\.faiss|[a-z]+-[0-9a-f]{16}\.safetensors"  # from rows: by FAISS, by preconditioners
-    written = rf"(\d{{12,}}-\d{{12,}}\.safetensors|{derived}|manifest\.json|command\.json|builder\.json)"
-    is_named = re.fullmatch(rf"{written}\.\d+{re.escape(UNFINISHED)}", file.name, re.ASCII)
-    return is_named is not None and file.is_file() and not file.is_symlink()

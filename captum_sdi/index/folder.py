@@ -14,8 +14,10 @@ from torch import Tensor
 
 from captum_sdi.features import Noise, StepFeatures
 from captum_sdi.index.manifest import NAME, RATE, Manifest
+from captum_sdi.index.merge import copy_shards, merged_manifest
 from captum_sdi.index.shards import DTYPES, DamagedError, Shard, is_shard_name
 from captum_sdi.whole_file import check_replaceable
+from captum_sdi.words import in_bytes
 
 _PIECE, _LEAST = 2**22, 64
 """Bytes of rows that are multiplied at once, and how many rows at least: with fewer a matrix product is slow."""
@@ -73,6 +75,34 @@ class SketchIndex:
                 ".build_index() writes one."
             )
         return cls(folder, manifest)
+
+    @classmethod
+    def merge(cls, index: str | os.PathLike[str], parts: Sequence[str | os.PathLike[str]]) -> SketchIndex:
+        """Join indexes of consecutive parts of a train set to the index of all of it; the parts stay as they are.
+
+        Each task of an array job indexes its own part at the same checkpoints, ``train.select(range(...))`` or a file.
+        A merge that was killed goes on when it is called again. Scores are those of an index that one process built,
+        to rounding, since examples at the parts' ends were run in other company.
+
+        Args:
+            index: The folder to write.
+            parts: The parts' folders, in the order of their examples.
+
+        Returns:
+            The index.
+
+        Raises:
+            TypeError: If ``parts`` is a single path.
+            ValueError: If a part is incomplete, damaged, of another model, data already merged, or other settings.
+            OSError: If the disk is too small, or another process writes to the index.
+        """
+        if isinstance(parts, str | os.PathLike):
+            raise TypeError(f"parts= must be a list of folders, got {parts!r}.")
+        opened = [cls.open(part) for part in parts]
+        folder = Path(os.fsdecode(index))
+        merged = cls(folder, merged_manifest(folder, opened))
+        copy_shards(merged, opened)
+        return merged
 
     # --- summary ---
 
@@ -321,13 +351,6 @@ class SketchIndex:
         device = rows[0].device
         on_one_device = [row.to(device) for row in rows]
         return torch.cat(on_one_device, dim=-1)
-
-
-def in_bytes(size: float) -> str:
-    """Write a size in MiB, or in KiB where it is less than one."""
-    if size >= 2**20:
-        return f"{size / 2**20:,.1f} MiB"
-    return f"{size / 2**10:,.1f} KiB"
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -10,12 +10,16 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from filelock import FileLock, Timeout
 
-from captum_sdi.index.folder import SketchIndex, in_bytes
-from captum_sdi.index.processes import Processes
 from captum_sdi.index.shards import HALF_PRECISION
+from captum_sdi.words import in_bytes
+
+if TYPE_CHECKING:
+    from captum_sdi.index.folder import SketchIndex
+    from captum_sdi.index.processes import Processes
 
 HOLDER = "builder.json"
 """Says who holds the lock, while it is held."""
@@ -85,17 +89,26 @@ def explained(index: SketchIndex) -> Iterator[None]:
 
 
 def check_space(index: SketchIndex, n_rows: int, processes: Processes) -> None:
-    """Check that so many more rows fit on the disk."""
+    """Check in all processes that so many more rows fit on the disk."""
+    if any(processes.gather(needed_bytes(index, n_rows) > free_bytes(index.path))):
+        refuse_disk(index, n_rows)
+
+
+def refuse_disk(index: SketchIndex, n_rows: int) -> NoReturn:
+    """Raise the error of a disk on which so many more rows do not fit."""
+    needed, free = needed_bytes(index, n_rows), free_bytes(index.path)
+    raise OSError(
+        errno.ENOSPC,
+        f"the index at {index.path} needs {in_bytes(needed)} more, and {in_bytes(free)} are free on its "
+        "disk. Nothing was computed: free some space, or choose index_dtype=torch.float16 or pool=True in "
+        "another folder",
+    )
+
+
+def needed_bytes(index: SketchIndex, n_rows: int) -> int:
+    """Return how many bytes so many rows take."""
     scale_bytes = 4 if index.dtype in HALF_PRECISION else 0
-    needed = n_rows * (index.width * index.dtype.itemsize + 8 + scale_bytes)
-    free = free_bytes(index.path)
-    if any(processes.gather(needed > free)):
-        raise OSError(
-            errno.ENOSPC,
-            f"the index at {index.path} needs {in_bytes(needed)} more, and {in_bytes(free)} are free on its "
-            "disk. Nothing was computed: free some space, or choose index_dtype=torch.float16 or pool=True in "
-            "another folder",
-        )
+    return n_rows * (index.width * index.dtype.itemsize + 8 + scale_bytes)
 
 
 def free_bytes(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,6 +114,46 @@ def check_content(content: dict[str, Any]) -> None:
     for name, checkpoint in content["checkpoints"].items():
         check_fields({"name": name}, {"name": TEXT}, within="checkpoint ")
         check_fields(checkpoint, {RATE: NUMBER}, within=f"checkpoint {name!r} ")
+
+
+def differences(
+    stored: Any,
+    live: Any,
+    name: str = "",
+    places: tuple[str, str] = ("in the index", "here"),
+) -> list[str]:
+    """Say in words where an index and a model differ.
+
+    Args:
+        stored: The index's part of the manifest.
+        live: What it would be now.
+        name: What the two are called.
+        places: Where each is.
+
+    Returns:
+        One line for each difference.
+
+    Example:
+        >>> differences({"dim": 64, "seed": 0}, {"dim": 32, "seed": 0}, "sketch")
+        ['sketch dim: 64 in the index, 32 here']
+    """
+    if isinstance(stored, dict) and isinstance(live, dict):
+        lines = []
+        for key in dict.fromkeys([*stored, *live]):
+            key_name = f"{name} {key}".strip()
+            lines += differences(stored.get(key), live.get(key), key_name, places)
+        return lines
+    if stored == live:
+        return []
+    return [f"{name}: {shortened(stored)} {places[0]}, {shortened(live)} {places[1]}"]
+
+
+def shortened(value: Any) -> str:
+    """Write a value in at most 80 characters, and of a hash the first eight digits."""
+    text = "none" if value is None else str(value)
+    if re.fullmatch(r"[0-9a-f]{32,}", text):
+        return f"{text[:8]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _is_columns(value: Any) -> bool:

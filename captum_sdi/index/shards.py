@@ -94,7 +94,27 @@ class Shard:
             tensors["scales"] = powers_of_two(rows.abs().amax(1).float())
             rows = rows / tensors["scales"].unsqueeze(1)
         tensors["rows"] = rows.to(dtype).contiguous()
-        stop = start + len(rows)
+        return Shard.write_stored(folder, start, tensors, owner)
+
+    @staticmethod
+    def write_stored(
+        folder: Path,
+        start: int,
+        tensors: dict[str, Tensor],
+        owner: str,
+    ) -> Shard:
+        """Write a shard of rows as they are stored.
+
+        Args:
+            folder: The checkpoint's.
+            start: Position of the first example.
+            tensors: ``rows``, ``fingerprints`` and, for half precision, ``scales``.
+            owner: See `owner`.
+
+        Returns:
+            The shard.
+        """
+        stop = start + len(tensors["rows"])
         metadata = shard_metadata(start, stop, owner)
         metadata["digest"] = content_digest(metadata, tensors)
         # Where a map of the file begins is the start of a page: rows that begin at 64 bytes of it are aligned as torch

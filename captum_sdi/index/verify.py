@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from captum_sdi.data.fingerprints import batch_fingerprint, example_fingerprints
 from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.identity import Identity, described
-from captum_sdi.index.manifest import RATE, Manifest
+from captum_sdi.index.manifest import RATE, Manifest, differences
 from captum_sdi.index.reader import Reader
 from captum_sdi.index.shards import dtype_name
 from captum_sdi.precision import is_coarse
@@ -63,43 +62,6 @@ def check_settings(
             f"The index at {path} is of something else: {'; '.join(lines)}. Pass what it was built with, or "
             "another folder as index=."
         )
-
-
-def differences(
-    stored: Any,
-    live: Any,
-    name: str = "",
-) -> list[str]:
-    """Say in words where an index and a model differ.
-
-    Args:
-        stored: The index's part of the manifest.
-        live: What it would be now.
-        name: What the two are called.
-
-    Returns:
-        One line for each difference.
-
-    Example:
-        >>> differences({"dim": 64, "seed": 0}, {"dim": 32, "seed": 0}, "sketch")
-        ['sketch dim: 64 in the index, 32 here']
-    """
-    if isinstance(stored, dict) and isinstance(live, dict):
-        lines = []
-        for key in dict.fromkeys([*stored, *live]):
-            lines += differences(stored.get(key), live.get(key), f"{name} {key}".strip())
-        return lines
-    if stored == live:
-        return []
-    return [f"{name}: {shortened(stored)} in the index, {shortened(live)} here"]
-
-
-def shortened(value: Any) -> str:
-    """Write a value in at most 80 characters, and of a hash the first eight digits."""
-    text = "none" if value is None else str(value)
-    if re.fullmatch(r"[0-9a-f]{32,}", text):
-        return f"{text[:8]}..."
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # --- one row ---

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from captum_sdi.index.folder import SketchIndex
 from captum_sdi.index.shards import Shard
+
+if TYPE_CHECKING:
+    from captum_sdi.index.folder import SketchIndex
 
 SHARD_BYTES, SHARD_SECONDS = 64 * 2**20, 60.0
 """A shard is written when it is as large, or its first row as old: this much is lost when the process is killed."""
@@ -120,5 +123,5 @@ def consecutive_runs(positions: Tensor) -> list[slice]:
     """
     steps = positions[1:] - positions[:-1]
     breaks = (steps != 1).nonzero().flatten() + 1
-    ends = [0, *breaks.tolist(), len(positions)]
+    ends = [0, *breaks.tolist(), len(positions)] if len(positions) else []
     return [slice(start, stop) for start, stop in pairwise(ends)]

@@ -19,12 +19,15 @@ PRESETS = {
         modules=("transformer.adapter", "transformer.core_block"), anchors=("transformer.adapter",)
     ),
     "looped_gpt": LoopSpec(modules=("core",), anchors=("core",)),
+    "looped_gpt, tokens": LoopSpec(
+        modules=("wte", "wpe", "prelude", "core", "coda", "ln_f", "lm_head"), anchors=("wte",)
+    ),
     "ouro": LoopSpec(modules=("layers", "norm", "early_exit_gate"), anchors=("layers.0",)),
     "zamba": LoopSpec(modules=("shared_transf",), anchors=("shared_transf",)),
     "zamba2": LoopSpec(modules=("shared_transformer",), anchors=("shared_transformer",)),
 }
 """Known families by ``config.model_type``. A name stands for every module whose name ends in it, so that prefixes
-(``model.``, a wrapper's) do not matter; add a family with one line.
+(``model.``, a wrapper's) do not matter; add a family with one line. `family_of` makes the key of a config.
 
 Zamba's one transformer is several modules that share parameters. Each of its calls is a step, so a block that takes
 turns with another one has gradients at every other step only; the Mamba layers in between belong to the step they
@@ -38,8 +41,7 @@ def find_preset(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
     """Return the loop of the first family that a config names and that fits the calls seen."""
     called = {call.name for call in calls}
     for config in model_configs(model):
-        family = str(getattr(config, "model_type", ""))
-        preset = PRESETS.get(family)
+        preset = PRESETS.get(family_of(config))
         if preset is None:
             continue
         modules = full_names(model, preset.modules)
@@ -49,6 +51,13 @@ def find_preset(model: nn.Module, calls: Sequence[Call]) -> LoopSpec | None:
             loop = LoopSpec(modules, anchors)
             return loop if fits(model, loop, calls) else None
     return None
+
+
+def family_of(config: object) -> str:
+    """Return under which name `PRESETS` has a config's loop: its model type, and that tokens are handed on if so."""
+    family = str(getattr(config, "model_type", ""))
+    hands_on_tokens = getattr(config, "feedback", None) == "tokens"
+    return f"{family}, tokens" if hands_on_tokens else family
 
 
 def fits(model: nn.Module, loop: LoopSpec, calls: Sequence[Call]) -> bool:

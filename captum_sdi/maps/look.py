@@ -105,9 +105,13 @@ def _columns(
     _, _, labels = split_batch(raw)
     is_target = target_columns(losses, labels).cpu()
     columns = [tuple(row.nonzero().flatten().tolist()) for row in is_target]
-    own_labels = column_labels(losses.shape[1], labels)
-    first = 0 if own_labels is None else labels[0].numel() - own_labels.shape[1]
-    return columns, first
+    return columns, first_place(losses.shape[1], labels)
+
+
+def first_place(n_columns: int, labels: Any) -> int:
+    """Return the position, in the labels, that the first column of token losses belongs to."""
+    own_labels = column_labels(n_columns, labels)
+    return 0 if own_labels is None else labels[0].numel() - own_labels.shape[1]
 
 
 def token_ids(raw: Any, size: int) -> list[tuple[int, ...]]:

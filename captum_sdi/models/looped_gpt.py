@@ -1,9 +1,13 @@
 """A looped (weight-tied) GPT: prelude blocks, one core applied `n_loops` times, coda blocks.
 
-    inputs = prelude(wte(tokens) + wpe(positions))
+    inputs = prelude(wte(tokens) + wpe(positions))          without wpe where has_positions=False
     state  = state_init
-    repeat n_loops times:  state = core(state, inputs)
+    repeat n_loops times:  state = core(state, inputs)      where examples differ, each keeps its last state
     logits = lm_head(ln_f(coda(state)))
+
+With `feedback="tokens"` the state is handed on from one loop step to the next as soft tokens:
+
+    state  = prelude(wte(softmax(lm_head(ln_f(coda(state))))) + wpe(positions))
 
 Shapes: `n` examples, `p` token positions, `e` model width, `v` vocabulary.
 
@@ -19,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutput
 
 from captum_sdi.models.looped_gpt_config import LoopedGPTConfig, check_config, check_count
-from captum_sdi.models.looped_gpt_layers import Core, attention_pattern, stack_blocks
+from captum_sdi.models.looped_gpt_layers import Core, SoftEmbedding, attention_pattern, stack_blocks
 
 LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index")
 """The keywords that `self.loss_function` reads beside logits and labels."""
@@ -61,8 +65,9 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # Once more: from_pretrained(folder, n_loops=0) sets attributes after the config was made.
         check_config(config)
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        token_embedding = SoftEmbedding if config.feedback == "tokens" else nn.Embedding
+        self.wte = token_embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd) if config.has_positions else None
         self.prelude = stack_blocks(config, config.n_prelude)
         self.core = Core(config)
         self.coda = stack_blocks(config, config.n_coda)
@@ -76,7 +81,7 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        n_loops: int | None = None,
+        n_loops: int | Tensor | None = None,
         initial_state: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
@@ -91,7 +96,8 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
             labels: Token ids to predict, (n, p), -100 where nothing is predicted. A causal model
                 predicts the label of the next position, a bidirectional one that of the same. With
                 left padding leave the first real token out: padding would predict it.
-            n_loops: How often the core runs, in place of `config.n_loops`.
+            n_loops: How often the core runs, in place of `config.n_loops`; or (n,), how often for each
+                example, whose state no longer changes after its last loop.
             initial_state: The state before the first loop, (n, p, e), if not `config.state_init`.
             use_cache: Accepted because transformers passes it; there is no cache.
             return_dict: False returns a tuple, `(loss, logits)` or `(logits,)`.
@@ -106,27 +112,58 @@ class LoopedGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if n_loops is None:
             n_loops = self.config.n_loops
-        check_count("n_loops", n_loops, minimum=1)
         check_keywords(kwargs)
         check_input_ids(input_ids, self.config.n_positions)
+        check_loops(n_loops, len(input_ids))
         check_same_shape("attention_mask", attention_mask, input_ids)
         check_same_shape("labels", labels, input_ids)
         position_ids = token_positions(input_ids, attention_mask, position_ids)
         mask = attention_pattern(attention_mask, is_causal=self.config.is_causal)
 
-        inputs = self.wte(input_ids) + self.wpe(position_ids)
-        for block in self.prelude:
-            inputs = block(inputs, mask)
+        inputs = self.read_in(input_ids, position_ids, mask)
         state = self._initial_state(initial_state, inputs, position_ids)
-        for _ in range(n_loops):
-            state = self.core(state, inputs, mask)
-        for block in self.coda:
-            state = block(state, mask)
-        logits = self.lm_head(self.ln_f(state))
+        state = self._looped(state, inputs, position_ids, mask, n_loops)
+        logits = self.read_out(state, mask)
 
         loss = None if labels is None else self._loss(logits, labels, **kwargs)
         output = CausalLMOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
+
+    def read_in(self, tokens: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Embed token ids (n, p), or probabilities (n, p, v), and run the prelude: (n, p, e)."""
+        hidden = self.wte(tokens)
+        if self.wpe is not None:
+            hidden = hidden + self.wpe(position_ids)
+        for block in self.prelude:
+            hidden = block(hidden, mask)
+        return hidden
+
+    def read_out(self, state: Tensor, mask: Tensor | None) -> Tensor:
+        """Run coda and head on a state (n, p, e): logits (n, p, v)."""
+        for block in self.coda:
+            state = block(state, mask)
+        return self.lm_head(self.ln_f(state))
+
+    def _looped(
+        self,
+        state: Tensor,
+        inputs: Tensor,
+        position_ids: Tensor,
+        mask: Tensor | None,
+        n_loops: int | Tensor,
+    ) -> Tensor:
+        """Return each example's state after its last loop, (n, p, e)."""
+        most_loops = int(n_loops.max()) if isinstance(n_loops, Tensor) else n_loops
+        for step in range(most_loops):
+            if step > 0 and self.config.feedback == "tokens":
+                soft_tokens = self.read_out(state, mask).softmax(-1)
+                state = self.read_in(soft_tokens, position_ids, mask)
+            new_state = self.core(state, inputs, mask)
+            if isinstance(n_loops, Tensor):
+                runs = (step < n_loops).to(state.device)
+                new_state = torch.where(runs[:, None, None], new_state, state)
+            state = new_state
+        return state
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Pass the whole sequence to `forward` at every step of `generate`: there is no cache.
@@ -199,6 +236,19 @@ def token_positions(
         return (tokens_so_far - 1).clamp(min=0)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)
     return positions.expand_as(input_ids)
+
+
+def check_loops(n_loops: int | Tensor, n_examples: int) -> None:
+    """Raise ValueError unless `n_loops` is a count of at least 1, or one for each example."""
+    if not isinstance(n_loops, Tensor):
+        check_count("n_loops", n_loops, minimum=1)
+        return
+    is_integer = not n_loops.is_floating_point() and n_loops.dtype != torch.bool
+    if n_loops.shape != (n_examples,) or not is_integer or bool((n_loops < 1).any()):
+        raise ValueError(
+            f"n_loops must be an integer of at least 1, or a tensor of {n_examples} of them, one for each example; got "
+            f"{n_loops.dtype} of shape {tuple(n_loops.shape)}."
+        )
 
 
 def check_keywords(kwargs: dict[str, Any]) -> None:

@@ -6,7 +6,8 @@ from transformers import PretrainedConfig
 
 from captum_sdi.words import is_integer
 
-INJECTIONS = ("concat", "add")
+INJECTIONS = ("concat", "add", "none")
+FEEDBACKS = ("state", "tokens")
 STATE_INITS = ("prelude", "zeros", "normal")
 
 POSITIVE_COUNTS = ("vocab_size", "n_positions", "n_embd", "n_head", "n_core", "n_loops")
@@ -18,6 +19,13 @@ class LoopedGPTConfig(PretrainedConfig):
 
     With `n_prelude=0, n_coda=0, n_loops=1, injection="add", state_init="zeros"` the model is an
     ordinary GPT-2 of `n_core` layers: the core sees `0 + inputs` once, and nothing else happens.
+
+    The noise of `state_init="normal"` has the standard deviation `initializer_range`, fresh at every call in training
+    mode and always the same in evaluation mode.
+
+    With `feedback="tokens"` all of the model repeats: in the place of each token the next loop step reads what coda and
+    head answered there, a distribution, embedded as tokens are. With `injection="none"` as well a step reads tokens and
+    nothing else, so that a model trained at `n_loops=1` can be asked to go on from its own answers.
     """
 
     model_type = "looped_gpt"
@@ -39,7 +47,9 @@ class LoopedGPTConfig(PretrainedConfig):
         n_loops: int = 32,
         injection: str = "concat",
         state_init: str = "prelude",
+        feedback: str = "state",
         is_causal: bool = True,
+        has_positions: bool = True,
         bias: bool = False,
         initializer_range: float = 0.02,
         layer_norm_epsilon: float = 1e-5,
@@ -58,18 +68,17 @@ class LoopedGPTConfig(PretrainedConfig):
             n_core: Blocks inside the loop.
             n_coda: Blocks after the loop.
             n_loops: How often the core runs; `forward` and `generate` can override it per call.
-            injection: How the core mixes state and inputs: "concat" (a linear layer) or "add".
-            state_init: The state before the first loop: "prelude" (the prelude's output), "zeros",
-                or "normal" (noise of standard deviation `initializer_range`; fresh at every call in
-                training mode, always the same in evaluation mode).
+            injection: How the core mixes state and inputs: "concat" (a linear layer), "add", "none" (state alone).
+            state_init: The state before the first loop: "prelude" (its output), "zeros", or "normal" (noise).
+            feedback: What a loop step hands on: its "state", or its answers as soft "tokens".
             is_causal: Whether a token sees only earlier ones. Only then are labels shifted.
+            has_positions: Whether tokens know their positions; without, `n_positions` limits the length alone.
             bias: Whether linear layers other than the head have biases; layer norms always do.
-            initializer_range: Standard deviation of the initial weights. Narrow models need more
-                than GPT-2's 0.02: of width 64, parity was learnt from 0.1 and not from 0.02.
+            initializer_range: Standard deviation of the initial weights; narrow models need more than GPT-2's 0.02.
             layer_norm_epsilon: Added to the variance in layer norms.
             tie_word_embeddings: Whether the head shares the token embedding's matrix.
             use_cache: Must stay False: there is no key-value cache.
-            **kwargs: Settings common to all transformers configurations, such as `pad_token_id`.
+            **kwargs: Settings that all transformers configurations have, such as `pad_token_id`.
 
         Raises:
             ValueError: If a setting is unknown, impossible, or contradicts another one.
@@ -85,7 +94,9 @@ class LoopedGPTConfig(PretrainedConfig):
         self.n_loops = n_loops
         self.injection = injection
         self.state_init = state_init
+        self.feedback = feedback
         self.is_causal = is_causal
+        self.has_positions = has_positions
         self.bias = bias
         self.initializer_range = initializer_range
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -117,6 +128,12 @@ def check_config(config: LoopedGPTConfig) -> None:
         check_count(name, getattr(config, name), minimum=0)
     check_choice("injection", config.injection, INJECTIONS)
     check_choice("state_init", config.state_init, STATE_INITS)
+    check_choice("feedback", config.feedback, FEEDBACKS)
+    if config.injection == "none" and config.state_init != "prelude":
+        raise ValueError(
+            f"injection='none' with state_init={config.state_init!r}: the model would never read its tokens; "
+            "take state_init='prelude'."
+        )
     if config.n_embd % config.n_head:
         raise ValueError(
             f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}; "

@@ -30,6 +30,16 @@ def attention_pattern(attention_mask: Tensor | None, *, is_causal: bool) -> Tens
     return (seen & is_token[:, None, None, :]) | diagonal
 
 
+class SoftEmbedding(nn.Embedding):
+    """Embed token ids, or distributions over them: the mean of the tokens' vectors."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map ids (n, p), or probabilities (n, p, v), to (n, p, e)."""
+        if tokens.is_floating_point():
+            return tokens @ self.weight
+        return super().forward(tokens)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -99,6 +109,7 @@ class Core(nn.Module):
     def __init__(self, config: LoopedGPTConfig) -> None:
         super().__init__()
         width = config.n_embd
+        self.injection = config.injection
         self.adapter: nn.Linear | None = None
         if config.injection == "concat":
             self.adapter = nn.Linear(2 * width, width, bias=config.bias)
@@ -106,7 +117,9 @@ class Core(nn.Module):
 
     def forward(self, state: Tensor, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Return the next state; `state` and `inputs` are (n, p, e)."""
-        if self.adapter is None:
+        if self.injection == "none":
+            hidden = state
+        elif self.adapter is None:
             hidden = state + inputs
         else:
             state_and_inputs = torch.cat([state, inputs], dim=-1)

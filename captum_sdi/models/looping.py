@@ -41,11 +41,13 @@ def loop_layers(
 
     ``save_pretrained`` saves the model without the loop, and how it loops in its config. After ``from_pretrained``,
     ``loop_layers(model)`` repeats the layers as the config says; until then `find_loop` and `SDIInfluence` refuse the
-    model, which is another one without its loop.
+    model, which is another one without its loop. An adapter's folder (peft) says nothing of the loop of its base: loop
+    the base before the adapter is loaded onto it.
 
     Training-Free Looped Transformers takes as many sub-steps of an Euler scheme as there are repetitions, which is
-    ``damping=1 / n_loops``; it is not adapted when `n_loops` changes. The authors' code averages the result with that
-    of a single pass: ``anchor=0.5``. Plain repetition, ``damping=1.0``, usually harms a model trained without a loop.
+    ``damping=1 / n_loops``; it is not adapted when `n_loops` changes. It averages the result with that of a single
+    pass, ``anchor=0.5``: an explicit Runge-Kutta quadrature over the Euler chain, in the authors' words. Plain
+    repetition, ``damping=1.0``, usually harms a model trained without a loop.
 
     There is no key-value cache: the repetitions would append to the same entry. A forward pass has ``use_cache=False``
     unless told otherwise, and refuses a cache: pass ``use_cache=False`` to ``generate``. One undamped repetition is the

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+from matplotlib.gridspec import GridSpec, SubplotParams
 from matplotlib.ticker import FuncFormatter
 
 from captum_sdi.plotting._text import FONT, SMALL, clip, text_width
@@ -18,6 +18,7 @@ COLUMN = 3.4  # inches: one column of a two-column paper
 _LABELS = 0.42  # the share of a picture's width that labels of rows may take
 _MOST_WRAPPED = 20  # rows: with more of them, names have one line
 _BOLD = 1.15  # how much wider bold type is
+_SPACING = ("left", "right", "bottom", "top", "wspace", "hspace")
 _POWERS = 10 ** np.arange(9)
 _ROUND = np.outer(_POWERS, [1, 2, 4, 5, 8])
 _STRIDES = np.union1d(_ROUND, [16, 32])
@@ -34,19 +35,12 @@ def column_axes(ax: Axes | None, height: float, width: float | None = None) -> A
 
 def make_room(ax: Axes) -> None:
     """Let a layout engine make room in a plain grid of subplots, whose spacing nobody has set."""
-    if has_layout(ax) or ax.get_subplotspec() is None:
+    figure = ax.figure.figure  # that of a part of a figure, too
+    if has_layout(ax) or ax.get_subplotspec() is None or not isinstance(figure, Figure):
         return
-    figure = whole_figure(ax)
-    usual = type(figure.subplotpars)()
-    if vars(figure.subplotpars) == vars(usual):
+    usual = SubplotParams()
+    if all(getattr(figure.subplotpars, name) == getattr(usual, name) for name in _SPACING):
         figure.set_layout_engine("constrained")
-
-
-def whole_figure(ax: Axes) -> Figure:
-    """Return the figure that an Axes is in, whatever part of it."""
-    figure = ax.figure.figure
-    assert isinstance(figure, Figure), "a part of a figure has one"
-    return figure
 
 
 def divided(
@@ -77,7 +71,7 @@ def divided(
     corners = ax.get_position()
     outline = {"left": corners.x0, "right": corners.x1, "bottom": corners.y0, "top": corners.y1}
     spaced = GridSpec(*shape, width_ratios=widths, wspace=gap, hspace=0.8, **outline)
-    bounds = [spaced[place].get_position(whole_figure(ax)).bounds for place in range(count)]
+    bounds = [spaced[place].get_position(figure.figure).bounds for place in range(count)]
     ax.set_position(bounds[0])
     return [ax, *(figure.add_axes(bounds[place], sharey=ax) for place in places)]
 

@@ -98,6 +98,8 @@ def without_empty_ends(
 def pair_name(split: InfluenceMap, test: int, train: int | None) -> str:
     """Return what a picture is of."""
     k = split.indices.shape[1]
+    if "group" in split.axes:  # groups take the place of train examples
+        return f"test {test}"
     if train is None and k > 1:
         return f"{k} train examples, test {test}"
     index = int(split.indices[test, train or 0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from matplotlib.axes import Axes
 
-from captum_sdi.plotting._arguments import check_limit
+from captum_sdi.plotting._arguments import Array, check_limit
 from captum_sdi.plotting._axes import (
     column_axes,
     height_in_points,
@@ -33,7 +36,7 @@ _WORDS = {
 def plot_map(
     map: InfluenceMap,
     x: str,
-    y: str,
+    y: str | Sequence[str],
     test: int = 0,
     train: int | None = None,
     *,
@@ -44,9 +47,10 @@ def plot_map(
 ) -> Axes:
     """Draw influence along two axes of a map, summed over all others.
 
-    ``map`` is what `SDIInfluence.influence_map` returned, ``x`` and ``y`` name two of its axes. ``train`` is the place
-    of a train example among the test example's, from 0; None = their sum. The other arguments are described in
-    `captum_sdi.plotting`.
+    ``map`` is what `SDIInfluence.influence_map` or `Direction.influence_map` returned, ``x`` and ``y`` name two of its
+    axes. Several names in ``y`` are rows within rows: ``("group", "step")`` compares groups step by step. ``train`` is
+    the place of a train example among the test example's, from 0; None = their sum. The other arguments are described
+    in `captum_sdi.plotting`.
 
     Returns:
         The Axes: ``x`` to the right, ``y`` downwards. A prelude and coda in which nothing happens are left out.
@@ -65,11 +69,12 @@ def plot_map(
         (['1', '2'], ['core.fc', 'core.proj'])
     """
     split = check_map(map)
-    if check_axis("x", x, split) == check_axis("y", y, split):
-        raise ValueError(f"x and y are both {x!r}: name two axes of {split.axes}.")
+    row_axes = (y,) if isinstance(y, str) else tuple(y)
+    for axis in row_axes:
+        if check_axis("x", x, split) == check_axis("y", axis, split):
+            raise ValueError(f"x and y are both {x!r}: name two axes of {split.axes}.")
     check_limit(limit)
-    values = values_along(split, (y, x), test, train)
-    values, rows = without_empty_ends(split, y, values, names_along(split, y, test, train))
+    values, rows = rows_within_rows(split, row_axes, x, test, train)
     columns, names = without_empty_ends(split, x, values.T, names_along(split, x, test, train))
     values = columns.T
     n_rows = len(rows)
@@ -83,9 +88,27 @@ def plot_map(
     else:
         number_ticks(ax.yaxis, n_rows, 8, first_at=0)
     ax.set_xlabel(_WORDS.get(x, x), fontsize=FONT)
-    ax.set_ylabel(_WORDS.get(y, y), fontsize=FONT)
+    ax.set_ylabel(", ".join(_WORDS.get(axis, axis) for axis in row_axes), fontsize=FONT)
     set_title(ax, title, pair_name(split, test, train), taken=0)
     return readable(ax)
+
+
+def rows_within_rows(
+    split: InfluenceMap,
+    row_axes: tuple[str, ...],
+    x: str,
+    test: int,
+    train: int | None,
+) -> tuple[Array, list[str]]:
+    """Return the values ``(rows, columns)`` along several axes beside one, and the rows' names."""
+    values = values_along(split, (*row_axes, x), test, train)
+    rows = [""]
+    for place, axis in enumerate(row_axes):
+        in_front = np.moveaxis(values, place, 0)
+        kept, names = without_empty_ends(split, axis, in_front, names_along(split, axis, test, train))
+        values = np.moveaxis(kept, 0, place)
+        rows = [f"{row} {name}".strip() for row in rows for name in names]
+    return values.reshape(len(rows), -1), rows
 
 
 def _label_columns(ax: Axes, names: list[str]) -> None:

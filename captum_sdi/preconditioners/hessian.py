@@ -12,7 +12,8 @@ from torch import Tensor
 
 from captum_sdi.borrow import requiring_grad
 from captum_sdi.features import StepFeatures, canonical_name
-from captum_sdi.index.identity import described, weights_hash
+from captum_sdi.index.identity import described
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.preconditioners.arguments import check_count, check_damping
 from captum_sdi.preconditioners.lanczos import ritz_pairs
 from captum_sdi.preconditioners.shelf import Tensors, scratch
@@ -90,7 +91,7 @@ class Hessian:
             raise ValueError(f"Hessian(rank={self.rank}) is more than the {size} entries of the parameters that count.")
         content = train.content(point)
         identity = self._identity(point, train, content)
-        tensors = train.shelf.tensors("hessian", identity, lambda: self._ritz_pairs(point, train, content))
+        tensors = train.shelf.tensors("hessian", identity, lambda: self.curvatures(point, train, content.n_examples))
         values, vectors = tensors["values"], tensors["vectors"]
         largest = float(values.max())
         if not largest > 0:
@@ -120,7 +121,7 @@ class Hessian:
         side = train.examples.side
         return {
             "captum_sdi": version("captum-sdi"),
-            "weights": weights_hash(point.model),
+            "weights": WeightHashes().of_model(point.model),
             "parameters": shapes,
             "loss": described(side.loss_fn),
             "forward_kwargs": described(side.forward_kwargs),
@@ -129,11 +130,15 @@ class Hessian:
             "examples": self.examples,
         }
 
-    def _ritz_pairs(self, point: Point, train: TrainSide, content: Content) -> Tensors:
-        """Run Lanczos on the Hessian of the mean training loss."""
+    def curvatures(self, point: Point, train: TrainSide, n_examples: int) -> Tensors:
+        """Run Lanczos on the Hessian of the mean loss over so many train examples.
+
+        Returns:
+            ``values`` l and ``vectors`` V of `ritz_pairs`.
+        """
         chosen, n_batches = None, train.examples.n_batches
-        if self.examples is not None and self.examples < content.n_examples:
-            chosen, n_batches = evenly_spaced(self.examples, content.n_examples), None
+        if self.examples is not None and self.examples < n_examples:
+            chosen, n_batches = evenly_spaced(self.examples, n_examples), None
         # The hooks freeze every parameter: those that count are what the loss is a function of.
         with requiring_grad(point.capture.tape.targets):
             loss = BatchLoss(point.model, train.examples.side)

@@ -14,37 +14,56 @@ from torch import Tensor, nn
 
 from captum_sdi.data.losses import LossFn
 from captum_sdi.index.faiss import Faiss
+from captum_sdi.offload import align_hooks, offloaded_names
 from captum_sdi.preconditioners import Preconditioner
 from captum_sdi.sketch.base import Sketch
-from captum_sdi.words import is_integer, warn_user
+from captum_sdi.words import first_few, is_integer, warn_user
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model, and a model whose parameters are nowhere or in several places.
+    """Refuse what is no model, and a model whose parameters are nowhere, or in places that no hook knows.
 
     Raises:
         TypeError: If it is no module.
-        ValueError: If its parameters are on the meta device, on several, or sharded.
+        ValueError: If its parameters are sharded, on the meta device, or on several devices, and accelerate's hooks do
+            not bring them together.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     places: dict[str, str] = {}
+    offloaded = offloaded_names(model)
+    is_placed = any(align_hooks(module) for module in model.modules())
     for name, parameter in model.named_parameters():
-        places.setdefault(str(parameter.device), name)
+        if name not in offloaded:
+            places.setdefault(str(parameter.device), name)
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
                 f"The model is sharded: {name!r} is a DTensor, of which this process holds a part (FSDP2, tensor "
-                "parallelism). Load it whole on one device."
+                "parallelism). Load it whole, on one device or by a device_map: the weights are those that "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict returns with full_state_dict=True."
             )
     if "meta" in places:
-        raise ValueError(
-            f"The model has no weights: {places['meta']!r} is on the meta device. Load it first; if a device_map "
-            "offloaded it to the CPU or to disk, load the model on one device instead."
-        )
-    if len(places) > 1:
+        raise ValueError(f"The model has no weights: {places['meta']!r} is on the meta device. Load it first.")
+    if len(places) > 1 and not is_placed:
         raise ValueError(
             f"The model is spread over several devices: {places}. Put it on one, with model.to(device), or load it "
-            "without device_map."
+            "with a device_map, whose hooks bring activations where the layers are."
+        )
+
+
+def check_model_in_one_place(model: Any) -> None:
+    """Refuse what `check_model` does, and weights that are offloaded or on several devices.
+
+    Raises:
+        ValueError: If they are.
+    """
+    check_model(model)
+    offloaded = offloaded_names(model)
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if offloaded or len(devices) > 1:
+        raise ValueError(
+            f"The model's weights are in several places: {first_few(sorted(offloaded or devices))}. Load it on one "
+            "device, without device_map."
         )
 
 

@@ -17,13 +17,19 @@ SCRIPTS = ("chunks.js", "numbers.js", "ranking.js", "tokens.js", "charts.js", "c
 """The page's own scripts in the order in which they use each other."""
 
 
-def assembled(title: str, facts: dict[str, Any], chunks: Iterable[str]) -> str:
+def assembled(
+    title: str,
+    facts: dict[str, Any],
+    first_chunks: Iterable[str],
+    chunks: Iterable[str],
+) -> str:
     """Return the whole page.
 
     Args:
         title: What the window's bar says.
         facts: What the page knows before it unpacks anything.
-        chunks: Elements as `chunk_element` makes them.
+        first_chunks: Elements that the first test example is drawn from, before a browser reads any further.
+        chunks: All others, as `chunk_element` makes them.
 
     Returns:
         An HTML document that refers to nothing outside itself.
@@ -36,6 +42,7 @@ def assembled(title: str, facts: dict[str, Any], chunks: Iterable[str]) -> str:
         "title": html.escape(title),
         "style": style,
         "facts": embedded_json(facts),
+        "first_chunks": "\n".join(first_chunks),
         "chunks": "\n".join(chunks),
         "library": library,
         "script": own_script,

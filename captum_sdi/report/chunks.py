@@ -13,6 +13,16 @@ from numpy.typing import NDArray
 
 DIGITS = 6
 """Significant digits of a number on the page; float32 has seven."""
+LARGEST_PLAIN = 1_000_000
+"""Characters of a chunk that is not compressed."""
+
+
+def plain_chunk_element(name: str, content: Any) -> str:
+    """Return an element that a browser can read at once; a large chunk is compressed all the same."""
+    text = embedded_json(content)
+    if len(text) > LARGEST_PLAIN:
+        return chunk_element(name, content)
+    return f'<script type="application/json" id="chunk-{name}">{text}</script>'
 
 
 def chunk_element(name: str, content: Any) -> str:
@@ -37,10 +47,17 @@ def json_bytes(content: Any) -> bytes:
     return json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def numbered_chunks(name: str, rows: Sequence[Any], per_chunk: int) -> Iterable[str]:
+def numbered_chunks(
+    name: str,
+    rows: Sequence[Any],
+    per_chunk: int,
+    *,
+    is_first_plain: bool = False,
+) -> Iterable[str]:
     """Yield the elements of a long list, so many rows in each."""
     for number, start in enumerate(range(0, len(rows), per_chunk)):
-        yield chunk_element(f"{name}-{number}", rows[start : start + per_chunk])
+        element = plain_chunk_element if is_first_plain and number == 0 else chunk_element
+        yield element(f"{name}-{number}", rows[start : start + per_chunk])
 
 
 def rounded(values: NDArray[np.float64]) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from captum_sdi.report.assembly import assembled
-from captum_sdi.report.chunks import chunk_element, numbered_chunks
+from captum_sdi.report.chunks import numbered_chunks, plain_chunk_element
 from captum_sdi.report.extras import check_self_influence, matrix_rows, self_influence_rows, step_shares, test_summary
 from captum_sdi.report.maps import map_rows
 from captum_sdi.report.pairs import Pairs
@@ -98,15 +98,17 @@ def write_page(
     check_examples("test_texts", test_texts, len(pairs.totals), exact=True)
     facts = page_facts(pairs, title)
     table = TextTable(texts)
-    chunks = [*test_chunks(pairs, test_texts), *pair_chunks(pairs, table)]
+    rows = [pairs.row(test, table) for test in range(len(pairs.totals))]
+    first_pairs, *chunks = numbered_chunks("pairs", rows, pairs.tests_per_chunk, is_first_plain=True)
     chunks += map_chunks(facts, len(pairs.totals), map)
     if step_matrix is not None:
         matrices = matrix_rows(step_matrix, step_matrix_indices, len(pairs.totals))
         chunks += matrix_chunks(facts, matrices)
     if self_influence is not None:
         chunks += self_influence_chunks(facts, self_influence_rows(self_influence, table))
-    chunks += numbered_chunks("texts", table.entries, PER_CHUNK)
-    document = assembled(title, facts, chunks)
+    first_texts, *other_texts = numbered_chunks("texts", table.entries or [[""]], PER_CHUNK, is_first_plain=True)
+    first_chunks = [tests_chunk(pairs, test_texts), first_pairs, first_texts]
+    document = assembled(title, facts, first_chunks, [*other_texts, *chunks])
     write_whole(target, lambda unfinished: unfinished.write_text(document, encoding="utf-8"))
     return Page(target)
 
@@ -159,19 +161,13 @@ def page_facts(pairs: Pairs, title: str) -> dict[str, Any]:
     }
 
 
-def test_chunks(pairs: Pairs, test_texts: Sequence[Example] | None) -> Iterator[str]:
-    """Yield the chunk of the test examples, which the page unpacks first."""
+def tests_chunk(pairs: Pairs, test_texts: Sequence[Example] | None) -> str:
+    """Return the chunk of the test examples, which the page needs first."""
     rows = []
     for test in range(len(pairs.totals)):
         entry = [""] if test_texts is None else example_entry("test_texts", test_texts, test)
         rows.append({"entry": entry, **test_summary(pairs, test)})
-    yield chunk_element("tests", rows)
-
-
-def pair_chunks(pairs: Pairs, table: TextTable) -> Iterator[str]:
-    """Yield the chunks of all pairs."""
-    rows = [pairs.row(test, table) for test in range(len(pairs.totals))]
-    yield from numbered_chunks("pairs", rows, pairs.tests_per_chunk)
+    return plain_chunk_element("tests", rows)
 
 
 def map_chunks(

@@ -4,6 +4,8 @@ A task is a function `task(size, ..., seed=0) -> TaskDataset` in a file of its o
 a dataset differ, the same seed gives the same dataset everywhere, and no global random state is
 touched. The datasets serve as `train_dataset` of a Hugging Face `Trainer` and of `SDIInfluence`.
 
+`Facts` is another kind: documents and questions whose answers rest on several of them, a word per token.
+
 To add a task, write its examples as text, a character per token, in a new file and list the
 function here:
 
@@ -18,6 +20,7 @@ function here:
 from captum_sdi.tasks.addition import addition
 from captum_sdi.tasks.dataset import Example, TaskDataset
 from captum_sdi.tasks.drawing import draw_examples
+from captum_sdi.tasks.facts import Facts
 from captum_sdi.tasks.p_hop import p_hop
 from captum_sdi.tasks.parity import parity
 from captum_sdi.tasks.sorting import sorting
@@ -25,6 +28,7 @@ from captum_sdi.tasks.sudoku import permute_digits, sudoku
 
 __all__ = [
     "Example",
+    "Facts",
     "TaskDataset",
     "addition",
     "draw_examples",

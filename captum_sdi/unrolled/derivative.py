@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from captum_sdi.checkpoints import Checkpoint
 from captum_sdi.data.examples import Examples
-from captum_sdi.data.side import Side, identity
+from captum_sdi.data.side import Side
 from captum_sdi.data.stream import Stream
 from captum_sdi.features import join
 from captum_sdi.passes import Engine, Point
@@ -91,7 +91,7 @@ class Derivative:
     def rehearse(self) -> None:
         """Say what cannot work with the train set before hours are spent."""
         side = self.updates.loss.side
-        steps_count = identity(side) == identity(self.test_side)
+        steps_count = side.manner == self.test_side.manner
         positions = list(self.updates.run.batches[0])
         raw = self.updates.rows.batch(positions, 0)
         as_tests = Examples(self.train_examples().stream, self.test_side)

@@ -118,7 +118,7 @@ class UnrolledInfluence(AsksForUpdates, DataInfluence):
         folder: str | os.PathLike[str] | None = None,
         check: bool = True,
     ) -> None:
-        arguments.check_model(model)
+        arguments.check_model_in_one_place(model)
         arguments.check_layers(layers)
         if not isinstance(run, TrainingRun):
             raise TypeError(f"run= must be a TrainingRun, got {type(run).__name__}.")

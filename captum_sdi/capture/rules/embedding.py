@@ -27,6 +27,25 @@ def embedding(
     yield "weight", slice(None), Outer(rows=ids, cols=backprops)
 
 
+@rule(
+    "captum_sdi.models.looped_gpt_layers.SoftEmbedding",
+    parameters=["weight"],
+    fresh_output=True,
+    positionwise=True,
+)
+def soft_embedding(
+    module: nn.Module,
+    activation: Tensor,
+    backprop: Tensor,
+    wanted: Sequence[str],
+) -> Iterator[PerExample]:
+    """Yield the gradients of an embedding of ids, or of distributions over them ``(n, ..., v)``."""
+    if not activation.is_floating_point():
+        yield from embedding(module, activation, backprop, wanted)
+        return
+    yield "weight", slice(None), Outer(rows=merge_positions(activation), cols=merge_positions(backprop))
+
+
 def looks_at_batch(module: nn.Module) -> bool:
     """Say whether a module is an embedding whose gradient depends on the ids of all examples."""
     return isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq)

@@ -9,6 +9,7 @@ from torch import nn
 
 from captum_sdi.borrow import recompute
 from captum_sdi.capture.rules.base import Gradients, PositionTest, Rule
+from captum_sdi.offload import align_hooks
 
 LayerType = type[nn.Module] | str
 """A class, or ``"module.qualified_name"`` of a class that may not be installed."""
@@ -85,7 +86,6 @@ def forward_of(module: nn.Module) -> object:
     forward: object = vars(module).get("forward", type(module).forward)
     if isinstance(forward, functools.partial) and forward.func is recompute:
         forward = forward.args[0]
-    hook = vars(module).get("_hf_hook")
-    if type(hook).__name__ == "AlignDevicesHook":  # accelerate's: it moves tensors between devices
+    if align_hooks(module):  # it moves tensors between devices
         forward = vars(module).get("_old_forward", forward)
     return getattr(forward, "__func__", forward)

@@ -1,21 +1,31 @@
 "use strict";
-// What the file holds, unpacked when somebody looks at it. A chunk is JSON, compressed, in base64.
+// What the file holds, unpacked when somebody looks at it. A chunk is JSON, compressed, in base64; the first few are plain.
 
 const { html, render, useEffect, useMemo, useRef, useState } = preactHtm;
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const unpacked = new Map(); // from a chunk's name to a promise of its content
 
 function chunk(name) {
-  if (!unpacked.has(name)) unpacked.set(name, unpack(document.getElementById(`chunk-${name}`).textContent));
+  if (!unpacked.has(name)) unpacked.set(name, unpack(name));
   return unpacked.get(name);
 }
 
-async function unpack(base64) {
-  const binary = atob(base64);
+async function unpack(name) {
+  const element = await arrived(`chunk-${name}`);
+  if (element.type === "application/json") return JSON.parse(element.textContent);
+  const binary = atob(element.textContent);
   const bytes = new Uint8Array(binary.length);
   for (let place = 0; place < binary.length; place += 1) bytes[place] = binary.charCodeAt(place);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Response(stream).json();
+}
+
+/** An element, once all of it was read: the page is drawn while most of the file still comes in. */
+async function arrived(id) {
+  const element = document.getElementById(id);
+  if (element?.nextSibling || document.readyState !== "loading") return element;
+  await new Promise((resume) => { setTimeout(resume, 10); });
+  return arrived(id);
 }
 
 async function textEntry(number) {

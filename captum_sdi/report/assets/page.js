@@ -31,14 +31,15 @@ function addressOf({ test, rank, train, view }) {
   return `#${named}`;
 }
 
-function Page({ tests }) {
+function Page({ tests, first }) {
   const [state, setState] = useState(() => ({ ...START, ...selectionFrom(location.hash) }));
   const go = (change) => setState((now) => ({ ...now, ...(typeof change === "function" ? change(now) : change) }));
-  const [shown, setShown] = useState(null);
+  const [shown, setShown] = useState(first);
   const [deepFound, setDeepFound] = useState(null);
   const listed = useMemo(() => listedTests(tests, state, deepFound), [tests, state.search, state.order, deepFound]);
 
   useEffect(() => {
+    if (shown.test === state.test) return undefined;
     let isCurrent = true;
     loadTest(state.test).then((loaded) => isCurrent && setShown(loaded));
     return () => { isCurrent = false; };
@@ -70,7 +71,6 @@ function Page({ tests }) {
     if (card) card.scrollIntoView({ block: "nearest" });
   }, [state.train, shown]);
 
-  const isReady = shown !== null && shown.test === state.test;
   return html`
     <${TopBar} state=${state} go=${go} />
     <div class=${`body ${state.isListOpen ? "list-open" : ""}`}>
@@ -78,10 +78,10 @@ function Page({ tests }) {
         <${Search} state=${state} go=${go} nFound=${listed.length} isSearching=${state.isDeep && state.search && !deepFound} />
         <${TestList} tests=${listed} state=${state} go=${go} />
       </nav>
-      <main aria-busy=${!isReady}>
+      <main aria-busy=${shown.test !== state.test}>
         ${state.view === "set" && html`<${SetView} state=${state} />`}
         ${state.view === "about" && html`<${AboutView} />`}
-        ${state.view === "tests" && shown && html`<${TestView} key=${shown.test} shown=${shown} test=${tests[shown.test]} state=${state} go=${go} />`}
+        ${state.view === "tests" && html`<${TestView} key=${shown.test} shown=${shown} test=${tests[shown.test]} state=${state} go=${go} />`}
       </main>
     </div>
   `;
@@ -146,7 +146,7 @@ function keyActions({ go, listed, shown }) {
     const next = listed[place + offset];
     return next ? { test: next.test, train: null, view: "tests" } : {};
   });
-  const depth = shown ? largestOf(shown.pairs.map(({ steps }) => steps.length)) : 0;
+  const depth = largestOf(shown.pairs.map(({ steps }) => steps.length));
   const rankOf = (step) => (step > 0 ? `step:${Math.min(depth, step)}` : "total");
   const goByStep = (offset) => go((now) => ({ rank: rankOf(rankStep(now.rank) + offset), isPlaying: false }));
   const openNext = (offset) => go((now) => ({ train: neighbour(shown, now, offset) }));
@@ -166,7 +166,6 @@ function keyActions({ go, listed, shown }) {
 
 /** The training example that stands so many places behind the open one, first the proponents, then the opponents. */
 function neighbour(shown, state, offset) {
-  if (!shown) return null;
   const { proponents, opponents } = sides(shown, state.rank);
   const cards = [...withoutCopies(proponents), ...withoutCopies(opponents)];
   const trains = cards.map(({ pair }) => pair.train);
@@ -176,14 +175,15 @@ function neighbour(shown, state, offset) {
 
 async function start() {
   const root = document.getElementById("page");
-  if (!("DecompressionStream" in window)) {
-    root.textContent = "This browser cannot unpack the page: use Chrome 80, Firefox 113, Safari 16.4 or newer.";
+  if (!("DecompressionStream" in window && CSS.supports("color", "light-dark(red, blue)"))) {
+    root.textContent = "This browser cannot show the page: use Chrome 123, Firefox 120, Safari 17.5 or newer.";
     return;
   }
   const rows = await chunk("tests");
   const tests = rows.map((row, test) => ({ ...row, test }));
+  const first = await loadTest(selectionFrom(location.hash).test);
   root.textContent = "";
-  render(html`<${Page} tests=${tests} />`, root);
+  render(html`<${Page} tests=${tests} first=${first} />`, root);
 }
 
 start();
