@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run_command = getattr(module, options.command)
             run_command(options)
     except KeyboardInterrupt:
-        advice = ": the same command goes on from here" if words[0] in RESUMED else ""
+        advice = ": the same command goes on from here" if words and words[0] in RESUMED else ""
         print_message(f"interrupted{advice}")
         return INTERRUPTED
     except Exception as error:
