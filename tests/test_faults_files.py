@@ -73,6 +73,7 @@ def test_e1_only_listed_names_of_ours_are_removed(here: Path) -> None:
     (here / "drawn" / "heatmap-7.png").write_text("mine")
     assert run(f"{SCORE} --out drawn --overwrite") == 0
     assert set(os.listdir("drawn")) == {
+        "run.json",
         "scores.jsonl",
         "scores.csv",
         "scores.npz",
