@@ -148,9 +148,9 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# A million texts",
         "",
-        f"`python benchmarks/million.py`: {PARAMETERS} parameters x {DIM} float16 numbers an example, one checkpoint,",
-        f"{QUESTIONS} questions at once. Opening reads headers alone; checksums are compared before the first question",
-        "of a process, and not again.",
+        f"`python benchmarks/million.py`: {PARAMETERS} parameters x {DIM} numbers in float16 an example, one",
+        f"checkpoint, {QUESTIONS} questions at once. Opening reads headers alone; checksums are compared before the",
+        "first question of a process, and not again.",
         "",
         *measured_table(measured),
         "",
@@ -177,7 +177,7 @@ def measured_table(measured: dict[str, dict[str, float]]) -> list[str]:
 
 def paper_table(gb_per_example: float, gb_per_second: float) -> list[str]:
     lines = [
-        "| texts | bytes | 16 questions | ... on 64 machines | built by a card | by 64 cards | cards for the rows |",
+        "| texts | bytes | 16 questions | on 64 machines | building on a card | on 64 cards | cards for the rows |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for texts in (10**6, 10**7, 10**8, 10**9):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from captum_sdi.cli.config import RUN
 from captum_sdi.whole_file import UNFINISHED, check_replaceable
 
 LINES, ARRAYS, TENSORS, SPREADSHEET = "scores.jsonl", "scores.npz", "scores.safetensors", "scores.csv"
@@ -28,7 +29,7 @@ PICTURES = re.compile(r"(trajectories-\d+|heatmap-\d+|totals|step-share)\.(png|p
 
 def is_result(name: str) -> bool:
     """Return whether a file of that name may be one of ours."""
-    return name in (LINES, ARRAYS, TENSORS, SPREADSHEET, PAGE) or PICTURES.fullmatch(name) is not None
+    return name in (LINES, ARRAYS, TENSORS, SPREADSHEET, PAGE, RUN) or PICTURES.fullmatch(name) is not None
 
 
 def listed_files(folder: Path) -> set[str]:

@@ -12,9 +12,10 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
 * ``test`` / ``tests``: positions of test examples in ``result``, from 0.
 * ``train``: training examples to draw in place of the strongest, by index in the training set.
 * ``k``: how many proponents, and how many opponents, to draw.
-* ``texts``: the training examples as text, in the order of the training set. They are shown on one line, beside a few
-  rows on two, and cut with an ellipsis where room ends. Scripts that the default font lacks are written in an installed
-  one that has them; without any, "[8 CJK]" stands for eight characters.
+* ``texts``: the training examples as text, in the order of the training set; None = those that the result knows, as
+  one of `captum_sdi.texts` does. They are shown on one line, beside a few rows on two, and cut with an ellipsis where
+  room ends. Scripts that the default font lacks are written in an installed one that has them; without any,
+  "[8 CJK]" stands for eight characters.
 * ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value
   drawn, or where a few outliers would hide all others the largest of those; outliers are marked.
 * ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.
@@ -32,6 +33,7 @@ from captum_sdi.plotting.groups import plot_groups
 from captum_sdi.plotting.heatmap import plot_heatmap
 from captum_sdi.plotting.map import plot_map
 from captum_sdi.plotting.path import plot_path
+from captum_sdi.plotting.predicted_losses import plot_predicted_losses
 from captum_sdi.plotting.self_influence import plot_self_influence
 from captum_sdi.plotting.step_matrix import plot_step_matrix
 from captum_sdi.plotting.step_share import plot_step_share
@@ -47,6 +49,7 @@ __all__ = [
     "plot_heatmap",
     "plot_map",
     "plot_path",
+    "plot_predicted_losses",
     "plot_self_influence",
     "plot_step_matrix",
     "plot_step_share",

@@ -25,7 +25,7 @@ from captum_sdi.plotting._axes import (
 from captum_sdi.plotting._colours import draw_colours
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT
-from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores
+from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores, test_texts_of, train_texts
 from captum_sdi.plotting._text import FONT, example_name, isolated
 
 _MOST_ROWS = 80
@@ -63,6 +63,8 @@ def plot_totals(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['test 0', '#0', '#1', 'test 1', '#0']
     """
+    texts = train_texts(result, texts)
+    test_texts = test_texts_of(result, test_texts)
     scores = read_scores(result, texts)
     n_tests = len(scores.totals)
     chosen = check_positions("tests", tests, n_tests).tolist()

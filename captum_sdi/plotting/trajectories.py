@@ -12,7 +12,7 @@ from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
 from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines, limit_line
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest
+from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, signed_numbers
 from captum_sdi.plotting.trajectory_panels import plot_trajectory_panels
 
@@ -47,6 +47,7 @@ def plot_trajectories(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['proponents: total', '+0.750  #0: 1 0 1', 'opponents: total', '−1.500  #1: 0 0 1']
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     proponents, opponents = strongest(scores.totals, k if train is None else None)
     drawn = np.concatenate([proponents, opponents])
