@@ -183,7 +183,7 @@ def measured_table(measured: dict[str, dict[str, float]]) -> list[str]:
     for key in next(iter(measured.values())):
         cells = []
         for found in measured.values():
-            cells.append(f"{found[key]:,.3g}" if found[key] < 100 else f"{found[key]:,.0f}")
+            cells.append(in_digits(found.get(key)))
         lines.append(f"| {key} | {' | '.join(cells)} |")
     return lines
 
@@ -200,6 +200,12 @@ def paper_table(gb_per_example: float, gb_per_second: float) -> list[str]:
         times = [in_time(each) for each in (hours, hours / 64, building, building / 64)]
         lines.append(f"| {texts:,} | {gigabytes:,.0f} GB | {' | '.join(times)} | {max(1, round(gigabytes / 48)):,} |")
     return lines
+
+
+def in_digits(number: float | None) -> str:
+    if number is None:
+        return "not measured"
+    return f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
 
 
 def in_time(hours: float) -> str:
