@@ -20,6 +20,7 @@ GALLERY = {
     "06_sudoku": 0,
     "07_how_big_a_sketch": 0,
     "08_a_known_answer": 0,
+    "09_length_generalisation": 1,
 }
 
 path = Path(sys.argv[1])
