@@ -30,7 +30,6 @@ from retraining.pictures import draw_costs, draw_gauge
 BEDS: dict[str, Callable[[int], beds.Bed]] = {
     "parity": beds.smooth_parity,
     "text": beds.text_bed,
-    "text, 2e-3": beds.smooth_text,
     "hops": beds.hop_bed,
     "hops, float64": lambda seed: beds.hop_bed(seed, torch.float64),
     "parity, 3e-3": beds.rough_parity,

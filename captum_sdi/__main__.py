@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from captum_sdi import __version__
+from captum_sdi.cli.config import with_config
 from captum_sdi.cli.parser import build_parser
 from captum_sdi.cli.places import check_places
 from captum_sdi.cli.shell_words import in_shell_words
@@ -32,20 +33,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0, 1 after an error of one line, or 130 after an interruption.
     """
-    options = build_parser(__version__).parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with one_line_warnings():
+            options = build_parser(__version__).parse_args(with_config(words))
             check_places(options)
             # Imports torch, which --help, wrong usage and a page that is there need not wait for.
             module = import_module(f"captum_sdi.cli.{MODULES.get(options.command, 'commands')}")
             run_command = getattr(module, options.command)
             run_command(options)
     except KeyboardInterrupt:
-        advice = ": the same command goes on from here" if options.command in RESUMED else ""
+        advice = ": the same command goes on from here" if words and words[0] in RESUMED else ""
         print_message(f"interrupted{advice}")
         return INTERRUPTED
     except Exception as error:
-        if options.debug:
+        if "--debug" in words:
             traceback.print_exc()
         print_message(f"error: {one_line(error)}")
         return ERROR

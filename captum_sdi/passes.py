@@ -209,6 +209,7 @@ class Engine:
         self._load = load
         self._prepared: Prepared | None = None
         self._pieces = Pieces()
+        self._known: dict[tuple[LoopSpec, tuple[str, ...]], Prepared] = {}
         check_saved_loop(model)
         if loop is not None or layers != "loop":
             self._checked_targets(loop or WHOLE_MODEL)
@@ -223,11 +224,7 @@ class Engine:
             sketch,
             activation_checkpointing=self.activation_checkpointing,
         )
-        prepared = self._prepared
-        if prepared is not None:
-            featurizer = prepared.featurizer.with_sketch(sketch)
-            rehearsal = Rehearsal(self.model, prepared.loop)
-            engine._prepared = replace(prepared, featurizer=featurizer, rehearsal=rehearsal)
+        engine._known = self._known
         return engine
 
     @contextmanager
@@ -252,7 +249,7 @@ class Engine:
             borrowed.enter_context(weights_at_hand(self.model))
             borrowed.enter_context(preserved(self.model, weights=loads_weights))
             prepared = self._prepare(first)
-            prepared.rehearsal.expect(first.side)
+            prepared.rehearsal.begin(first.side)
             # Closed before the weights are restored, also when the body ends early: no hook outlives it.
             with closing(self._visit(checkpoints, prepared)) as points:
                 yield points
@@ -281,14 +278,18 @@ class Engine:
         loop = self.loop or self._found_loop(examples)
         targets = self._checked_targets(loop)
         if self._prepared is None or self._prepared.targets != targets:
-            featurizer = Featurizer(
-                self.model,
-                targets,
-                loop,
-                self.sketch,
-                self.activation_checkpointing,
-            )
-            self._prepared = Prepared(loop, targets, featurizer, Rehearsal(self.model, loop))
+            key = LoopSpec(loop.modules, loop.anchors), tuple(targets)
+            if key not in self._known:
+                featurizer = Featurizer(
+                    self.model,
+                    targets,
+                    loop,
+                    self.sketch,
+                    self.activation_checkpointing,
+                )
+                self._known[key] = Prepared(loop, targets, featurizer, Rehearsal(self.model, loop))
+            prepared = self._known[key]
+            self._prepared = replace(prepared, featurizer=prepared.featurizer.with_sketch(self.sketch))
         return self._prepared
 
     def _found_loop(self, examples: Examples) -> LoopSpec:

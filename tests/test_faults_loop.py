@@ -520,3 +520,41 @@ def test_a13_the_config_says_all_or_nothing(saved: Path) -> None:
         loop_layers(loaded, 1, 3)
     loop_layers(loaded, 0, 2, 2)  # its own words count, and are remembered
     assert loaded.config.captum_sdi_loop["stop"] == 2
+
+
+class Siamese(nn.Module):
+    """One encoder for two inputs: what it returns for the first is not what it is given for the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.head = Block(), nn.Linear(2 * WIDTH, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.head(torch.cat([self.encoder(left), self.encoder(right)], dim=-1))
+
+
+def test_a14_the_calls_of_an_encoder_for_two_inputs_are_the_steps_and_add_up() -> None:
+    model = spread(Siamese().double())
+    generator = torch.Generator().manual_seed(1)
+    left, right = torch.randn(2, 4, WIDTH, generator=generator, dtype=torch.float64)
+    labels = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    loop = find_loop(model, (left, right, labels))
+    assert loop.n_steps == 2
+    assert loop.modules == ("encoder",)
+    influence = SDIInfluence(
+        model, [*zip(left, right, labels, strict=True)], loss_fn=nn.MSELoss(reduction="none"), sketch=Exact()
+    )
+    steps = influence.step_influence((left, right, labels)).trajectories
+    gradients: list[list[Tensor]] = [[], []]
+    for number in range(4):
+        for place, given in enumerate((left[number], right[number])):
+            states = [model.encoder(left[number]), model.encoder(right[number])]
+            states = [state.detach() for state in states]
+            states[place] = model.encoder(given)
+            loss = nn.functional.mse_loss(model.head(torch.cat(states)), labels[number], reduction="sum")
+            parts = torch.autograd.grad(loss, list(model.encoder.parameters()))
+            gradients[place].append(torch.cat([part.flatten() for part in parts]))
+    by_call = [torch.stack(rows) for rows in gradients]
+    whole = by_call[0] + by_call[1]
+    for place, rows in enumerate(by_call):
+        assert torch.allclose(steps[..., place], rows @ whole.T)

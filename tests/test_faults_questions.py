@@ -12,7 +12,7 @@ from test_faults_capture import ROWS, Base, D, OuroReplica, assert_exact, per_ex
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from captum_sdi import LoopSpec, SDIInfluence
+from captum_sdi import LoopSpec, SDIInfluence, TensorSketch
 from captum_sdi.data.losses import TokenCrossEntropy
 from captum_sdi.preconditioners import Fisher
 
@@ -92,3 +92,18 @@ class Checkpoints(nn.Module):
 @pytest.mark.parametrize("layers", [None, "loop"])
 def test_b3_a_module_that_checkpoints_a_part_of_its_own_is_exact(layers: Any) -> None:
     assert_exact(spread(Base(Checkpoints()).double()), layers)
+
+
+def test_e11_winners_by_sketch_are_overstated_and_rerank_mends_them() -> None:
+    model = spread(Base(nn.Sequential(nn.Linear(D, D), nn.Tanh())).double())
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (60, 5), generator=generator)
+    many = [{"input_ids": row, "labels": row} for row in ids]
+    exact = sdi(model, many).influence(many[:8])
+    sketched = sdi(model, many, sketch=TensorSketch(dim=16, pool=True))
+    winners = sketched.influence(many[:8], k=5)
+    stated, true = winners.influence_scores, exact.gather(1, winners.indices)
+    assert stated.mean() > true.mean()
+    mended = sketched.influence(many[:8], k=5, rerank=60)
+    assert torch.allclose(mended.influence_scores, exact.topk(5).values)
+    assert "rerank" in str(SDIInfluence.step_influence.__doc__)

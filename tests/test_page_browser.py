@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -331,3 +332,14 @@ def test_thousands_are_paged_in(browser: Any, tmp_path: Path) -> None:
     page.expect(".proponents .card").to_have_count(n_proponents)
     assert page.complaints == []
     page.context.close()
+
+
+def test_a_step_that_hardly_acts_has_numbers_all_the_same(browser: Any, tmp_path: Path) -> None:
+    """Of a chain of facts, the last step can be a million times the first: all share one unit."""
+    faint = torch.tensor([1e-6, 1.0, 1.0, 1.0]) * RESULT.trajectories
+    page = write_page(replace(RESULT, trajectories=faint), tmp_path / "page.html", texts=TEXTS)
+    visit = Visit(browser, page.path.as_uri())
+    visit.tab.keyboard.press("ArrowRight")
+    visit.expect(".proponents .card:first-child .value").to_have_text(re.compile(r"^\+\d\.\de−\d$"))
+    visit.context.close()
+    assert not visit.complaints

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pages import TEST_TEXTS, TEXTS, TRAINS, random_result
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_report import Contents
 from test_texts import make_tokenizer
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 import captum_sdi
-from captum_sdi import SDIInfluence, StepInfluence
+from captum_sdi import SDIInfluence, StepInfluence, plotting
 from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
 from captum_sdi.report import write_page
 from captum_sdi.scores.words import NOTE, Words
@@ -54,6 +56,31 @@ def test_a_result_knows_both_sides(sdi: SDIInfluence, test_set: object, tmp_path
     contents = Contents(write_page([loaded, loaded], tmp_path / "page.html").path)
     assert [test["entry"] for test in contents.chunks["tests"]] == [["a b c d"], ["e f"]]
     assert "words" not in repr(loaded)
+
+
+def test_a_part_of_a_data_set_remembers_its_words(sdi: SDIInfluence, test_set: object) -> None:
+    part = Subset(Subset(sdi.train_dataloader.dataset, [3, 2, 0]), [2, 0])
+    result = SDIInfluence(sdi.model, part, batch_size=2).step_influence(Subset(test_set, [1]))
+    assert list(result.words.train) == [{"text": "a b c", "id": "first"}, {"text": "h g"}]
+    assert list(result.words.test) == [{"text": "e f"}]
+    assert pickle.loads(pickle.dumps(result)).words.train[1] == {"text": "h g"}
+
+
+def test_a_picture_says_what_the_result_knows(sdi: SDIInfluence, test_set: object) -> None:
+    result = sdi.step_influence(test_set)
+    bars = plotting.plot_totals(result, tests=[1], k=1, ax=Figure(figsize=(9, 4)).subplots())
+    assert bars.get_yticklabels()[0].get_text() == "test 1: e f"
+    everything = ("a b c", "c d e", "a b", "h g")
+    lines = plotting.plot_trajectories(result, ax=Figure(figsize=(9, 4)).subplots()).get_legend().get_texts()
+    named = [line.get_text().partition(": ")[2] for line in lines if "#" in line.get_text()]
+    assert named
+    assert set(named) <= set(everything)
+    other = (
+        plotting.plot_trajectories(result, texts=["mine"] * 4, ax=Figure(figsize=(9, 4)).subplots())
+        .get_legend()
+        .get_texts()
+    )
+    assert sum(line.get_text().endswith(": mine") for line in other) == len(named)
 
 
 def test_a_printed_result_shows_the_strongest_and_what_they_say() -> None:

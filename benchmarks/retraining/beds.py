@@ -113,6 +113,7 @@ def parity_bed(
     batch: int = 40,
     cosine: bool = False,
     warm_up: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Bed:
     """Running parity of 40 strings of 7 bits, by one block of width 32 applied 4 times; 20 strings are tests."""
     tests_and_trains, test = parity(100, min_bits=7, max_bits=7, running=True, seed=0).split(held_out=20)
@@ -128,6 +129,7 @@ def parity_bed(
         loss=language_model_loss,
         rates=tuple(rates),
         batches=epochs(len(train), batch, updates, seed),
+        dtype=dtype,
     )
 
 
@@ -136,12 +138,15 @@ def smooth_parity(seed: int) -> Bed:
 
 
 def rough_parity(seed: int) -> Bed:
-    """The documented failure: three times the rate, constant, on full batches."""
-    return parity_bed("parity, 3e-3", seed, peak=3e-3, updates=60)
+    """The documented failure: three times the rate, constant, on full batches.
+
+    In float64: in float32 the run amplifies rounding, so that two ways to sum a batch end at other weights.
+    """
+    return parity_bed("parity, 3e-3", seed, peak=3e-3, updates=60, dtype=torch.float64)
 
 
 def gauge_beds(n_seeds: int) -> list[Bed]:
-    """Return trainings from smooth to chaotic, asked about 6 tests."""
+    """Return trainings from smooth to chaotic, asked about 6 tests; see `rough_parity` on float64."""
     settings = {
         "3e-3, constant, full batches": {"peak": 3e-3, "updates": 60},
         "1e-3, constant, full batches": {"peak": 1e-3, "updates": 60},
@@ -153,8 +158,8 @@ def gauge_beds(n_seeds: int) -> list[Bed]:
     beds: list[Bed] = []
     for name, setting in settings.items():
         for seed in range(n_seeds):
-            beds.append(parity_bed(f"parity, {name}", seed, **setting))
-    beds += [make(seed) for make in (text_bed, smooth_text) for seed in range(n_seeds)]
+            beds.append(parity_bed(f"parity, {name}", seed, **setting, dtype=torch.float64))
+    beds += [text_bed(seed) for seed in range(n_seeds)]
     return [with_tests(bed, 6) for bed in beds]
 
 
@@ -169,7 +174,7 @@ gzip html mailbox optparse pprint queue selectors smtplib tempfile trace traceba
 """
 
 
-def text_bed(seed: int, name: str = "text", peak: float = 3e-3) -> Bed:
+def text_bed(seed: int) -> Bed:
     """First characters of docstrings of Python's library, by one block of width 48 applied 4 times; 8 are tests."""
     lines = docstring_lines()
     characters = sorted(set("".join(lines)))
@@ -177,9 +182,9 @@ def text_bed(seed: int, name: str = "text", peak: float = 3e-3) -> Bed:
     ids = torch.tensor([[token_ids[character] for character in line] for line in lines])
     train, test = ids[:LINES], ids[LINES : LINES + TEXT_TESTS]
     updates = 160
-    rates = [peak * schedule(update, updates, cosine=True, warm_up=10) + 1e-5 for update in range(updates)]
+    rates = [3e-3 * schedule(update, updates, cosine=True, warm_up=10) + 1e-5 for update in range(updates)]
     return Bed(
-        name=name,
+        name="text",
         seed=seed,
         train={"input_ids": train, "labels": train},
         test={"input_ids": test, "labels": test},
@@ -190,11 +195,6 @@ def text_bed(seed: int, name: str = "text", peak: float = 3e-3) -> Bed:
         adam=Adam(betas=(0.9, 0.99)),
         stack=1,
     )
-
-
-def smooth_text(seed: int) -> Bed:
-    """The same at two thirds of the rate, where the gauge trusts the run; chosen by the gauge alone."""
-    return text_bed(seed, "text, 2e-3", peak=2e-3)
 
 
 def docstring_lines() -> list[str]:

@@ -9,6 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from retraining.methods import METHODS
+from retraining.peers import PEERS
+
 STYLE = {
     "font.size": 6.5,
     "axes.titlesize": 6.5,
@@ -44,12 +47,14 @@ def draw_costs(results: dict[str, Any], path: Path) -> None:
 
 def draw_panel(ax: Axes, bed: dict[str, Any], kind: str) -> None:
     """Draw each method's total, filled, and its mean over loop steps, hollow."""
-    for place, (name, agreements) in enumerate(bed["agreement"][kind]["methods"].items()):
+    names = [*METHODS, *PEERS]
+    for name, agreements in bed["agreement"][kind]["methods"].items():
         seconds = bed["seconds"][name]
         if not seconds:
             low, high = agreements["total"]["interval"]
             ax.axhspan(low, high, color="#dddddd", linewidth=0, label=name)
             continue
+        place = names.index(name)
         look = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
         draw_point(ax, seconds, agreements["total"], label=name, **look)
         if "mean over steps" in agreements:

@@ -23,6 +23,10 @@ PAIRED = (
     ("Fisher, TensorSketch(512)", "TracIn / SDI, 4 checkpoints"),
     ("Hessian, rank 80", "TracIn / SDI, 4 checkpoints"),
     ("unrolled", "Hessian, rank 80"),
+    ("kronfluence EK-FAC", "Fisher, TensorSketch(512)"),
+    ("Fisher, TensorSketch(512)", "TRAK, 2048, damped"),
+    ("Hessian, rank 80", "kronfluence EK-FAC"),
+    ("unrolled", "kronfluence EK-FAC"),
 )
 
 
@@ -130,8 +134,9 @@ def differences(of_methods: dict[str, dict[str, Judged]]) -> dict[str, Any]:
     for first, second in PAIRED:
         if first in of_methods and second in of_methods:
             for what in ("total", PER_STEP):
-                difference = judging.difference(of_methods[first][what], of_methods[second][what])
-                found[f"{first} - {second}, {what}"] = difference.as_json()
+                if what in of_methods[first] and what in of_methods[second]:
+                    difference = judging.difference(of_methods[first][what], of_methods[second][what])
+                    found[f"{first} - {second}, {what}"] = difference.as_json()
     return found
 
 

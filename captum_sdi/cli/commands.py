@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from captum_sdi.cli import pictures
+from captum_sdi.cli.config import RUN, write_run
 from captum_sdi.cli.loading import build_influence, load_encoder, load_model, preconditioner_of, resolve_checkpoints
 from captum_sdi.cli.output import (
     ARRAYS,
@@ -18,6 +19,7 @@ from captum_sdi.cli.output import (
     listed_files,
     written_whole,
 )
+from captum_sdi.cli.places import may_be_on_hub
 from captum_sdi.cli.printing import is_first_process, print_line, print_summary, print_unless_quiet, shows_progress
 from captum_sdi.cli.recipe import NAME, Recipe, seen_from_here
 from captum_sdi.cli.results import Results
@@ -54,10 +56,10 @@ def index(options: Namespace) -> None:
     try:
         sdi.build_index(show_progress=show_progress)
     except KeyboardInterrupt:
-        write_recipe(recipe, folder)  # captum-sdi score may complete the index, too
+        write_recipe(recipe, options)  # captum-sdi score may complete the index, too
         raise
     train.check_unchanged()
-    write_recipe(recipe, folder)
+    write_recipe(recipe, options)
     print_unless_quiet(SketchIndex.open(folder), options)
 
 
@@ -94,7 +96,7 @@ def score(options: Namespace) -> None:
     if not is_first_process():
         return
     results = Results.from_scores(scored.scores, queries, train, scored.roles)
-    files = [LINES, SPREADSHEET, ARRAYS, TENSORS]
+    files = [LINES, SPREADSHEET, ARRAYS, TENSORS, RUN]
     if options.html:
         files.append(PAGE)
     with written_whole(options.out, overwrite=options.overwrite) as unfinished:
@@ -102,6 +104,7 @@ def score(options: Namespace) -> None:
             drawn = range(len(queries))[: options.pictures]
             files += pictures.draw(results, drawn, 5, unfinished, options.format, options.width)
         results.write(unfinished, files)
+        write_run(options, unfinished)
     table = results.table(options.columns)
     listed = ", ".join(files)
     print_unless_quiet(f"{table}\n{options.out}: {listed}", options)
@@ -167,10 +170,11 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe into a folder that holds an index; other files are left alone."""
-    if is_first_process() and (folder / MANIFEST).is_file():
-        recipe.write(folder)
+def write_recipe(recipe: Recipe, options: Namespace) -> None:
+    """Write the recipe, and what was typed, into a folder that holds an index; other files are left alone."""
+    if is_first_process() and (options.index / MANIFEST).is_file():
+        recipe.write(options.index)
+        write_run(options, options.index)
 
 
 def open_train(
@@ -208,7 +212,7 @@ def recipe_of_index(options: Namespace) -> Recipe:
             "SDIInfluence(..., index=...)."
         )
     for path in recipe.train:
-        if not Path(path).exists():
+        if not Path(path).exists() and not may_be_on_hub(path):
             raise ValueError(f"There are no training examples at {path}; say with --train where they are.")
     check_files([Path(path) for path in recipe.train])
     return dataclasses.replace(

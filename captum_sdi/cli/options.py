@@ -19,6 +19,7 @@ COSTS = "time and memory; these change no number"
 
 def add_index_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi index``."""
+    add_config_option(command)
     add_index_paths(command)
     add_data_options(command)
     add_model_options(command)
@@ -47,8 +48,8 @@ def add_index_paths(command: ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FILE",
-        help="training examples: jsonl, txt (a text in each line), csv, tsv, json, parquet, or a folder that datasets "
-        "saved; one or more",
+        help="training examples: jsonl, txt (a text in each line), csv, tsv, json, parquet, a folder that datasets "
+        "saved, or the name of a data set on the Hugging Face Hub; one or more",
     )
     group.add_argument(
         "--index",
@@ -263,8 +264,18 @@ def add_trust_option(group: argparse._ArgumentGroup) -> None:
 
 def add_table_options(group: argparse._ArgumentGroup) -> None:
     """Add which part of a table is meant."""
-    group.add_argument("--split", metavar="NAME", help="which split, of a folder that datasets saved")
+    group.add_argument("--split", metavar="NAME", help="which split, of a data set that has several")
     group.add_argument("--text-column", metavar="NAME", help="the field that is the text, if it is not called text")
+
+
+def add_config_option(command: ArgumentParser) -> None:
+    """Add ``--config``."""
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="run.json of an earlier run: its options hold where no others are typed",
+    )
 
 
 def add_device_option(group: argparse._ArgumentGroup) -> None:

@@ -6,6 +6,7 @@ Imports nothing that takes time.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import urllib.request
@@ -13,6 +14,9 @@ from argparse import Namespace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+FILES = (".csv", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
+"""Ends of the names of files of examples."""
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB = "https://huggingface.co"
 PATIENCE = 1.5
 """Seconds to wait for a connection; the Hub's own client tries for a minute."""
@@ -21,7 +25,7 @@ YES = {"1", "on", "true", "yes"}
 
 
 def check_places(options: Namespace) -> None:
-    """Check that models and tokenizers are folders here, or can be asked for.
+    """Check that models, tokenizers and data sets are here, or can be asked for.
 
     Raises:
         ValueError: If one of them is neither.
@@ -30,10 +34,25 @@ def check_places(options: Namespace) -> None:
         name = getattr(options, option, None)
         if name is not None:
             check_name(f"--{option}", name)
+    for option in ("train", "query"):
+        for path in getattr(options, option, None) or ():
+            if may_be_on_hub(path):
+                check_name(f"--{option}", str(path), kind="datasets")
 
 
-def check_name(option: str, name: str) -> None:
-    """Check that a name is a folder here, or one that the Hub may know.
+def may_be_on_hub(path: Path | str) -> bool:
+    """Return whether a path to nothing may be the name of a data set on the Hub.
+
+    Example:
+        >>> may_be_on_hub("owner/a-set"), may_be_on_hub("trian.jsonl"), may_be_on_hub("a/path/to/nothing")
+        (True, False, False)
+    """
+    name = str(path)
+    return HUB_NAME.fullmatch(name) is not None and not name.endswith(FILES) and not os.path.exists(name)
+
+
+def check_name(option: str, name: str, kind: str = "models") -> None:
+    """Check that a name is here, or one of a kind that the Hub may know.
 
     Raises:
         ValueError: If it is a path to nothing, or the Hub cannot be asked.
@@ -42,9 +61,10 @@ def check_name(option: str, name: str) -> None:
         return
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ValueError(f"There is no folder {name}; say with {option} where the {option[2:]} is.")
-    if cached_folder(name).is_dir():
+    if cached_folder(name, kind).is_dir():
         return
-    refusal = f"{option} {name} is no folder, and the Hub does not give it"
+    here = "folder" if kind == "models" else "file or folder"
+    refusal = f"{option} {name} is no {here}, and the Hub does not give it"
     offline = [variable for variable in OFFLINE if os.environ.get(variable, "").lower() in YES]
     if offline:
         raise ValueError(f"{refusal}: {offline[0]} is set, and it was never downloaded.")
@@ -53,11 +73,11 @@ def check_name(option: str, name: str) -> None:
         raise ValueError(f"{refusal}: {host[0]} cannot be reached from here. Is the name mistyped?")
 
 
-def cached_folder(name: str) -> Path:
+def cached_folder(name: str, kind: str) -> Path:
     """Return where the Hub's client keeps what it downloaded of a name."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    return cache / f"models--{name.replace('/', '--')}"
+    return cache / f"{kind}--{name.replace('/', '--')}"
 
 
 def hub_host() -> tuple[str, int]:

@@ -196,8 +196,7 @@ def map_paths(change: Callable[[Any], Any], paths: Any) -> Any:
 
 def absolute_path(path: Any) -> str:
     """Return a local path as an absolute one; anything else may be a name on the Hub."""
-    is_local = isinstance(path, Path) or os.path.exists(path)
-    return os.path.abspath(path) if is_local else path
+    return os.path.abspath(path) if os.path.exists(path) else str(path)
 
 
 def seen_from_here(path: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from captum_sdi.cli.options import (
     COSTS,
+    add_config_option,
     add_device_option,
     add_format_option,
     add_table_options,
@@ -21,6 +22,7 @@ PRECONDITIONERS = ("fisher", "hessian", "adam")
 
 def add_score_options(command: ArgumentParser) -> None:
     """Add the options of ``captum-sdi score``."""
+    add_config_option(command)
     add_query_options(command)
     add_preconditioner_options(command)
     add_result_options(command)

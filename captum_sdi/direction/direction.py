@@ -13,7 +13,7 @@ from captum_sdi.direction.contracted import Vectors
 from captum_sdi.direction.forward_mode import ForwardMode
 from captum_sdi.direction.gradients import GroupGradients
 from captum_sdi.direction.groups import Groups
-from captum_sdi.index.identity import weights_hash
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.maps.look import side_as_run
 from captum_sdi.maps.words import words_by
 from captum_sdi.passes import Point
@@ -101,7 +101,7 @@ class Direction:
         total: Answers | None = None
         with question.study.engine.points(question.study.checkpoints, question.tests) as points:
             for point, gradients in zip(points, self.gradients, strict=True):
-                if weights_hash(point.model) != gradients.weights:
+                if WeightHashes().of_model(point.model) != gradients.weights:
                     raise ValueError(CHANGED)
                 batches = list(self._batches(point, gradients.vectors, question, by_token=by_token))
                 answers = Answers.joined(batches)

@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_sdi.capture.featurizer import in_float16
 from captum_sdi.direction.contracted import Vectors, weighted_gradients
 from captum_sdi.direction.groups import Groups
-from captum_sdi.index.identity import weights_hash
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.passes import Point
 from captum_sdi.preconditioners import Identity
 from captum_sdi.study import Study
@@ -42,7 +42,7 @@ def group_gradients(study: Study, groups: Groups) -> tuple[GroupGradients, ...]:
     with study.points() as points:
         for point in points:
             vectors = summed_gradients(point, study, groups)
-            gradients.append(GroupGradients(vectors, weights_hash(point.model)))
+            gradients.append(GroupGradients(vectors, WeightHashes().of_model(point.model)))
     return tuple(gradients)
 
 

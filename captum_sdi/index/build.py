@@ -32,6 +32,7 @@ from captum_sdi.index.verify import (
     first_reading,
     lookup,
 )
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.index.writer import ShardWriter
 from captum_sdi.model_facts import model_device
 from captum_sdi.sketch.base import Sketch
@@ -95,6 +96,7 @@ class TrainIndex:
         self._held: ExitStack | None = None  # what ends with the build of all checkpoints
         self._is_locked, self._n_checkpoints = False, 1
         self._completed: set[str] = set()
+        self._hashes = WeightHashes()
         if self.path.exists():
             check_folder(self.path)
 
@@ -121,7 +123,7 @@ class TrainIndex:
             ValueError: If the index is of something else.
             OSError: If it is incomplete, and another process is building it, the folder is read-only or the disk full.
         """
-        identity = identity_at(point, self._sketch, self._side)
+        identity = identity_at(point, self._sketch, self._side, self._hashes)
         build = Build(point, train, identity, Processes(model_device(point.model)))
         check_same_reading(build.processes, first_reading(train))
         index = self._compared(build)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_sdi.data.side import Side
 from captum_sdi.features import LoopSpec, canonical_name
 from captum_sdi.index.manifest import RATE
-from captum_sdi.index.shards import digest_tensor
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.sketch.base import Sketch
 
 if TYPE_CHECKING:
@@ -34,19 +31,25 @@ class Identity:
     """What those of this checkpoint depend on; and its learning rate, which scores are multiplied by."""
 
 
-def identity_at(point: Point, sketch: Sketch, side: Side) -> Identity:
+def identity_at(
+    point: Point,
+    sketch: Sketch,
+    side: Side,
+    hashes: WeightHashes,
+) -> Identity:
     """Describe the rows that the model would give at a checkpoint.
 
     Args:
         point: The model there.
         sketch: How gradients are represented.
         side: The training side.
+        hashes: Of its weights, as far as they are known.
 
     Returns:
         The settings, and hashes of what this checkpoint holds.
     """
     checkpoint = {
-        "weights": weights_hash(point.model),
+        "weights": hashes.of_model(point.model),
         "hash tables": point.capture.checksum(),
         RATE: point.checkpoint.rate,
     }
@@ -98,19 +101,3 @@ def described(value: Any) -> str:
     if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash all weights and buffers of a model to 32 hexadecimal digits."""
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    named_tensors = sorted((canonical_name(name), tensor.detach()) for name, tensor in state.items())
-    names, tensors = zip(*named_tensors, strict=True)
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as threads:
-        digests = list(threads.map(_tensor_hash, names, tensors))
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:32]
-
-
-def _tensor_hash(name: str, tensor: Tensor) -> bytes:
-    digest = hashlib.sha256()
-    digest_tensor(digest, name, tensor.cpu())
-    return digest.digest()

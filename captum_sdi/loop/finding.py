@@ -33,6 +33,9 @@ def find_loop(
 ) -> FoundLoop:
     """Find the modules that repeat, by `PRESETS` or by watching a pass of the first example that runs several steps.
 
+    Whether a call is fed from the one before is not asked: of one encoder for two inputs (a Siamese network) the calls
+    are the steps, in their order, and add up to the whole influence.
+
     Args:
         model: Run once, and given back as it was.
         batch: A batch it takes, or rows, a Dataset or a DataLoader; see `captum_sdi.data`.

@@ -12,9 +12,10 @@ Every function returns the `matplotlib.axes.Axes` it drew on and takes what it n
 * ``test`` / ``tests``: positions of test examples in ``result``, from 0.
 * ``train``: training examples to draw in place of the strongest, by index in the training set.
 * ``k``: how many proponents, and how many opponents, to draw.
-* ``texts``: the training examples as text, in the order of the training set. They are shown on one line, beside a few
-  rows on two, and cut with an ellipsis where room ends. Scripts that the default font lacks are written in an installed
-  one that has them; without any, "[8 CJK]" stands for eight characters.
+* ``texts``: the training examples as text, in the order of the training set; None = those that the result knows, as
+  one of `captum_sdi.texts` does. They are shown on one line, beside a few rows on two, and cut with an ellipsis where
+  room ends. Scripts that the default font lacks are written in an installed one that has them; without any,
+  "[8 CJK]" stands for eight characters.
 * ``limit``: the absolute value at which colours saturate, to compare pictures; None = the largest value
   drawn, or where a few outliers would hide all others the largest of those; outliers are marked.
 * ``title``: shown literally and cut like ``texts``; None = a default, ``""`` = none.

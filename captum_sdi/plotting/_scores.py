@@ -20,6 +20,7 @@ from captum_sdi.plotting._arguments import (
     finite_array,
 )
 from captum_sdi.scores.result import StepInfluence
+from captum_sdi.scores.words import PlainTexts
 
 Result: TypeAlias = StepInfluence | Tensor | ArrayLike
 
@@ -82,6 +83,21 @@ class Scores:
             )
         wanted_columns = [columns[index] for index in wanted]
         return scores.select(np.array(wanted_columns))
+
+
+def train_texts(result: Result, texts: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the texts of the training examples: those that were passed, or else those that the result knows."""
+    if texts is not None or not isinstance(result, StepInfluence) or result.words is None:
+        return texts
+    return None if result.words.train is None else PlainTexts(result.words.train)
+
+
+def test_texts_of(result: Result, texts: Sequence[str] | None) -> Sequence[str] | None:
+    """Return the texts of the test examples, likewise; of rows of target tokens only those that were passed."""
+    if texts is not None or not isinstance(result, StepInfluence) or result.words is None:
+        return texts
+    is_by_token = result.token_of is not None
+    return None if result.words.test is None or is_by_token else PlainTexts(result.words.test)
 
 
 def read_scores(

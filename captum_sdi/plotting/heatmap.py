@@ -19,7 +19,7 @@ from captum_sdi.plotting._axes import (
 )
 from captum_sdi.plotting._colours import draw_colours
 from captum_sdi.plotting._fonts import readable
-from captum_sdi.plotting._scores import Result, ranked, read_scores
+from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
 from captum_sdi.plotting._text import FONT, example_name
 
 
@@ -58,6 +58,7 @@ def plot_heatmap(
     if sort not in ("total", "step"):
         raise ValueError(f'sort must be "total" or "step", got {sort!r}.')
     check_limit(limit)
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     scores = scores.select(ranked(scores.totals, k))
     if sort == "step":

@@ -13,7 +13,7 @@ from captum_sdi.plotting._axes import column_axes, set_title
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
 from captum_sdi.plotting._lines import NEUTRAL, PROPONENT, draw_band, draw_examples, finish_lines
-from captum_sdi.plotting._scores import Result, ranked, read_scores
+from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
 from captum_sdi.plotting._text import signed_numbers
 
 
@@ -40,6 +40,7 @@ def plot_self_influence(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['2 examples', 'median', 'middle 50%', 'middle 90%', 'strongest: total', '+3.000  #0', ' ', ' ']
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts, self_influence=True)
     strongest = scores.select(ranked(scores.totals, k)[:k])
     totals = signed_numbers(strongest.totals)

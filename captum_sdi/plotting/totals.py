@@ -25,7 +25,7 @@ from captum_sdi.plotting._axes import (
 from captum_sdi.plotting._colours import draw_colours
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT
-from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores
+from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores, test_texts_of, train_texts
 from captum_sdi.plotting._text import FONT, example_name, isolated
 
 _MOST_ROWS = 80
@@ -63,6 +63,8 @@ def plot_totals(
         >>> [label.get_text() for label in ax.get_yticklabels()]
         ['test 0', '#0', '#1', 'test 1', '#0']
     """
+    texts = train_texts(result, texts)
+    test_texts = test_texts_of(result, test_texts)
     scores = read_scores(result, texts)
     n_tests = len(scores.totals)
     chosen = check_positions("tests", tests, n_tests).tolist()
@@ -90,15 +92,20 @@ def plot_totals(
     cells = np.zeros((n_rows, depth))
     cells[example_rows] = examples.steps_run
     draw_colours(heat_axes, cells, limit)
-    for row in headings:  # zero has almost, but not quite, the background's colour
-        heat_axes.axhspan(row - 0.5, row + 0.5, color=heat_axes.get_facecolor(), linewidth=0)
-    heat_axes.tick_params(left=False, labelleft=False)
-    heat_axes.spines[:].set_visible(b=False)
+    _part_rows(heat_axes, headings)
     bar_axes.set_ylim(n_rows - 0.5, -0.5)  # the first row on top
     label_rows(bar_axes, names, room, bold=headings.tolist())
     bar_axes.set_ylabel("train examples", fontsize=FONT)
     set_title(bar_axes, title, "", taken=room - width_in_points(heat_axes))
     return readable(bar_axes)
+
+
+def _part_rows(ax: Axes, headings: Positions) -> None:
+    """Leave the rows of headings empty in the heat map."""
+    for row in headings:  # zero has almost, but not quite, the background's colour
+        ax.axhspan(row - 0.5, row + 0.5, color=ax.get_facecolor(), linewidth=0)
+    ax.tick_params(left=False, labelleft=False)
+    ax.spines[:].set_visible(b=False)
 
 
 def _pick_examples(

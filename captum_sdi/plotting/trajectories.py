@@ -12,7 +12,7 @@ from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
 from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines, limit_line
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest
+from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, signed_numbers
 from captum_sdi.plotting.trajectory_panels import plot_trajectory_panels
 
@@ -47,6 +47,7 @@ def plot_trajectories(
         >>> [text.get_text() for text in ax.get_legend().get_texts()]
         ['proponents: total', '+0.750  #0: 1 0 1', 'opponents: total', '−1.500  #1: 0 0 1']
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     proponents, opponents = strongest(scores.totals, k if train is None else None)
     drawn = np.concatenate([proponents, opponents])
@@ -61,31 +62,24 @@ def plot_trajectories(
             width=width,
             ax=ax,
         )
-    n_proponents = len(proponents)
     stacked = texts is not None or scores.has_outer_bins
-    height = legend_height([n_proponents, len(opponents)], stacked=stacked)
+    height = legend_height([len(proponents), len(opponents)], stacked=stacked)
     ax = column_axes(ax, 2.05 + height, width)
-    totals = signed_numbers(scores.totals[drawn])
+    totals = dict(zip(drawn.tolist(), signed_numbers(scores.totals[drawn]), strict=True))
     meaning = "total incl. prelude, coda" if scores.has_outer_bins else "total"
     sign = "proponents" if scores.totals[proponents].any() else "no influence"
-    blocks = [
-        draw_examples(
+    blocks = []
+    for name, rows, styles in ((sign, proponents, PROPONENT), ("opponents", opponents, OPPONENT)):
+        own_totals = [totals[row] for row in rows.tolist()]
+        block = draw_examples(
             ax,
-            f"{sign}: {meaning}",
-            scores.select(proponents),
-            totals[:n_proponents],
-            PROPONENT,
+            f"{name}: {meaning}",
+            scores.select(rows),
+            own_totals,
+            styles,
             texts,
-        ),
-        draw_examples(
-            ax,
-            f"opponents: {meaning}",
-            scores.select(opponents),
-            totals[n_proponents:],
-            OPPONENT,
-            texts,
-        ),
-    ]
+        )
+        blocks.append(block)
     finish_lines(ax, int(scores.n_steps[0]), "influence\n(drop in test loss)")
     _limit(ax, scores.select(drawn), blocks)
     set_title(ax, title, f"test example {test}")

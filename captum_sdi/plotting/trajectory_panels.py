@@ -22,7 +22,7 @@ from captum_sdi.plotting._axes import (
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT, LineStyle, draw_line, limit_line, step_padding
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest
+from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, SMALL, clip, isolated, signed_numbers
 
 _PANEL = 115  # points: a panel is about so wide, and a little less high
@@ -58,6 +58,7 @@ def plot_trajectory_panels(
         >>> [panel.get_title(loc="left") for panel in ax.figure.axes]
         ['test example 0\n+0.750  #0\n1 0 1', '−1.500  #1\n0 0 1']
     """
+    texts = train_texts(result, texts)
     scores = read_scores(result, texts).of_test_example(test, train)
     proponents, opponents = strongest(scores.totals, k if train is None else None)
     drawn = scores.select(np.concatenate([proponents, opponents]))

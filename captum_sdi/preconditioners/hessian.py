@@ -12,7 +12,8 @@ from torch import Tensor
 
 from captum_sdi.borrow import requiring_grad
 from captum_sdi.features import StepFeatures, canonical_name
-from captum_sdi.index.identity import described, weights_hash
+from captum_sdi.index.identity import described
+from captum_sdi.index.weights import WeightHashes
 from captum_sdi.preconditioners.arguments import check_count, check_damping
 from captum_sdi.preconditioners.lanczos import ritz_pairs
 from captum_sdi.preconditioners.shelf import Tensors, scratch
@@ -120,7 +121,7 @@ class Hessian:
         side = train.examples.side
         return {
             "captum_sdi": version("captum-sdi"),
-            "weights": weights_hash(point.model),
+            "weights": WeightHashes().of_model(point.model),
             "parameters": shapes,
             "loss": described(side.loss_fn),
             "forward_kwargs": described(side.forward_kwargs),

@@ -82,9 +82,13 @@ class Rehearsal:
         self._steps_counted = False
         self._expected: Side | None = None
 
-    def expect(self, side: Side) -> None:
-        """Note which side's batches will come, whatever others do."""
+    def begin(self, side: Side) -> None:
+        """Note which side's batches will come, whatever others do, and forget what an error left unfinished."""
         self._expected = side
+        for known in self._of.values():
+            if known.unconfirmed is not None:
+                known.is_begun = False
+            known.unconfirmed = known.waiting = None
 
     def finish(self) -> None:
         """Do what waited for later batches, while the hooks of the last ones are on the model.
@@ -249,8 +253,8 @@ class Rehearsal:
         features = batch.features()
         losses = batch.capture.tape.state.losses
         difference = relative_difference(features, numbers[0], first.run.features)
-        is_coarse_and_other = is_coarse(self._model) and not repeats(first, losses[numbers[0] :][:1])
-        if (is_coarse_and_other or difference > rounding(features)) and self._confirm(known, first):
+        is_other = not repeats(first, losses[numbers[0] :][:1]) or difference > rounding(features)
+        if is_other and self._confirm(known, first):
             features = batch.features()
             difference = relative_difference(features, numbers[0], first.run.features)
         known.unconfirmed = None

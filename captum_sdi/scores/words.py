@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 Example = str | Mapping[str, Any]
 """A text, or a mapping with a ``text`` and other fields, such as an ``id``."""
@@ -39,7 +39,11 @@ class Remembered(Sequence[Example]):
     def __getitem__(self, position: Any) -> Any:
         if not 0 <= position < len(self):
             raise IndexError(position)
-        return self.dataset.example(position)
+        dataset = self.dataset
+        while isinstance(dataset, Subset):
+            position = dataset.indices[position]
+            dataset = dataset.dataset
+        return dataset.example(position)
 
 
 class Kept(Sequence[Example]):
@@ -58,6 +62,20 @@ class Kept(Sequence[Example]):
         return self.known.get(position, "")
 
 
+class PlainTexts(Sequence[str]):
+    """The texts of examples, without their other fields."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, position: Any) -> Any:
+        example = self.examples[position]
+        return example if isinstance(example, str) else str(example.get("text", ""))
+
+
 def words_of(tests: Any, trains: Any) -> Words | None:
     """Return the words of two data sets, or of the data sets in two loaders; None where neither remembers any."""
     words = Words(remembered(tests), remembered(trains))
@@ -65,9 +83,12 @@ def words_of(tests: Any, trains: Any) -> Words | None:
 
 
 def remembered(examples: Any) -> Sequence[Example] | None:
-    """Return the words of a data set; None where it remembers none."""
+    """Return the words of a data set, or of the part that a `Subset` has of one; None where it remembers none."""
     dataset = examples.dataset if isinstance(examples, DataLoader) else examples
-    return Remembered(dataset) if callable(getattr(dataset, "example", None)) else None
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    return Remembered(dataset) if callable(getattr(whole, "example", None)) else None
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

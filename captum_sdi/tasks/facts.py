@@ -64,7 +64,7 @@ class Facts:
         >>> documents.texts[0], questions.texts[0]
         ("Ana's boss is Jo", "Ana's boss's boss's boss is Bo")
         >>> [documents.texts[place] for place in facts.chains(hops=3)[0].tolist()]
-        ["Ana's boss is Jo", "Jo's boss is Dee", "Dee's boss is Bo"]
+        ["Ana's boss is Jo", "Jo's boss is Fay", "Fay's boss is Bo"]
     """
 
     leads_to: Tensor

@@ -150,6 +150,7 @@ def check_final(final: Tensor, expected: Tensor, start: Tensor) -> float:
             f"where rounding explains {tolerance:.1g}. Known causes: the model is not the one this run ended with, or "
             "start= not the one it began with; other positions or another order in batches=; learning rates one update "
             "early or late; a reduction= ('mean' or 'tokens'), max_grad_norm= or no_decay= that training did not have; "
-            "dropout without random_states=; training in half precision (bf16, fp16, autocast, TF32); another loss_fn."
+            "dropout without random_states=; training in half precision (bf16, fp16, autocast, TF32); another loss_fn; "
+            "a run that amplifies rounding, as a high constant rate does: record it in float64."
         )
     return error

@@ -11,12 +11,14 @@ function unitFor(largest) {
   return { scale: 10 ** power, text: `×10${raised(power)}` };
 }
 
-/** Three digits of a number that is large in its unit, as many decimals of one that is small. */
+/** Three digits of a number that is large in its unit, as many decimals of one that is small, a power of a tiny one. */
 function signed(value, unit) {
   const scaled = value / unit.scale;
   const size = Math.abs(scaled);
   const decimals = size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 || size === 0 ? 2 : 3;
-  return withMinus(`${scaled > 0 ? "+" : ""}${scaled.toFixed(decimals)}`);
+  const isTiny = size > 0 && size < 0.0005;
+  const digits = isTiny ? scaled.toExponential(1) : scaled.toFixed(decimals);
+  return withMinus(`${scaled > 0 ? "+" : ""}${digits}`);
 }
 
 function plain(value, unit) {
