@@ -19,6 +19,7 @@ GALLERY = {
     "05_six_ways_to_be_fooled": 1,
     "07_how_big_a_sketch": 0,
     "08_a_known_answer": 0,
+    "09_length_generalisation": 1,
 }
 
 path = Path(sys.argv[1])
