@@ -73,7 +73,7 @@ def check_name(option: str, name: str, kind: str = "models") -> None:
         raise ValueError(f"{refusal}: {host[0]} cannot be reached from here. Is the name mistyped?")
 
 
-def cached_folder(name: str, kind: str) -> Path:
+def cached_folder(name: str, kind: str = "models") -> Path:
     """Return where the Hub's client keeps what it downloaded of a name."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
