@@ -72,16 +72,16 @@ def draw_point(ax: Axes, seconds: float, agreement: dict[str, Any], **look: Any)
 def draw_gauge(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the agreement of the unrolled derivative with leaving one out against metasmoothness."""
     with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(3.4, 2.2), layout="constrained")
-        names = list(dict.fromkeys(run["run"] for run in runs))
+        figure, ax = plt.subplots(figsize=(3.4, 3.0), layout="constrained")
+        names, colors = (list(dict.fromkeys(entries)) for entries in ([run["run"] for run in runs], COLORS))
         for run in runs:
             place = names.index(run["run"])
             label = run["run"] if run["seed"] == 0 else None
-            look = {"color": COLORS[place + 1], "marker": MARKERS[place]}
+            look = {"color": colors[place + 1], "marker": MARKERS[place]}
             draw_point(ax, 1 - run["metasmoothness"], run["agreement"], label=label, **look)
         ax.axvline(0.02, color="#999999", linewidth=0.6, linestyle=":")
         ax.set(xscale="log", xlabel="1 - metasmoothness", ylabel="unrolled, leave one out")
         ax.invert_xaxis()
-        ax.legend(loc="lower right", fontsize=5, frameon=False)
+        figure.legend(loc="outside lower center", fontsize=5, frameon=False)
         figure.savefig(path, dpi=200)
         plt.close(figure)
