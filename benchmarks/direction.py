@@ -92,7 +92,7 @@ def main() -> None:
     if small:
         measured = [measure(16, 2, 8, 1)]
     else:
-        measured = [measure(width, n_loops, 64, 5) for width, n_loops in ((64, 4), (64, 8))]
+        measured = [measure(width, n_loops, 64, 5) for width, n_loops in ((64, 4), (64, 8), (256, 4))]
     text = json.dumps({"environment": environment(), "direction": measured}, indent=1)
     print(text)
     if not small:
