@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 GALLERY = {
     "01_which_document_which_hop": 0,
     "02_your_own_model": 0,
-    "03_test_by_removal": 0,
+    "03_can_i_believe_it": 0,
     "04_from_tracin_to_sdi": 1,
     "05_first_trajectory": 1,
     "06_sudoku": 0,
