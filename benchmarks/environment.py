@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-PACKAGES = ("captum-sdi", "step-decomposed-influence", "captum", "transformers", "torch", "opacus")
+PEERS = ("dattri", "traker", "kronfluence")
+PACKAGES = ("captum-sdi", "step-decomposed-influence", "captum", "transformers", "torch", "opacus", *PEERS)
 
 
 def environment() -> dict[str, Any]:
@@ -26,8 +27,16 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES if _is_installed(name)},
     }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _cpu() -> str:

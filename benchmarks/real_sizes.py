@@ -60,7 +60,7 @@ def main() -> None:
     device = torch.device(options.device)
     results = json.loads(options.out.read_text()) if options.out.exists() else {}
     for name in options.shapes:
-        shape = SMALL if options.small else SHAPES[name]
+        shape = SMALL if options.small else shallower(SHAPES[name], options.layers)
         n_tokens = 8 if options.small else options.tokens
         loops = options.loops or shape["loops"]
         found: dict[str, Any] = {"environment": environment(), "tokens": n_tokens, "loop steps": loops}
@@ -68,7 +68,7 @@ def main() -> None:
         found["weights, GB"] = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
         for batch in options.batches:
             found[f"batch {batch}"] = measured(model, shape, tokens(batch, n_tokens, shape["vocab"], 1), options.rounds)
-            key = f"{name} at {loops} loop steps on {device.type}"
+            key = f"{name}, {shape['layers']} layers, {loops} loop steps, on {device.type}"
             results[key] = found
             options.out.write_text(json.dumps(results, indent=1) + "\n")  # each takes long, and the next one may fail
             options.out.with_suffix(".md").write_text(table(results))
@@ -85,11 +85,19 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512 if has_gpu else 64)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if has_gpu else [1])
     parser.add_argument("--loops", type=int, help="other than the config's")
+    parser.add_argument("--layers", type=int, help="no more looped layers than these: time per layer is the same")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--out", type=Path, default=FOLDER / "real_sizes.json")
     return parser.parse_args()
+
+
+def shallower(shape: dict[str, Any], n_looped: int | None) -> dict[str, Any]:
+    """A shape with no more looped layers than were asked for."""
+    start, stop = shape["loop"]
+    removed = 0 if n_looped is None else max(0, stop - start - n_looped)
+    return {**shape, "loop": (start, stop - removed), "layers": shape["layers"] - removed}
 
 
 def looped_llama(shape: dict[str, Any], loops: int, device: torch.device) -> nn.Module:
@@ -180,11 +188,12 @@ def required(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
     gc.collect()
-    began = time.perf_counter()
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time  # others may use the processor
+    began = clock()
     answer = call()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began, answer
+    return clock() - began, answer
 
 
 @contextmanager
@@ -219,7 +228,8 @@ def table(results: dict[str, Any]) -> str:
         "# Ouro's and Huginn's shapes",
         "",
         "`python benchmarks/real_sizes.py` writes this page; bfloat16, `TensorSketch(512)`, activations of the loop",
-        "recomputed, random weights. A pass is forward and backward with frozen weights and no sketch, recomputed too.",
+        "recomputed, random weights. A pass is forward and backward with frozen weights and no sketch, recomputed too;",
+        "time on a CPU is the processor's.",
         "",
         "| shape | weights | tokens | batch | peak above the weights: first call, later | time / the pass | checks |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -21,7 +21,7 @@ extensions = [
     "myst_nb",  # pages in Markdown, and the tutorials as they are, with their outputs
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "tutorials/README.md"]
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"captum_sdi {release}"
 html_show_sourcelink = False

@@ -277,3 +277,30 @@ def test_metasmoothness_by_hand(script) -> None:
 def test_the_truth_that_is_recorded_is_the_one_that_is_told(script) -> None:
     recorded = json.loads((BENCHMARKS / "truth.json").read_text())
     assert script("retraining.tables").document(recorded) == (BENCHMARKS / "truth.md").read_text(encoding="utf-8")
+
+
+def test_real_sizes_run_in_small_on_a_cpu(script) -> None:
+    """Peak, time and checks of a shape that takes no memory; the model comes back as it was."""
+    sizes = script("real_sizes")
+    model = sizes.looped_llama(sizes.SMALL, 2, torch.device("cpu"))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    forwards = [module.forward for module in model.modules()]
+    row = sizes.measured(model, sizes.SMALL, sizes.tokens(1, 8, 128, 1), rounds=1)
+    assert row["time over the pass"][1] > 0
+    assert [module.forward for module in model.modules()] == forwards
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    found = {"environment": {}, "tokens": 8, "loop steps": 2, "weights, GB": 0.0, "batch 1": row}
+    assert "| small | 0.00 GB | 8 | 1 |" in sizes.table({"small": found})
+    ouro = sizes.SHAPES["Ouro-1.4B"]
+    assert sizes.shallower(ouro, 2)["layers"] == 2
+    assert sizes.shallower(ouro, None) == ouro
+
+
+def test_a_simulated_index_is_opened_scored_and_searched(script, tmp_path: Path) -> None:
+    million = script("million")
+    million.written(tmp_path, 100)
+    found = million.looked_at(tmp_path)
+    assert found["opening, s"] < 60
+    table = million.page({"environment": {}, "100 examples": {"GB": 0.001, **found}})
+    assert "| 1,000,000,000 | 10,000 GB |" in table

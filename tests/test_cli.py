@@ -491,7 +491,7 @@ def test_pictures_are_drawn_and_drawn_again(here: Path, capsys: pytest.CaptureFi
         "totals.png",
         "step-share.png",
     }
-    scores = {"scores.jsonl", "scores.csv", "scores.npz", "scores.safetensors"}
+    scores = {"run.json", "scores.jsonl", "scores.csv", "scores.npz", "scores.safetensors"}
     assert set(os.listdir("out")) == pictures | scores
     assert all(Path("out", name).stat().st_size > 10_000 for name in pictures)
     table = capsys.readouterr().out

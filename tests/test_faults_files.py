@@ -24,6 +24,7 @@ from shell_project import INDEX, ROWS, SCORE, contents, make_project, run, write
 from captum_sdi import SketchIndex, StepInfluence, find_loop
 from captum_sdi.capture.coverage import Coverage
 from captum_sdi.cli import pictures
+from captum_sdi.cli.output import written_whole
 from captum_sdi.cli.recipe import Recipe
 from captum_sdi.cli.results import Results
 from captum_sdi.cli.rows import JsonLines
@@ -72,6 +73,7 @@ def test_e1_only_listed_names_of_ours_are_removed(here: Path) -> None:
     (here / "drawn" / "heatmap-7.png").write_text("mine")
     assert run(f"{SCORE} --out drawn --overwrite") == 0
     assert set(os.listdir("drawn")) == {
+        "run.json",
         "scores.jsonl",
         "scores.csv",
         "scores.npz",
@@ -426,3 +428,28 @@ def test_c_the_winners_bar_does_not_stop_halfway(capsys: pytest.CaptureFixture) 
     assert winners
     assert not any("%" in bar for bar in winners)
     assert max(len(bar.split(":")[0]) for bar in winners) < 60
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    days = 3 * 24 * 60 * 60
+
+    def leave(name: str, file: str, age: float) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / file).write_text("left")
+        for path in (folder / file, folder):
+            os.utime(path, (path.stat().st_atime - age, path.stat().st_mtime - age))
+        return folder
+
+    abandoned = leave(".out.0123abcd.unfinished", "scores.jsonl", days)
+    kept = [
+        leave(".out.4567abcd.unfinished", "scores.jsonl", 0),  # another process may be writing it
+        leave(".out.89ababcd.unfinished", "notes.txt", days),
+        leave(".out.mine.unfinished", "scores.jsonl", days),
+        leave(".other.0123abcd.unfinished", "scores.jsonl", days),
+    ]
+    with written_whole(tmp_path / "out", overwrite=False) as stage:
+        (stage / "scores.jsonl").write_text("new")
+    assert not abandoned.exists()
+    assert all(folder.is_dir() for folder in kept)
+    assert (tmp_path / "out" / "scores.jsonl").read_text() == "new"

@@ -102,6 +102,12 @@ def test_rows_of_a_loader_and_of_padded_batches_are_the_same() -> None:
     torch.testing.assert_close(rows_alone.trajectories, sdi.step_influence(TEST, per="token").trajectories)
 
 
+def test_a_first_label_that_nothing_predicts_is_no_target() -> None:
+    ids = TEST[0]["input_ids"]
+    whole = influence().step_influence([{"input_ids": ids, "labels": ids.clone()}], per="token")
+    assert whole.token_of[:, 1].tolist() == list(range(1, len(ids)))
+
+
 def test_the_file_knows_whose_tokens_they_are(tmp_path: Path) -> None:
     steps = influence().step_influence(TEST, k=2, per="token")
     steps.save(tmp_path / "rows.safetensors")

@@ -15,11 +15,11 @@ GALLERY = {
     "01_which_document_which_hop": 0,
     "02_your_own_model": 0,
     "03_can_i_believe_it": 0,
-    "04_from_tracin_to_sdi": 1,
-    "05_first_trajectory": 1,
-    "06_sudoku": 0,
+    "04_label_errors_and_a_shortcut": 0,
+    "05_six_ways_to_be_fooled": 1,
     "07_how_big_a_sketch": 0,
     "08_a_known_answer": 0,
+    "09_length_generalisation": 1,
 }
 
 path = Path(sys.argv[1])

@@ -159,7 +159,7 @@ def gauge_beds(n_seeds: int) -> list[Bed]:
     for name, setting in settings.items():
         for seed in range(n_seeds):
             beds.append(parity_bed(f"parity, {name}", seed, **setting, dtype=torch.float64))
-    beds += [text_bed(0), smooth_text(0)]
+    beds += [text_bed(seed) for seed in range(n_seeds)]
     return [with_tests(bed, 6) for bed in beds]
 
 
@@ -174,7 +174,7 @@ gzip html mailbox optparse pprint queue selectors smtplib tempfile trace traceba
 """
 
 
-def text_bed(seed: int, name: str = "text", peak: float = 3e-3) -> Bed:
+def text_bed(seed: int) -> Bed:
     """First characters of docstrings of Python's library, by one block of width 48 applied 4 times; 8 are tests."""
     lines = docstring_lines()
     characters = sorted(set("".join(lines)))
@@ -182,9 +182,9 @@ def text_bed(seed: int, name: str = "text", peak: float = 3e-3) -> Bed:
     ids = torch.tensor([[token_ids[character] for character in line] for line in lines])
     train, test = ids[:LINES], ids[LINES : LINES + TEXT_TESTS]
     updates = 160
-    rates = [peak * schedule(update, updates, cosine=True, warm_up=10) + 1e-5 for update in range(updates)]
+    rates = [3e-3 * schedule(update, updates, cosine=True, warm_up=10) + 1e-5 for update in range(updates)]
     return Bed(
-        name=name,
+        name="text",
         seed=seed,
         train={"input_ids": train, "labels": train},
         test={"input_ids": test, "labels": test},
@@ -195,11 +195,6 @@ def text_bed(seed: int, name: str = "text", peak: float = 3e-3) -> Bed:
         adam=Adam(betas=(0.9, 0.99)),
         stack=1,
     )
-
-
-def smooth_text(seed: int) -> Bed:
-    """The same at two thirds of the rate, where the gauge trusts the run; chosen by the gauge alone."""
-    return text_bed(seed, "text, 2e-3", peak=2e-3)
 
 
 def docstring_lines() -> list[str]:

@@ -9,6 +9,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from retraining.methods import METHODS
+from retraining.peers import PEERS
+
 STYLE = {
     "font.size": 6.5,
     "axes.titlesize": 6.5,
@@ -44,12 +47,14 @@ def draw_costs(results: dict[str, Any], path: Path) -> None:
 
 def draw_panel(ax: Axes, bed: dict[str, Any], kind: str) -> None:
     """Draw each method's total, filled, and its mean over loop steps, hollow."""
-    for place, (name, agreements) in enumerate(bed["agreement"][kind]["methods"].items()):
+    names = [*METHODS, *PEERS]
+    for name, agreements in bed["agreement"][kind]["methods"].items():
         seconds = bed["seconds"][name]
         if not seconds:
             low, high = agreements["total"]["interval"]
             ax.axhspan(low, high, color="#dddddd", linewidth=0, label=name)
             continue
+        place = names.index(name)
         look = {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
         draw_point(ax, seconds, agreements["total"], label=name, **look)
         if "mean over steps" in agreements:
@@ -67,16 +72,16 @@ def draw_point(ax: Axes, seconds: float, agreement: dict[str, Any], **look: Any)
 def draw_gauge(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the agreement of the unrolled derivative with leaving one out against metasmoothness."""
     with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(3.4, 2.2), layout="constrained")
-        names = list(dict.fromkeys(run["run"] for run in runs))
+        figure, ax = plt.subplots(figsize=(3.4, 3.0), layout="constrained")
+        names, colors = (list(dict.fromkeys(entries)) for entries in ([run["run"] for run in runs], COLORS))
         for run in runs:
             place = names.index(run["run"])
             label = run["run"] if run["seed"] == 0 else None
-            look = {"color": COLORS[place + 1], "marker": MARKERS[place]}
+            look = {"color": colors[place + 1], "marker": MARKERS[place]}
             draw_point(ax, 1 - run["metasmoothness"], run["agreement"], label=label, **look)
         ax.axvline(0.02, color="#999999", linewidth=0.6, linestyle=":")
         ax.set(xscale="log", xlabel="1 - metasmoothness", ylabel="unrolled, leave one out")
         ax.invert_xaxis()
-        ax.legend(loc="lower right", fontsize=5, frameon=False)
+        figure.legend(loc="outside lower center", fontsize=5, frameon=False)
         figure.savefig(path, dpi=200)
         plt.close(figure)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,9 @@ FILES = "files"
 
 COMPLETE = ".scores-complete"
 """The folder, inside that of the results, whose files are whole and on their way to their places."""
+
+ABANDONED_AFTER = 24 * 60 * 60
+"""Seconds after which nobody writes into a folder any more that takes seconds to write."""
 
 PICTURES = re.compile(r"(trajectories-\d+|heatmap-\d+|totals|step-share)\.(png|pdf|svg)")
 
@@ -103,6 +108,7 @@ def written_whole(
     folder = Path(os.path.realpath(folder))
     parent = folder if folder.is_dir() else folder.parent
     parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(parent, folder.name)
     stage = parent / f".{folder.name}.{secrets.token_hex(4)}{UNFINISHED}"
     stage.mkdir()
     try:
@@ -115,6 +121,22 @@ def written_whole(
     except (OSError, ValueError) as error:
         place = stage if stage.exists() else folder / COMPLETE
         raise ValueError(f"{without_period(error)} The new files are in {place}.") from error
+
+
+def remove_abandoned(parent: Path, name: str) -> None:
+    """Remove what processes that were killed while they wrote results of that name left beside their place.
+
+    Only folders that `written_whole` makes, of results alone, into which nothing was written for a day.
+    """
+    long_ago = time.time() - ABANDONED_AFTER
+    for stage in parent.glob(f".{glob.escape(name)}.*{UNFINISHED}"):
+        is_ours = re.fullmatch(r"[0-9a-f]{8}", stage.name[len(name) + 2 : -len(UNFINISHED)])
+        if not is_ours or stage.is_symlink() or not stage.is_dir():
+            continue
+        files = list(stage.iterdir())
+        is_old = all(file.lstat().st_mtime < long_ago for file in (stage, *files))
+        if is_old and all(is_result(file.name) or file.name.endswith(UNFINISHED) for file in files):
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def put_in_place(

@@ -36,7 +36,7 @@ def check_places(options: Namespace) -> None:
             check_name(f"--{option}", name)
     for option in ("train", "query"):
         for path in getattr(options, option, None) or ():
-            if may_be_on_hub(path):
+            if isinstance(path, Path) and may_be_on_hub(path):  # of captum-sdi plot, a query is a position
                 check_name(f"--{option}", str(path), kind="datasets")
 
 

@@ -142,12 +142,14 @@ def target_columns(losses: Tensor, labels: Any) -> Tensor:
         labels: The batch's.
 
     Returns:
-        ``(n, p)`` booleans: False where the label is -100 and the loss zero.
+        ``(n, p)`` booleans: False where the label is -100 and the loss zero, and at a first label that none predicts.
     """
     own_labels = column_labels(losses.shape[1], labels)
     if own_labels is None:
         return torch.ones_like(losses, dtype=torch.bool)
-    return (own_labels.to(losses.device) != IGNORED) | (losses != 0)
+    is_labelled = own_labels.to(losses.device) != IGNORED
+    is_labelled[:, :1] &= bool(losses[:, :1].any())
+    return is_labelled | (losses != 0)
 
 
 def column_labels(n_columns: int, labels: Any) -> Tensor | None:

@@ -92,15 +92,20 @@ def plot_totals(
     cells = np.zeros((n_rows, depth))
     cells[example_rows] = examples.steps_run
     draw_colours(heat_axes, cells, limit)
-    for row in headings:  # zero has almost, but not quite, the background's colour
-        heat_axes.axhspan(row - 0.5, row + 0.5, color=heat_axes.get_facecolor(), linewidth=0)
-    heat_axes.tick_params(left=False, labelleft=False)
-    heat_axes.spines[:].set_visible(b=False)
+    _part_rows(heat_axes, headings)
     bar_axes.set_ylim(n_rows - 0.5, -0.5)  # the first row on top
     label_rows(bar_axes, names, room, bold=headings.tolist())
     bar_axes.set_ylabel("train examples", fontsize=FONT)
     set_title(bar_axes, title, "", taken=room - width_in_points(heat_axes))
     return readable(bar_axes)
+
+
+def _part_rows(ax: Axes, headings: Positions) -> None:
+    """Leave the rows of headings empty in the heat map."""
+    for row in headings:  # zero has almost, but not quite, the background's colour
+        ax.axhspan(row - 0.5, row + 0.5, color=ax.get_facecolor(), linewidth=0)
+    ax.tick_params(left=False, labelleft=False)
+    ax.spines[:].set_visible(b=False)
 
 
 def _pick_examples(

@@ -62,31 +62,24 @@ def plot_trajectories(
             width=width,
             ax=ax,
         )
-    n_proponents = len(proponents)
     stacked = texts is not None or scores.has_outer_bins
-    height = legend_height([n_proponents, len(opponents)], stacked=stacked)
+    height = legend_height([len(proponents), len(opponents)], stacked=stacked)
     ax = column_axes(ax, 2.05 + height, width)
-    totals = signed_numbers(scores.totals[drawn])
+    totals = dict(zip(drawn.tolist(), signed_numbers(scores.totals[drawn]), strict=True))
     meaning = "total incl. prelude, coda" if scores.has_outer_bins else "total"
     sign = "proponents" if scores.totals[proponents].any() else "no influence"
-    blocks = [
-        draw_examples(
+    blocks = []
+    for name, rows, styles in ((sign, proponents, PROPONENT), ("opponents", opponents, OPPONENT)):
+        own_totals = [totals[row] for row in rows.tolist()]
+        block = draw_examples(
             ax,
-            f"{sign}: {meaning}",
-            scores.select(proponents),
-            totals[:n_proponents],
-            PROPONENT,
+            f"{name}: {meaning}",
+            scores.select(rows),
+            own_totals,
+            styles,
             texts,
-        ),
-        draw_examples(
-            ax,
-            f"opponents: {meaning}",
-            scores.select(opponents),
-            totals[n_proponents:],
-            OPPONENT,
-            texts,
-        ),
-    ]
+        )
+        blocks.append(block)
     finish_lines(ax, int(scores.n_steps[0]), "influence\n(drop in test loss)")
     _limit(ax, scores.select(drawn), blocks)
     set_title(ax, title, f"test example {test}")

@@ -1,0 +1,188 @@
+"""What an example costs each library that gives right totals on a loop: `python benchmarks/peers_cost.py`.
+
+One looped GPT, the same examples, totals over all parameters, sketches of 2048 where a method sketches: the processor's
+time and the memory above the model for each training example, in rounds that take turns. Beside them stands how well
+each predicts retraining, from truth.json. `pip install dattri traker kronfluence` installs the peers; LogIX, which is
+right as well, is on no package index, and what is not installed is left out. Results go to peers_cost.json and
+peers_cost.md; `--small` is a smoke test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from environment import environment
+from real_sizes import peak_memory
+from retraining.beds import Bed, as_batch, language_model_loss
+from retraining.methods import Method, Scores, Subject
+from retraining.peers import PEERS
+from timing import quartiles
+from torch import Tensor
+
+from captum_sdi import SDIInfluence, TensorSketch
+from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
+
+RESULTS = Path(__file__).with_suffix(".json")
+TRUTH = Path(__file__).with_name("truth.json")
+PASS = "forward and backward, no weight gradients"
+IN_TRUTH = {
+    "ours, TensorSketch(2048)": "TracIn / SDI, 4 checkpoints",
+    "ours, TensorSketch(512)": "TracIn / SDI, TensorSketch(512)",
+}
+"""By our names: the method's name in truth.json, where it is another."""
+BED, KIND = "text", "20% removed"
+
+
+class Untrained(Subject):
+    """A model with random weights: what they are changes neither time nor memory."""
+
+    @cached_property
+    def run(self) -> Any:
+        parameters = [parameter.detach().reshape(-1) for parameter in self.bed.start().parameters()]
+        return SimpleNamespace(weights=torch.cat(parameters).unsqueeze(0))
+
+    def checkpoints(self) -> list[tuple[int, Tensor, float]]:
+        return [(0, self.run.weights[0], 1.0)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    sizes = (8, 32, 8) if options.small else (options.examples, options.width, 64)
+    subject = Untrained(bed_of(*sizes))
+    methods = installed(Untrained(bed_of(4, 16, 8)))
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    memory: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(1 if options.small else options.rounds):
+        for name, method in methods.items():
+            spent, held = cost_of(partial(method, subject))
+            seconds[name].append(1000 * spent / subject.bed.n)
+            memory[name].append(held / 1e6)
+    results = {
+        "environment": environment(),
+        "model": {"width": sizes[1], "tokens": sizes[2], "examples": subject.bed.n, "tests": subject.bed.q},
+        "milliseconds of the processor per example": {name: quartiles(each) for name, each in seconds.items()},
+        "peak memory, MB": {name: quartiles(each) for name, each in memory.items()},
+    }
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    options.out.with_suffix(".md").write_text(page(results))
+    print(page(results))
+
+
+def bed_of(n: int, width: int, length: int) -> Bed:
+    """Rows of random tokens, and a looped GPT of two looped blocks and four loop steps."""
+    vocabulary = 256
+    generator = torch.Generator().manual_seed(0)
+    train, test = (torch.randint(0, vocabulary, (count, length), generator=generator) for count in (n, 4))
+    config = LoopedGPTConfig(
+        vocab_size=vocabulary,
+        n_embd=width,
+        n_head=max(1, width // 64),
+        n_positions=length,
+        n_loops=4,
+        n_prelude=1,
+        n_core=2,
+        n_coda=1,
+        initializer_range=0.05,
+    )
+    return Bed(
+        "cost",
+        0,
+        {"input_ids": train, "labels": train},
+        {"input_ids": test, "labels": test},
+        partial(LoopedGPTForCausalLM, config),
+        language_model_loss,
+        (1.0,),
+        (torch.arange(n),),
+    )
+
+
+def installed(subject: Subject) -> dict[str, Method]:
+    """Every method that runs here, ours first; each is tried once on next to nothing, which warms it up."""
+    methods: dict[str, Method] = {PASS: passes}
+    for dim in (2048, 512):
+        methods[f"ours, TensorSketch({dim})"] = partial(ours, dim=dim)
+    for name, method in PEERS.items():
+        try:
+            method(subject)
+        except ImportError as error:
+            print(f"{name} is left out: {error}", flush=True)
+            continue
+        methods[name] = method
+    for name in list(methods)[:3]:
+        methods[name](subject)
+    return methods
+
+
+def ours(subject: Subject, dim: int) -> Scores:
+    """Totals of one object, from its first batch on, checks included."""
+    sdi: SDIInfluence = subject.question(sketch=TensorSketch(dim))
+    start = time.process_time()
+    totals = sdi.influence(as_batch(subject.bed.test))
+    return Scores(totals, None, time.process_time() - start, {})
+
+
+def passes(subject: Subject) -> Scores:
+    """The least that a gradient costs."""
+    model = subject.model.requires_grad_(False)
+    model.wte.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+    start = time.process_time()
+    for rows in (subject.bed.train, subject.bed.test):
+        ids, labels = as_batch(rows)
+        subject.bed.loss(model(input_ids=ids), labels).sum().backward()
+    return Scores(torch.empty(0), None, time.process_time() - start, {})
+
+
+def cost_of(method: Callable[[], Scores]) -> tuple[float, int]:
+    """The processor's seconds as the method counts them, and the bytes held above those before."""
+    gc.collect()
+    with peak_memory(torch.device("cpu")) as peak:
+        scores = method()
+    return scores.seconds, peak()
+
+
+def page(results: dict[str, Any]) -> str:
+    model = results["model"]
+    truth = json.loads(TRUTH.read_text())[BED]["agreement"][KIND]["methods"]
+    lines = [
+        "# An example's cost, beside the peers that are right on a loop",
+        "",
+        f"`python benchmarks/peers_cost.py`: a looped GPT of width {model['width']}, two looped blocks, four loop",
+        f"steps; {model['examples']} training examples of {model['tokens']} tokens and {model['tests']} tests, totals",
+        "over all parameters, one thread. Only ours tells loop steps apart, and it does so here at no further cost.",
+        "",
+        f"| method | ms of the processor per example | peak memory, MB | LDS on *{BED}*, {KIND} |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (low, median, high) in results["milliseconds of the processor per example"].items():
+        held = results["peak memory, MB"][name][1]
+        agreement = predicted(truth, IN_TRUTH.get(name, name))
+        lines.append(f"| {name} | {median:.1f} ({low:.1f}-{high:.1f}) | {held:.0f} | {agreement} |")
+    return "\n".join([*lines, "", f"Measured with `{json.dumps(results['environment'])}`.", ""])
+
+
+def predicted(truth: dict[str, Any], name: str) -> str:
+    """The rank correlation with retraining, where it was measured."""
+    found = truth.get(name)
+    if found is None:
+        return "not measured"
+    low, high = found["total"]["interval"]
+    return f"{found['total']['value']:.2f} ({low:.2f} to {high:.2f})"
+
+
+if __name__ == "__main__":
+    main()
