@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 GALLERY = {
     "01_which_document_which_hop": 0,
     "02_your_own_model": 0,
-    "03_test_by_removal": 0,
+    "03_can_i_believe_it": 0,
     "04_label_errors_and_a_shortcut": 0,
     "05_six_ways_to_be_fooled": 1,
     "07_how_big_a_sketch": 0,
