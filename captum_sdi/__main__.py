@@ -70,10 +70,14 @@ def one_line(error: Exception) -> str:
 
 @contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Print warnings without the line of code that they come from."""
+    """Print warnings without the line of code that they come from, each once: both signs are two passes."""
+    shown: set[str] = set()
 
     def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        print_message(f"warning: {in_shell_words(without_line_breaks(message))}")
+        sentence = in_shell_words(without_line_breaks(message))
+        if sentence not in shown:
+            shown.add(sentence)
+            print_message(f"warning: {sentence}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show_warning

@@ -39,7 +39,9 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make tutorials` executes them; a page shows the outputs that are in the file
 
 # The tutorials lie beside the documentation, for those who read the checkout; Sphinx wants its pages below one folder.
-shutil.copytree(ROOT / "tutorials", HERE / "tutorials", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+# A copy from before may hold tutorials that are no more.
+shutil.rmtree(HERE / "tutorials", ignore_errors=True)
+shutil.copytree(ROOT / "tutorials", HERE / "tutorials", ignore=shutil.ignore_patterns("*.py"))
 
 _ROW = re.compile(r"(\s*)\|(.+)\|$")
 
@@ -78,6 +80,13 @@ def process_docstring(app: Any, what: str, name: str, thing: Any, options: Any, 
     lines[:] = with_list_tables(lines)
 
 
+def mend_links(app: Any, page: str, source: list[str]) -> None:
+    """Lead a tutorial's links to where the documentation lies beside its copy."""
+    if page.startswith("tutorials/"):
+        source[0] = source[0].replace("](../docs/", "](../")
+
+
 def setup(app: Any) -> None:
-    """Register what is done with docstrings."""
+    """Register what is done with docstrings and pages."""
     app.connect("autodoc-process-docstring", process_docstring)
+    app.connect("source-read", mend_links)

@@ -51,6 +51,7 @@ class TokenMap:
     """What the page reads of a map: layers, loop steps and target tokens of the first test example."""
 
     values: torch.Tensor
+    errors: torch.Tensor
     axes: tuple[str, ...] = ("layer", "step", "token")
 
     @property
@@ -69,4 +70,5 @@ class TokenMap:
 
 def random_map() -> TokenMap:
     draw = torch.Generator().manual_seed(1)
-    return TokenMap(1e-3 * torch.randn(1, 3, 2, STEPS + 1, 5, generator=draw))
+    shape = (1, 3, 2, STEPS + 1, 5)
+    return TokenMap(1e-3 * torch.randn(shape, generator=draw), 1e-5 * torch.rand(shape, generator=draw))

@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from captum_sdi.__main__ import main
+from captum_sdi.__main__ import main, one_line_warnings
 from captum_sdi.cli import places
 from captum_sdi.cli.shell_words import in_shell_words
 from captum_sdi.progress import LONGEST, Progress
@@ -125,3 +126,12 @@ def test_a_bar_leaves_room_for_itself(capsys: pytest.CaptureFixture) -> None:
     text = capsys.readouterr().err.split("\r")[-1].split(":")[0]
     assert len(text.strip()) <= LONGEST
     assert text.strip().startswith("index training batches at")
+
+
+def test_a_warning_of_two_passes_is_said_once(capsys: pytest.CaptureFixture) -> None:
+    with one_line_warnings():
+        warnings.simplefilter("always")
+        for share in ("95%", "95%", "94%"):
+            warnings.warn(f"{share}. The result's field checkpoints has every checkpoint's share", stacklevel=1)
+    said = "captum-sdi: warning: {}. scores.safetensors has every checkpoint's share\n"
+    assert capsys.readouterr().err == said.format("95%") + said.format("94%")

@@ -170,7 +170,7 @@ def test_the_loop_plays(visit: Any) -> None:
 def test_a_card_opens_and_a_curve_says_its_numbers(visit: Any) -> None:
     page = visit()
     page.tab.locator('.card[data-train="3"] .name').click()
-    page.expect(".card.open .large .axes").to_contain_text("drop in test loss ×10⁻³")
+    page.expect(".card.open .large .axes").to_contain_text("influence ×10⁻³")
     page.expect(".card.open .colour-table").to_have_count(2)  # step by step, and by layer and step
     page.tab.locator(".card.open .large .column").nth(1).hover()
     bubble = page.tab.locator(".card.open .large .bubble").text_content()
@@ -261,6 +261,25 @@ def test_tokens_and_layers_of_a_map(visit: Any) -> None:
     page.tab.get_by_role("button", name="core.mlp").click()
     by_layer = values[:, 1].sum((1, 2))
     assert page.cards("proponents") == [[3, 7, 9][place] for place in strongest(by_layer, largest=True)]
+
+
+def number_after(sign: str, text: str) -> float:
+    """The number that a page writes behind a sign, in its unit."""
+    found = re.search(rf"{sign} ([\d.]+(?:e−\d+)?)(?:×10⁻(.))?", text)
+    assert found is not None, text
+    power = 10.0 ** -"⁰¹²³⁴⁵⁶⁷⁸⁹".index(found[2]) if found[2] else 1.0
+    return float(found[1].replace("−", "-")) * power
+
+
+def test_what_a_map_says_has_its_errors(visit: Any) -> None:
+    page, errors = visit("#test=0&train=7&rank=layer:core.mlp"), random_map().errors[0].double()
+    of_card = page.tab.locator('.card[data-train="7"] .error').get_attribute("title")
+    assert number_after("±", of_card) == pytest.approx(float(errors[1, 1].sum()), rel=0.06)  # steps, tokens: a bound
+    of_token = page.tab.locator(".question .token").nth(2).get_attribute("title")
+    expected = errors[1, :, :, 2].sum(1).square().sum().sqrt()  # layers are independent
+    assert 1e-3 * number_after("±", of_token) == pytest.approx(float(expected), rel=0.2)
+    cell = page.tab.locator(".card.open .colour-table").last.locator("tbody td").nth(1).get_attribute("title")
+    assert number_after("±", cell) == pytest.approx(float(errors[1, 0, 1].sum()), rel=0.06)
 
 
 PLACED = [

@@ -187,6 +187,7 @@ def test_matrices_maps_and_self_influence(target: Path) -> None:
     assert shown_map["labels"] == [["core.attn", "core.mlp"], ["1", "2", "3", "4", "coda"], ["0", "1", "2", "3", "4"]]
     assert shown_map["testTokens"][1] == "<b>which</b>"
     np.testing.assert_allclose(shown_map["values"], random_map().values[0].flatten().numpy(), rtol=1e-5)
+    np.testing.assert_allclose(shown_map["errors"], random_map().errors[0].flatten().numpy(), rtol=1e-5)
     totals = [total for _, _, total, *_ in contents.rows("self")]
     np.testing.assert_allclose(totals, RESULT.influence_scores[0].sort(descending=True)[0].numpy(), rtol=1e-5)
 
@@ -203,6 +204,7 @@ def test_a_map_of_the_library_is_shown(target: Path) -> None:
     (row,) = contents.chunks["map-0-0"]
     assert row["labels"] == [["prelude", "1", "2"], ["0", "1"]]
     assert (row["testTokens"], row["trainTokens"]) == (None, [["a", "b"], ["c", ""]])
+    assert row["errors"] is None
     assert contents.facts["maps"] == [{"axes": ["step", "train_token"], "tests": 1}]
 
 
@@ -250,6 +252,7 @@ NOT_FINITE = dataclasses.replace(RESULT, coda=RESULT.coda.clone().index_fill_(1,
         ({"step_matrix": torch.ones(TESTS, 2, 4, 4), "step_matrix_indices": [1]}, ValueError, "name the 2 training"),
         ({"map": RESULT}, TypeError, "map must be what influence_map returns, an InfluenceMap; StepInfluence has no"),
         ({"map": dataclasses.replace(random_map(), values=torch.ones(4, 3, 2, 5, 5))}, ValueError, "at most 3 test"),
+        ({"map": dataclasses.replace(random_map(), errors=torch.ones(1, 3))}, ValueError, "the shape of map.values"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(

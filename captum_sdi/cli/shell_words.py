@@ -20,7 +20,11 @@ OPTIONS = {
     "rerank": "--rerank",
     "seed": "--seed",
 }
-NOUNS = {"train_dataset": "training set", "inputs": "queries"}
+NOUNS = {
+    "train_dataset": "training set",
+    "inputs": "queries",
+    "The result's field checkpoints": "scores.safetensors",
+}
 VALUE = r"\[[^\]]*\]|'[^']*'|\w+(?:\.\w+)*"
 ARGUMENT = re.compile(rf"\b({'|'.join(OPTIONS)})=({VALUE})?")
 CALL = re.compile(r"(?:SDIInfluence|TensorSketch)\((?:\.\.\., )?((?:-|no -)[^()]*?)(?:, \.\.\.|=\.\.\.|\.\.\.)?\)")

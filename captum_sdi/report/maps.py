@@ -7,6 +7,7 @@ from typing import Any
 
 from captum_sdi.report.chunks import rounded
 from captum_sdi.report.extras import as_array
+from captum_sdi.report.pairs import Array
 
 TEST_TOKENS, TRAIN_TOKENS = ("token", "position"), ("train_token", "train_position")
 """Axes along which a map splits the test text, and the train text."""
@@ -19,11 +20,13 @@ def map_rows(influence_map: Any, n_tests: int) -> list[dict[str, Any]]:
 
     Args:
         influence_map: An `InfluenceMap`, or what has its ``values`` (q, k, *axes), ``axes``, ``labels`` by axis and
-            ``indices`` (q, k); its ``tokens_along``, if it has one, says what stands at the places of a text.
+            ``indices`` (q, k); its ``errors`` and ``tokens_along``, if it has them, say how far the sketch may be off,
+            and what stands at the places of a text.
         n_tests: How many test examples the page has; a map may be of the first of them only.
 
     Returns:
-        Of each test example ``train``, ``axes``, ``labels``, ``testTokens``, ``trainTokens`` and ``values``, flat.
+        Of each test example ``train``, ``axes``, ``labels``, ``testTokens``, ``trainTokens``, and ``values`` and
+        ``errors``, flat.
 
     Raises:
         TypeError: If it is no map.
@@ -42,6 +45,7 @@ def map_rows(influence_map: Any, n_tests: int) -> list[dict[str, Any]]:
             f"map.values must be of shape (q, k, {', '.join(axes)}) with at most {n_tests} test examples, got "
             f"{values.shape}."
         )
+    errors = errors_of(influence_map, values.shape)
     labels = [axis_labels(axis, influence_map.labels[axis]) for axis in axes]
     rows = []
     for test in range(len(values)):
@@ -54,9 +58,25 @@ def map_rows(influence_map: Any, n_tests: int) -> list[dict[str, Any]]:
             "testTokens": tokens_at(influence_map, axes, TEST_TOKENS, test, 0),
             "trainTokens": own_tokens,
             "values": rounded(values[test].ravel()),
+            "errors": None if errors is None else rounded(errors[test].ravel()),
         }
         rows.append(row)
     return rows
+
+
+def errors_of(influence_map: Any, shape: tuple[int, ...]) -> Array | None:
+    """Return the sketch's standard errors of a map; None where it has none, as one of exact scores.
+
+    Raises:
+        ValueError: If they are not of the shape of the map's values.
+    """
+    given = getattr(influence_map, "errors", None)
+    if given is None:
+        return None
+    errors = as_array("map.errors", given)
+    if errors.shape != shape:
+        raise ValueError(f"map.errors must be of the shape of map.values, {shape}, got {errors.shape}.")
+    return errors
 
 
 def axis_labels(axis: str, labels: Sequence[Any]) -> list[str]:

@@ -36,7 +36,7 @@ function Card({ card, place, shown, state, unit, range, largest, go }) {
       <div class="numbers">
         <span class="rank">${place + 1}</span>
         <b class="value" title=${exact(value)}>${signed(value, unit)}</b>
-        ${error !== null && html`<span class="error" title=${`standard error ${exact(error)}`}>± ${plain(error, unit)}</span>`}
+        ${error !== null && html`<span class="error" title=${`standard error ± ${magnitude(error)}`}>± ${plain(error, unit)}</span>`}
         ${isFaint && html`<span class="tag">below its error</span>`}
         <span class="extent"><span style=${{ width: `${(100 * Math.abs(value)) / (largest || 1)}%` }}></span></span>
       </div>
@@ -68,11 +68,11 @@ function TrainText({ pair, shown, state, unit }) {
   if (!pair.entry) return html`<p class="empty">No text was given for this example.</p>`;
   const text = pair.entry[0];
   const { map, axis } = mapAlong(shown, TRAIN_TOKENS);
-  const values = map && axisProfile(map, pair.train, axis, rankStep(state.rank));
+  const profile = map && axisProfile(map, pair.train, axis, rankStep(state.rank));
   const isFolded = text.length > LONG_TEXT && !isUnfolded;
   return html`<div class=${isFolded ? "folded" : ""}>
-      ${values
-        ? html`<${TintedText} text=${text} labels=${tokenLabels(map, axis, pair.train)} values=${values} unit=${unit} />`
+      ${profile
+        ? html`<${TintedText} text=${text} labels=${tokenLabels(map, axis, pair.train)} values=${profile.values} errors=${profile.errors} unit=${unit} />`
         : html`<${Text} text=${text} words=${state.search} />`}
     </div>
     ${text.length > LONG_TEXT &&
@@ -117,12 +117,15 @@ function StepMatrix({ matrix }) {
 /** A pair's influence by layer and loop step, where a map has both; without a prelude and a coda that are empty. */
 function layerTable(shown, pair) {
   const map = shown.maps.find(({ axes }) => axes.includes("layer") && axes.includes("step"));
-  const rows = map && axisTable(map, pair.train, "layer", "step");
-  if (!rows) return null;
+  const table = map && axisTable(map, pair.train, "layer", "step");
+  if (!table) return null;
+  const { values, errors } = table;
   const steps = map.labels[map.axes.indexOf("step")];
-  const kept = steps.map((_, place) => place).filter((place) => stepNumber(steps[place]) || rows.some((row) => row[place]));
+  const kept = steps.map((_, place) => place).filter((place) => stepNumber(steps[place]) || values.some((row) => row[place]));
+  const inSight = (row) => kept.map((place) => row[place]);
   return {
-    rows: rows.map((row) => kept.map((place) => row[place])),
+    rows: values.map(inSight),
+    errors: errors && errors.map(inSight),
     rowNames: map.labels[map.axes.indexOf("layer")],
     columnNames: kept.map((place) => steps[place]),
   };

@@ -85,12 +85,12 @@ function Axes({ frame, range, unit, x, y, n }) {
       .filter((step) => step % every === 0)
       .map((step) => html`<text x=${x(step)} y=${bottom + 15} text-anchor="middle">${step + 1}</text>`)}
     <text class="name" x=${(frame.left + frame.width - frame.right) / 2} y=${frame.height - 5} text-anchor="middle">loop step</text>
-    <text class="name" transform=${`translate(12 ${(frame.top + bottom) / 2}) rotate(-90)`} text-anchor="middle">drop in test loss ${unit.text}</text>
+    <text class="name" transform=${`translate(12 ${(frame.top + bottom) / 2}) rotate(-90)`} text-anchor="middle">influence ${unit.text}</text>
   </g>`;
 }
 
 /** Colours for numbers of either sign, symmetric about zero, with a scale. */
-function ColourTable({ rows, rowNames, columnNames, rowTitle, columnTitle, unit, onColumn, onRow }) {
+function ColourTable({ rows, errors, rowNames, columnNames, rowTitle, columnTitle, unit, onColumn, onRow }) {
   const largest = largestOf(rows.flat()) || 1;
   return html`<div class="colour-table">
     <table>
@@ -104,9 +104,9 @@ function ColourTable({ rows, rowNames, columnNames, rowTitle, columnTitle, unit,
           (row, place) => html`<tr>
             <th>${onRow ? html`<button onClick=${() => onRow(rowNames[place])}>${rowNames[place]}</button>` : rowNames[place]}</th>
             ${row.map(
-              (value) => html`<td
+              (value, column) => html`<td
                 style=${{ "--tint": `${Math.round((100 * Math.abs(value)) / largest)}%`, "--side": sideColour(value) }}
-                title=${exact(value)}
+                title=${exact(value) + (errors ? ` ± ${magnitude(errors[place][column])}` : "")}
               ></td>`,
             )}
           </tr>`,

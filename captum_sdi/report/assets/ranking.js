@@ -22,7 +22,8 @@ function ranked(pair, rank, shown) {
   const map = mapWith(shown, kind);
   const profile = map && axisProfile(map, pair.train, kind);
   const place = map ? placeOnAxis(map, kind, label) : -1;
-  return { value: profile && place >= 0 ? profile[place] : null, error: null };
+  if (!profile || place < 0) return { value: null, error: null };
+  return { value: profile.values[place], error: profile.errors && profile.errors[place] };
 }
 
 function rankName(rank) {
@@ -82,6 +83,7 @@ function profileOfSteps(shown) {
 
 const TEST_TOKENS = ["token", "position"]; // axes that split the test example's text
 const TRAIN_TOKENS = ["train_token", "train_position"];
+const INDEPENDENT = ["layer", "parameter", "checkpoint", "update"]; // axes whose sketches have hashes of their own
 
 function mapWith(shown, axis) {
   return shown.maps.find((map) => map.axes.includes(axis)) ?? null;
@@ -104,36 +106,54 @@ function placeOnAxis(map, axis, label) {
   return TEST_TOKENS.includes(axis) ? Number(label) : labels.indexOf(label);
 }
 
-/** A pair's influence along one axis of a map, summed over the others, or taken at the loop step that is given. */
+/** A pair's influence and standard errors along one axis of a map, summed over the others, or at the loop step given. */
 function axisProfile(map, train, axis, step = 0) {
-  const place = map.placeOf.get(train);
-  if (place === undefined) return null;
-  const along = map.axes.indexOf(axis);
   const stepAxis = step ? map.axes.indexOf("step") : -1;
   const stepPlace = stepAxis < 0 ? -1 : map.labels[stepAxis].findIndex((label) => stepNumber(label) === step);
-  const sizes = map.labels.map((labels) => labels.length);
-  const size = sizes.reduce((product, length) => product * length, 1);
-  const sums = new Array(sizes[along]).fill(0);
-  for (let flat = 0; flat < size; flat += 1) {
-    const places = unravelled(flat, sizes);
-    if (stepAxis < 0 || places[stepAxis] === stepPlace) sums[places[along]] += map.values[place * size + flat];
-  }
-  return sums;
+  return axisSums(map, train, [axis], (places) => stepAxis < 0 || places[stepAxis] === stepPlace);
 }
 
-/** A pair's influence along two axes of a map, summed over the others. */
+/** A pair's influence and standard errors along two axes of a map, summed over the others, as rows. */
 function axisTable(map, train, rowAxis, columnAxis) {
-  const place = map.placeOf.get(train);
-  if (place === undefined) return null;
+  const sums = axisSums(map, train, [rowAxis, columnAxis], () => true);
+  const width = map.labels[map.axes.indexOf(columnAxis)].length;
+  return sums && { values: inRows(sums.values, width), errors: sums.errors && inRows(sums.errors, width) };
+}
+
+/** Sums over all axes but those that are kept. Errors of steps and tokens share a sketch's hashes and are added as they
+    are, an upper bound; those of independent axes are added in squares. A map of exact scores has none. */
+function axisSums(map, train, kept, isTaken) {
+  const pair = map.placeOf.get(train);
+  if (pair === undefined) return null;
   const sizes = map.labels.map((labels) => labels.length);
-  const size = sizes.reduce((product, length) => product * length, 1);
-  const [down, across] = [map.axes.indexOf(rowAxis), map.axes.indexOf(columnAxis)];
-  const table = Array.from({ length: sizes[down] }, () => new Array(sizes[across]).fill(0));
+  const size = productOf(sizes);
+  const keptAxes = kept.map((axis) => map.axes.indexOf(axis));
+  const others = map.axes.filter((axis) => INDEPENDENT.includes(axis) && !kept.includes(axis));
+  const otherAxes = others.map((axis) => map.axes.indexOf(axis));
+  const nOther = productOf(otherAxes.map((axis) => sizes[axis]));
+  const values = new Array(productOf(keptAxes.map((axis) => sizes[axis]))).fill(0);
+  const bounds = new Float64Array(values.length * nOther);
   for (let flat = 0; flat < size; flat += 1) {
     const places = unravelled(flat, sizes);
-    table[places[down]][places[across]] += map.values[place * size + flat];
+    if (!isTaken(places)) continue;
+    const target = ravelled(places, keptAxes, sizes);
+    values[target] += map.values[pair * size + flat];
+    if (map.errors) bounds[target * nOther + ravelled(places, otherAxes, sizes)] += map.errors[pair * size + flat];
   }
-  return table;
+  const errors = values.map((_, target) => Math.hypot(...bounds.subarray(target * nOther, (target + 1) * nOther)));
+  return { values, errors: map.errors ? errors : null };
+}
+
+function inRows(flat, width) {
+  return Array.from({ length: flat.length / width }, (_, row) => flat.slice(row * width, (row + 1) * width));
+}
+
+function productOf(sizes) {
+  return sizes.reduce((product, length) => product * length, 1);
+}
+
+function ravelled(places, axes, sizes) {
+  return axes.reduce((flat, axis) => flat * sizes[axis] + places[axis], 0);
 }
 
 function unravelled(flat, sizes) {

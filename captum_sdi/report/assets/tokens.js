@@ -20,7 +20,7 @@ function marked(text, words) {
 }
 
 /** A text whose tokens are tinted by their influence. A click on a token ranks by it, where that is possible. */
-function TintedText({ text, labels, values, unit, chosen, onChoose }) {
+function TintedText({ text, labels, values, errors, unit, chosen, onChoose }) {
   const largest = largestOf(values) || 1;
   const { pieces, isInPlace } = placedTokens(text, labels);
   return html`
@@ -32,7 +32,7 @@ function TintedText({ text, labels, values, unit, chosen, onChoose }) {
           : html`<span
               class=${`token ${chosen === token ? "chosen" : ""} ${isLoose ? "loose" : ""}`}
               style=${{ "--tint": `${Math.round((100 * Math.abs(values[token])) / largest)}%`, "--side": sideColour(values[token]) }}
-              title=${`token ${token + 1}: ${signed(values[token], unit)} ${unit.text}`}
+              title=${`token ${token + 1}: ${signed(values[token], unit)}${errors ? ` ± ${plain(errors[token], unit)}` : ""} ${unit.text}`}
               onClick=${onChoose && ((event) => { event.stopPropagation(); onChoose(token); })}
               >${piece}</span
             >`,

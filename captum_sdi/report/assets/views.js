@@ -77,10 +77,11 @@ function TestText({ shown, test, state, unit, go }) {
   const trains = map.placeOf.has(state.train) ? [state.train] : map.train;
   const profiles = trains.map((train) => axisProfile(map, train, axis, rankStep(state.rank)));
   const labels = tokenLabels(map, axis);
-  const values = labels.map((_, token) => sumOf(profiles.map((profile) => profile[token])));
+  const values = labels.map((_, token) => sumOf(profiles.map((profile) => profile.values[token])));
+  const errors = profiles.length === 1 ? profiles[0].errors : null; // those of several pairs are not independent
   const [kind, label] = splitRank(state.rank);
   const who = trains.length === 1 ? `training example ${trains[0]}` : `${trains.length} training examples together`;
-  return html`<${TintedText} text=${text} labels=${labels} values=${values} unit=${unit}
+  return html`<${TintedText} text=${text} labels=${labels} values=${values} errors=${errors} unit=${unit}
       chosen=${kind === axis ? Number(label) : null} onChoose=${(token) => go({ rank: `${axis}:${token}` })} />
     <p class="note">Tint: influence of ${who} ${axis === "token" ? "on the loss of each token" : "by the position where gradients arise"}${rankStep(state.rank) ? ` through ${rankName(state.rank)}` : ""}. Click a token to rank by it.</p>`;
 }
@@ -128,7 +129,7 @@ function StepBar({ shown, state, go }) {
 function RankNote({ state, unit, go }) {
   const isTotal = state.rank === "total";
   return html`<p class="rank-note">
-    <span>Ranked by <b>${rankName(state.rank)}</b>; numbers are drops in test loss${unit.text && html`, <b>${unit.text}</b>`}.</span>
+    <span>Ranked by <b>${rankName(state.rank)}</b>; numbers are influence${unit.text && html`, <b>${unit.text}</b>`}.</span>
     ${!isTotal && !facts.hasAll && html`<span> Only the training examples in this file are ranked: others may be stronger here.</span>`}
     ${!isTotal && html` <button class="link" onClick=${() => go({ rank: "total", isPlaying: false })}>Back to the total</button>`}
     <label><input type="checkbox" checked=${state.ownScale} onChange=${() => go({ ownScale: !state.ownScale })} /> each curve on its own scale</label>
@@ -186,7 +187,7 @@ function AboutView() {
     <dl>
       <dt>Sign</dt><dd>Positive, blue: a proponent. A gradient step on the training example lowers the loss of the test example. Negative, orange: an opponent.</dd>
       <dt>Steps</dt><dd>The number at a loop step is the part that acts through this step of the <em>test</em> example’s computation. Prelude and coda are what acts before and after the loop. Together they sum to the total, which is TracIn.</dd>
-      <dt>Scale</dt><dd>Drops in test loss over the steps of training that used the example, to first order. Compare training examples of one test example with each other; compare test examples by shares of their steps, not by sizes.</dd>
+      <dt>Scale</dt><dd>Drops in test loss over the steps of training that used the example, to first order; of normalised scores, shares without a unit. Compare training examples of one test example with each other; compare test examples by shares of their steps, not by sizes.</dd>
       <dt>Errors</dt><dd>± is the standard error of the sketch; bands are two of them. What is smaller than its error is grey and says nothing. The strongest of many are overstated by some of their own noise.</dd>
       <dt>What is here</dt><dd>${facts.hasAll ? "Every training example was scored, and all are here." : "For each test example, the strongest training examples by what the scores were asked for. One that is not here may still be strong at a single step."}</dd>
     </dl>
