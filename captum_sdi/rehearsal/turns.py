@@ -34,6 +34,9 @@ class Turns:
         """Say whether the example that waits is to be one of this batch: what is felt in it is felt the most.
 
         Room for so many tokens, or a loop that halts when all examples have settled, shows in a larger or deeper batch.
+
+        Returns:
+            Whether it is.
         """
         size = int(n_steps.max()), n_examples
         if self.n_alone >= N_ALONE or size <= self.largest:
