@@ -172,6 +172,20 @@ def test_the_model_is_given_back_and_its_changes_noticed() -> None:
         sdi.model.head.bias.add_(1)
     with pytest.raises(ValueError, match="have changed since this direction was made"):
         direction.step_influence(TEST)
+    direction = sdi.direction([1])
+    sdi.model.head.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="its trainable parameters.*have changed since this direction was made"):
+        direction.step_influence(TEST)
+
+
+def test_a_direction_of_an_offloaded_model_is_the_same() -> None:
+    model = CASES[0].model()
+    sdi = SDIInfluence(model, rows(3, seed=1), loop="core", sketch=Exact())
+    kept = sdi.direction([0, 2]).step_influence(rows(1, seed=2))
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    brought = sdi.direction([0, 2]).step_influence(rows(1, seed=2))
+    torch.testing.assert_close(brought.trajectories, kept.trajectories)
 
 
 def test_after_the_first_batch_nothing_goes_backward(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +244,7 @@ def test_a_model_without_a_right_forward_derivative_is_refused(operation: Any, s
         ({"none": torch.zeros(3)}, "finite, and not all zero"),
         ({"one": torch.ones(3), "other": torch.ones(4)}, r"has weights of \[3, 4\] training examples"),
         (None, "must be positions in train_dataset"),
+        ([1, 0, 1], r"names training examples \[1\] more than once.*a mask of booleans"),
     ],
 )
 def test_groups_that_cannot_be_are_refused(groups: Any, sentence: str) -> None:

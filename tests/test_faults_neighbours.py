@@ -131,6 +131,24 @@ def sdi(model: nn.Module, data: Any, **kwargs: Any) -> SDIInfluence:
     return SDIInfluence(model, data, **{"sketch": Exact(), "loop": "block", **kwargs})
 
 
+class FullOfFour(Base):
+    """Mixes examples where there are four or more, as a layer with room for so many tokens does."""
+
+    def looped(self, h: Tensor) -> Tensor:
+        h = super().looped(h)
+        return h if len(h) < 4 else torch.cat([h[:-1], h[-1:] + h[:1]])
+
+
+class ByLargest(nn.Module):
+    """Losses divided by the largest of the batch."""
+
+    reduction = "none"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
+        return losses / losses.detach().max()
+
+
 def seeded(batch: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     return {}
@@ -225,6 +243,18 @@ def test_a3_what_a_first_batch_in_order_hides_is_refused_at_a_later_one() -> Non
     model = spread(SortedByLength().double())
     with pytest.raises(ValueError, match=REFUSED):
         SDIInfluence(model, data, loop="block", batch_size=2, sketch=Exact()).influence(data)
+
+
+def test_a3_what_a_small_batch_of_tests_hides_is_refused_in_a_larger_one() -> None:
+    data = equal_rows(8)
+    with pytest.raises(ValueError, match=r"in a batch of 4.*batch_size=1"):
+        sdi(FullOfFour(), data, batch_size=4).influence(data[:2])
+
+
+def test_a3_a_loss_over_the_largest_is_refused_where_no_row_is_padded() -> None:
+    data = equal_rows(8)
+    with pytest.raises(ValueError, match=REFUSED):
+        sdi(Base(), data, batch_size=4, loss_fn=ByLargest()).influence(data[:2])
 
 
 def test_a3_left_padding_without_positions_or_mask_is_refused() -> None:

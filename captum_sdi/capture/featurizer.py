@@ -373,6 +373,8 @@ def in_float16(model: nn.Module) -> bool:
         if parameter.dtype == torch.float16:
             return True
         devices.add(parameter.device.type)
+    if "meta" in devices:  # offloaded weights do not say where they are brought to
+        devices = {"cpu", "cuda"}
     for device in devices:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             return True

@@ -23,7 +23,10 @@ from captum_sdi.scores.result import StepInfluence
 from captum_sdi.scores.words import Words, remembered
 from captum_sdi.study import Question
 
-CHANGED = "The model's weights, or its checkpoints, have changed since this direction was made: make it again."
+CHANGED = (
+    "The model's weights, its trainable parameters or its checkpoints have changed since this direction was made: make "
+    "it again."
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class Direction:
         total: Answers | None = None
         with question.study.engine.points(question.study.checkpoints, question.tests) as points:
             for point, gradients in zip(points, self.gradients, strict=True):
-                if WeightHashes().of_model(point.model) != gradients.weights:
+                is_other = point.capture.blank().rows.keys() != gradients.vectors.keys()
+                if is_other or WeightHashes().of_model(point.model) != gradients.weights:
                     raise ValueError(CHANGED)
                 batches = list(self._batches(point, gradients.vectors, question, by_token=by_token))
                 answers = Answers.joined(batches)

@@ -53,6 +53,7 @@ class Groups:
             if is_list_of_positions(examples):
                 chosen = checked_positions(examples)
                 assert chosen is not None, "positions were given"
+                check_distinct(name, chosen)
                 positions.append(chosen)
                 weights.append(torch.ones(len(chosen), dtype=torch.float64))
                 continue
@@ -126,6 +127,21 @@ def as_tensor(name: str, members: Any) -> Tensor:
 def is_list_of_positions(examples: Tensor) -> bool:
     """Say whether a group names its examples; else it weighs all of them."""
     return not examples.is_floating_point() and examples.dtype != torch.bool
+
+
+def check_distinct(name: str, positions: Tensor) -> None:
+    """Refuse a position that is named twice, as all are in a mask of the integers 0 and 1.
+
+    Raises:
+        ValueError: If one is.
+    """
+    named, counts = positions.unique(return_counts=True)
+    repeated = named[counts > 1].tolist()
+    if repeated:
+        raise ValueError(
+            f"The group {name!r} names training examples {repeated[:5]} more than once. Integers are positions: pass "
+            "each once, or a mask of booleans, or floats as weights, one for each training example."
+        )
 
 
 def checked_weights(name: str, weights: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class Rehearsed:
     unconfirmed: FirstExample | None = None
     """The first example, while nothing has shown that the model answers alike in a second pass."""
     waiting: Waiting | None = None
-    """The second example of the first batch with padding, for as long as a later batch may show more."""
+    """The second example of the largest batch so far, for as long as a later batch may show more."""
     n_labels: int | None = None
     """How many logits there are."""
     warned_of_padding: bool = False
@@ -65,6 +65,12 @@ class Waiting:
     number: int
     features: StepFeatures
     """Of this example, in the batch."""
+
+
+def waiting_example(batch: BatchRun, number: int, features: StepFeatures) -> Waiting:
+    """Keep an example's features in the batch, to be compared later."""
+    own_row = features.map(lambda row: row[number:][:1].clone(), features.n_steps[number:][:1])
+    return Waiting(batch, number, own_row)
 
 
 class Rehearsal:
@@ -223,6 +229,8 @@ class Rehearsal:
         if known.turns.take(self._shown_by(batch)):
             number = numbers[-1] if was_padded else numbers[0]
             self._compare(known, batch, number, features)
+        elif known.turns.grows(batch.size, features.n_steps):
+            known.waiting = waiting_example(batch, numbers[-1], features)
         return features
 
     def _features_of_one(self, batch: BatchRun, known: Rehearsed) -> StepFeatures:
@@ -262,9 +270,8 @@ class Rehearsal:
         shown = self._shown_by(batch)
         if len(numbers) > 1 and known.turns.begin(shown):
             self._compare(known, batch, numbers[1], features)
-        elif len(numbers) > 1 and PADDING in shown:
-            own_row = features.map(lambda row: row[numbers[1] :][:1].clone())
-            known.waiting = Waiting(batch, numbers[1], own_row)
+        elif known.turns.grows(batch.size, features.n_steps):
+            known.waiting = waiting_example(batch, numbers[-1], features)
         return features
 
     def _shown_by(self, batch: BatchRun) -> set[str]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 N_ALONE = 2
 
 NEIGHBOURS, PADDING = "neighbours", "padding"
@@ -25,6 +27,22 @@ class Turns:
     """How many examples have been run alone."""
     seen: set[str] = field(default_factory=set)
     """What batches have shown that an example was compared in."""
+    largest: tuple[int, int] = (0, 0)
+    """Loop steps and examples of the largest batch whose example waits."""
+
+    def grows(self, n_examples: int, n_steps: Tensor) -> bool:
+        """Say whether the example that waits is to be one of this batch: what is felt in it is felt the most.
+
+        Room for so many tokens, or a loop that halts when all examples have settled, shows in a larger or deeper batch.
+
+        Returns:
+            Whether it is.
+        """
+        size = int(n_steps.max()), n_examples
+        if self.n_alone >= N_ALONE or size <= self.largest:
+            return False
+        self.largest = size
+        return True
 
     def begin(self, shown: Collection[str]) -> bool:
         """Note what the first batch has shown; say whether the second example is to be compared there, too."""
