@@ -20,7 +20,7 @@ NOTEBOOKS = $(wildcard tutorials/*.ipynb)
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench truth test test-faults test-page lint format docs docs-links tutorials tutorials-full \
+.PHONY: help venv demo bench truth test test-long test-faults test-page lint format docs docs-links tutorials tutorials-full \
 	test-captum test-oldest test-quanda clean
 
 help:  ## list the targets
@@ -32,7 +32,10 @@ demo: $(VENV)/.stamp  ## train a looped GPT, attribute its answers, write a page
 	$(BIN)/python -m captum_sdi demo --out "$(OUT)"
 
 test: $(VENV)/.stamp  ## run the tests and the examples in the docstrings (ARGS="-k sketch")
-	$(call PYTEST,$(VENV)) --ignore tests/test_page_browser.py
+	$(call PYTEST,$(VENV)) -m "not long" --ignore tests/test_page_browser.py
+
+test-long: $(VENV)/.stamp  ## run what `make test` leaves out: statistics over many draws, benchmarks in small
+	$(call PYTEST,$(VENV)) -m long tests
 
 test-faults: $(VENV)/.stamp  ## kill builders and scorers, fill disks, read 8,000 hostile files; `make test` tries fewer
 	OMP_NUM_THREADS=1 CAPTUM_SDI_KILLS=20 $(BIN)/python -m pytest -n $(WORKERS) tests/test_index_faults.py \
@@ -79,7 +82,7 @@ test-captum: $(VENV)/.stamp  ## run Captum's own influence tests on SDIInfluence
 		$(wildcard $(CAPTUM_TESTS)/test_tracin_*.py) $(ARGS)
 
 test-oldest: $(OLDEST)/.stamp  ## run the tests on the oldest versions that pyproject.toml admits
-	$(call PYTEST,$(OLDEST))
+	$(call PYTEST,$(OLDEST)) -m "not long"
 
 test-quanda: $(QUANDA)/.stamp  ## hold quanda's metrics on SDIInfluence to their definitions, beside captum 0.8
 	OMP_NUM_THREADS=1 $(QUANDA)/bin/python -m pytest tests/test_quanda.py $(ARGS)

@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from captum_sdi import SDIInfluence, TensorSketch
+from captum_sdi.capture.heap import find_malloc_trim
 from captum_sdi.models import loop_layers
 
 # From their configs: the looped layers, and how many times they are applied.
@@ -205,6 +206,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
         return
+    find_malloc_trim()(0)  # what was freed before would be used again unseen
     process = psutil.Process()
     before = process.memory_info().rss
     seen, finished = [before], threading.Event()

@@ -65,6 +65,7 @@ def test_the_picture_can_be_drawn_again(script, tmp_path: Path) -> None:
     assert (tmp_path / "results.png").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_libraries_agree_where_they_are_compared(script) -> None:
     speed, subjects = script("speed"), script("subjects")
     speed._check_exact(subjects.looped_gpt(**speed.NARROW, bias=True), witness=True)
@@ -79,6 +80,7 @@ def test_the_truth_of_the_errors_is_the_exact_score(script) -> None:
     torch.testing.assert_close(truth, exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
 
 
+@pytest.mark.long
 def test_a_layer_at_a_time_is_exact(script) -> None:
     paper_table, peers, subjects = script("paper_table"), script("peers"), script("subjects")
     work = subjects.looped_gpt(**paper_table.SMALL | {"width": 16, "seq": 6})
@@ -86,6 +88,7 @@ def test_a_layer_at_a_time_is_exact(script) -> None:
     torch.testing.assert_close(paper_table._exact(work).float(), exact, atol=1e-5 * exact.abs().max().item(), rtol=0)
 
 
+@pytest.mark.long
 def test_the_largest_batch_is_one_that_need_not_be_halved(script, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours goes on in halves where the memory does not suffice: that must not count as fitting."""
     paper_table, peers, subjects = script("paper_table"), script("peers"), script("subjects")
@@ -215,6 +218,7 @@ def test_a_simulated_index_can_be_searched(script, tmp_path: Path) -> None:
     torch.testing.assert_close(values[..., 0], tests @ rows.T)
 
 
+@pytest.mark.long
 def test_truth_is_measured_and_told(script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     truth = script("truth")
     methods = ["random scores", "TracIn / SDI, 4 checkpoints", "unrolled"]
@@ -279,6 +283,7 @@ def test_the_truth_that_is_recorded_is_the_one_that_is_told(script) -> None:
     assert script("retraining.tables").document(recorded) == (BENCHMARKS / "truth.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_real_sizes_run_in_small_on_a_cpu(script) -> None:
     """Peak, time and checks of a shape that takes no memory; the model comes back as it was."""
     sizes = script("real_sizes")
@@ -297,6 +302,7 @@ def test_real_sizes_run_in_small_on_a_cpu(script) -> None:
     assert sizes.shallower(ouro, None) == ouro
 
 
+@pytest.mark.long
 def test_a_simulated_index_is_opened_scored_and_searched(script, tmp_path: Path) -> None:
     million = script("million")
     million.written(tmp_path, 100)

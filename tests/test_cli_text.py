@@ -89,11 +89,11 @@ def test_a_folder_of_datasets_and_its_splits(here: Path, capsys: pytest.CaptureF
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
     renamed = datasets.Dataset.from_list([{"body": row["text"], "id": row["id"]} for row in rows])
-    datasets.DatasetDict({"train": renamed}).save_to_disk(here / "set")
+    datasets.DatasetDict({"train": renamed, "test": renamed}).save_to_disk(here / "set")
     capsys.readouterr()  # its progress bars
     line = INDEX.replace("idx", "folder").replace("train.jsonl", "set")
     assert run(line) == 1
-    assert "set has the splits train: say which one with --split." in capsys.readouterr().err
+    assert "set has the splits train, test: say which one with --split." in capsys.readouterr().err
     assert run(f"{line} --split train") == 1
     assert 'set, row 1: a line needs "text"' in capsys.readouterr().err
     assert run(f"{line} --split train --text-column body") == 0

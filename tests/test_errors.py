@@ -187,6 +187,7 @@ def summary(coverage: Mapping[str, list[Tensor]]) -> tuple[dict[str, float], str
     return {what: s.mean().item() for what, s in shares.items()}, "\n".join(["95% intervals cover", *lines])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pool", [False, True], ids=["rows", "pool"])
 @pytest.mark.parametrize("dim", [128, 40], ids=["one block", "several blocks"])
 def test_95_percent_intervals_cover_95_percent(dim: int, pool: bool, seed: int) -> None:

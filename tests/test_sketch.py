@@ -627,6 +627,7 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+@pytest.mark.long
 def test_no_per_example_gradient_is_ever_in_memory() -> None:
     """16 per-example gradients of a 4096 x 4096 layer are 1 GiB; the whole call must do with a tenth of one batch's."""
     used = float(run_python(MEMORY_SCRIPT).strip().splitlines()[-1])

@@ -12,6 +12,7 @@ import subprocess
 from argparse import Action, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def with_config(words: Sequence[str]) -> list[str]:
 
 def config_file(words: Sequence[str]) -> Path | None:
     """Return the file that ``--config`` names."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         option, _, file = word.partition("=")
         if option == "--config" and (file or following):
             return Path(file or following)

@@ -75,17 +75,17 @@ def plot_predicted_losses(
     ax.set_ylabel("measured test loss", fontsize=FONT)
     if times:
         ax.legend(fontsize=SMALL, frameon=False)
-    set_title(ax, title, agreement_title(of_predictions[-1], of_runs[-1], gauge))
+    if gauge is not None and not gauge.is_trusted:
+        doubt = f"not to be believed:\nmetasmoothness {gauge.metasmoothness:.2f}"
+        ax.text(0.98, 0.02, doubt, transform=ax.transAxes, ha="right", va="bottom", fontsize=SMALL)
+    set_title(ax, title, agreement(of_predictions[-1], of_runs[-1]))
     return ax
 
 
-def agreement_title(predicted: Array, measured: Array, gauge: Any) -> str:
-    """Return how the runs' losses correlate, each test about its own mean, at the end; and what the gauge says."""
+def agreement(predicted: Array, measured: Array) -> str:
+    """Say how the runs' losses correlate, each test about its own mean; nothing where none of them varies."""
     deviations = [values - values.mean(0) for values in (predicted, measured)]
-    titles = []
-    if all(deviation.any() for deviation in deviations):
-        correlation = np.corrcoef(deviations[0].ravel(), deviations[1].ravel())[0, 1]
-        titles.append(f"correlation {correlation:.2f}")
-    if gauge is not None and not gauge.is_trusted:
-        titles.append(f"not to be believed: metasmoothness {gauge.metasmoothness:.2f}")
-    return "; ".join(titles)
+    if not all(deviation.any() for deviation in deviations):
+        return ""
+    correlation = np.corrcoef(deviations[0].ravel(), deviations[1].ravel())[0, 1]
+    return f"correlation {correlation:.2f}"
