@@ -52,3 +52,10 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         printed,
         re.DOTALL,
     )
+
+
+def test_the_lines_that_train_are_those_that_the_documentation_runs() -> None:
+    section = README.read_text(encoding="utf-8").split("\n## No looped model yet?\n")[1]
+    lines = section.split("```python\n")[1].split("```")[0]
+    assert lines in (README.parent / "docs" / "start.md").read_text(encoding="utf-8")
+    assert len(lines.replace("\n\n", "\n").splitlines()) <= 12
