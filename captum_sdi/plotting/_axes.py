@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec, SubplotParams
+from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import FuncFormatter
 
 from captum_sdi.plotting._text import FONT, SMALL, clip, text_width
@@ -38,7 +38,7 @@ def make_room(ax: Axes) -> None:
     figure = ax.figure.figure  # that of a part of a figure, too
     if has_layout(ax) or ax.get_subplotspec() is None or not isinstance(figure, Figure):
         return
-    usual = SubplotParams()
+    usual = Figure().subplotpars
     if all(getattr(figure.subplotpars, name) == getattr(usual, name) for name in _SPACING):
         figure.set_layout_engine("constrained")
 
