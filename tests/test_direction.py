@@ -174,7 +174,7 @@ def test_the_model_is_given_back_and_its_changes_noticed() -> None:
         direction.step_influence(TEST)
     direction = sdi.direction([1])
     sdi.model.head.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="its trainable parameters.*have changed since this direction was made"):
+    with pytest.raises(ValueError, match=r"its trainable parameters.*have changed since this direction was made"):
         direction.step_influence(TEST)
 
 
