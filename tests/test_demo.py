@@ -28,8 +28,8 @@ def test_the_demo_leaves_a_report_with_scores_and_pictures(
     assert title == "# Which document supplied which hop?"
     assert headline in printed
     stated = re.fullmatch(
-        r"Trained on 52 single facts, the model answers (\d+)% of 52 chains of 3 that it never saw\. .* in (\d+)% of the "
-        r"questions \(by chance 2%; another question's chain (\d+)%; untrained (\d+)%\)\.",
+        r"Trained on 52 single facts, the model answers (\d+)% of 52 chains of 3 that it never saw\. .* in (\d+)% of "
+        r"the questions \(by chance 2%; another question's chain (\d+)%; untrained (\d+)%\)\.",
         headline,
     )
     assert stated is not None
