@@ -122,10 +122,11 @@ def test_e2_killed_before_any_change_of_the_results(
     n_moments = n_changes(project.score_new, project.out)
     assert n_moments > 15
     moments = list(range(n_moments))
-    if n_moments > KILLS:
-        moments = [*random.Random(seed).sample(moments[:-8], KILLS), *random.Random(seed).sample(moments[-8:], KILLS)]
+    drawn = []
+    for population in (moments[:-8], moments[-8:]):  # the last ones are those about the renaming
+        drawn += random.Random(seed).sample(population, min(KILLS, len(population)))
     found = []
-    for moment in moments:
+    for moment in drawn:
         project.reset()
         assert killed_at(project.score_new, project.out, moment) == KILLED
         found.append(project.assert_whole() == project.new)
