@@ -58,7 +58,8 @@ def with_shares(
     losses = training_losses(study.checkpoints)
     checkpoints = checkpoint_sums.result(losses)
     checkpoints.warn()
-    return StepInfluence.from_sums(*sums, indices, checkpoints)
+    steps = StepInfluence.from_sums(*sums, indices, checkpoints)
+    return replace(steps, is_normalized=study.normalize is not None)
 
 
 # --- all pairs ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -329,8 +330,18 @@ def test_colours_are_symmetric_about_zero(kind: str, scale: float) -> None:
     red, green, blue, _ = image.cmap(image.norm(0.0))
     assert min(red, green, blue) > 0.95  # zero is white, or nearly
     assert high == pytest.approx(np.abs(image.get_array()).max() if scale else 1.0)
-    bars = [ax for ax in figure.axes if "drop in test loss" in ax.get_ylabel()]
+    said = "influence" if kind == "step-matrix" else "drop in test loss"  # a plain tensor says nothing of its unit
+    bars = [ax for ax in figure.axes if said in ax.get_ylabel()]
     assert len(bars) == 1
+
+
+@pytest.mark.parametrize("draw", [plotting.plot_trajectories, plotting.plot_heatmap, plotting.plot_trajectory_panels])
+def test_normalized_scores_are_no_drop_in_loss(draw: Callable[..., Axes]) -> None:
+    plain = make_result()
+    for result in (plain, replace(plain, is_normalized=True)):
+        labels = [ax.get_ylabel().replace("\n", " ") for ax in draw(result).figure.axes]
+        assert any("drop in test loss" in label for label in labels) != result.is_normalized
+        assert any("of unit gradients" in label for label in labels) == result.is_normalized
 
 
 def test_limit_fixes_the_colours_and_says_what_is_beyond() -> None:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from captum_sdi import Exact, SDIInfluence, TensorSketch
+from captum_sdi import Exact, SDIInfluence, StepInfluence, TensorSketch
 from captum_sdi.features import StepFeatures
 from captum_sdi.passes import Point
 from captum_sdi.preconditioners import Adam, Fisher, Hessian, Preconditioner
@@ -229,7 +229,7 @@ def test_unit_norms_are_those_of_whole_gradients_at_each_checkpoint(
         parts.append((0.5, train, test))
     wanted = truth(parts)
     order = wanted.totals.argsort(dim=1, descending=True)[:, :3]
-    for index in (None, tmp_path):
+    for index in (None, tmp_path / "index"):
         sdi = influence(Fisher(DAMPING), normalize=normalize, index=index)
         assert_close(sdi.influence(TEST), wanted.totals)
         steps = sdi.step_influence(TEST)
@@ -237,6 +237,10 @@ def test_unit_norms_are_those_of_whole_gradients_at_each_checkpoint(
         assert_close(steps.trajectories.sum(-1) + steps.prelude + steps.coda, steps.influence_scores)
         assert_close(sdi.step_matrix(TEST), wanted.matrix)
         top = sdi.step_influence(TEST, k=3)
+        for result in (steps, top, sdi.step_self_influence(), sdi.step_influence(TEST, per="token")):
+            assert result.is_normalized
+        top.save(tmp_path / "top.safetensors")
+        assert StepInfluence.load(tmp_path / "top.safetensors").to(torch.float32).is_normalized
         assert torch.equal(top.indices, order)
         assert_close(top.influence_scores, wanted.totals.gather(1, order))
     reranked = sdi.influence(TEST, k=3, rerank=5)

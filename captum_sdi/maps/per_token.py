@@ -96,7 +96,11 @@ def token_step_influence(question: Question, ranking: Ranking | None) -> StepInf
         sums = join_tests([winner.result() for winner in winners])
         steps = StepInfluence.from_sums(*sums, indices)
     assert isinstance(rows.tests, TargetExamples), "that is what rows_question makes"
-    return replace(steps, token_of=rows.tests.token_of.to(steps.influence_scores.device))
+    return replace(
+        steps,
+        token_of=rows.tests.token_of.to(steps.influence_scores.device),
+        is_normalized=question.study.normalize is not None,
+    )
 
 
 def rows_question(question: Question) -> tuple[Question, bool]:

@@ -1,7 +1,8 @@
 """Pictures of step-decomposed influence, sized for one column of a paper.
 
 A positive influence marks a proponent: a gradient step on the training example, with the learning rate that the score
-contains, lowers the test example's loss by about that much. Axes therefore say "drop in test loss". Steps are numbered
+contains, lowers the test example's loss by about that much. Axes therefore say "drop in test loss", unless gradients
+were normalized; maps and step matrices, which do not say, are labelled "influence" alone. Steps are numbered
 from 1 in pictures (from 0 in tensors). Bands and error bars are two standard errors of the sketch; there are none with
 `Exact` or plain tensors. Steps beyond an example's ``n_steps`` are not drawn.
 

@@ -20,13 +20,19 @@ def draw_colours(
     values: Array,
     limit: float | None,
     taken: float = 0.0,
+    label: str = "influence",
 ) -> None:
     """Draw ``(rows, t)``, the first row on top, in colours symmetric about zero; labels take so many points."""
-    draw_cells(ax, values, limit)
+    draw_cells(ax, values, limit, label)
     number_steps(ax, values.shape[1], taken)
 
 
-def draw_cells(ax: Axes, values: Array, limit: float | None) -> None:
+def draw_cells(
+    ax: Axes,
+    values: Array,
+    limit: float | None,
+    label: str = "influence",
+) -> None:
     """Draw ``(rows, columns)``, the first row on top and columns from 1 on, in colours symmetric about zero.
 
     NaN, a step that did not run, is grey: no diverging colour map contains it. Values beyond the limit are marked with
@@ -46,7 +52,7 @@ def draw_cells(ax: Axes, values: Array, limit: float | None) -> None:
         rows, columns = np.nonzero(np.abs(values) > bound)
     if len(rows):
         ax.scatter(columns + 1, rows, s=4, color="white", linewidths=0)
-    _draw_colour_bar(ax, image, bound, exceeded=bool(len(rows)))
+    _draw_colour_bar(ax, image, bound, label, exceeded=bool(len(rows)))
 
 
 def robust_bound(values: Array) -> float:
@@ -66,6 +72,7 @@ def _draw_colour_bar(
     ax: Axes,
     image: AxesImage,
     bound: float,
+    label: str,
     *,
     exceeded: bool,
 ) -> None:
@@ -82,7 +89,7 @@ def _draw_colour_bar(
         extend="both" if exceeded else "neither",
     )
     small_print(colour_bar.ax)
-    label = scale_ticks(colour_bar.ax.yaxis, bound, "influence\n(drop in test loss)")
+    label = scale_ticks(colour_bar.ax.yaxis, bound, label)
     one_line = label.replace("\n", " ")
     if text_width(one_line, FONT) <= height:
         label = one_line

@@ -85,6 +85,12 @@ class Scores:
         return scores.select(np.array(wanted_columns))
 
 
+def influence_label(*results: Result) -> str:
+    """Return what an axis of influence says: scores of normalized gradients have no unit."""
+    is_normalized = any(isinstance(result, StepInfluence) and result.is_normalized for result in results)
+    return "influence\n(of unit gradients)" if is_normalized else "influence\n(drop in test loss)"
+
+
 def train_texts(result: Result, texts: Sequence[str] | None) -> Sequence[str] | None:
     """Return the texts of the training examples: those that were passed, or else those that the result knows."""
     if texts is not None or not isinstance(result, StepInfluence) or result.words is None:

@@ -14,7 +14,7 @@ from captum_sdi.plotting._axes import column_axes, set_title
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height, total_entry
 from captum_sdi.plotting._lines import CATEGORY, NEUTRAL, LineStyle, finish_lines
-from captum_sdi.plotting._scores import Result, Scores, read_scores
+from captum_sdi.plotting._scores import Result, Scores, influence_label, read_scores
 from captum_sdi.plotting._text import signed_numbers
 
 _HALF_WIDTH = 0.35  # of a step: what its points share on either side of it
@@ -70,7 +70,7 @@ def plot_comparison(
         else:
             drawn = _draw_exact(ax, pair)
         block.add(drawn, total_entry(ax, total, name))
-    finish_lines(ax, n_steps, "influence\n(drop in test loss)")
+    finish_lines(ax, n_steps, influence_label(*results.values()))
     ax.set_xlim(0.5, n_steps + 0.5)
     set_title(ax, title, f"train example {train} on test example {test}")
     draw_legend(ax, [block], stacked=True)

@@ -19,7 +19,7 @@ from captum_sdi.plotting._axes import (
 )
 from captum_sdi.plotting._colours import draw_colours
 from captum_sdi.plotting._fonts import readable
-from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
+from captum_sdi.plotting._scores import Result, influence_label, ranked, read_scores, train_texts
 from captum_sdi.plotting._text import FONT, example_name
 
 
@@ -73,7 +73,13 @@ def plot_heatmap(
     room = label_room(ax)
     n_steps = scores.n_steps[0]
     is_named = height_in_points(ax) / n_rows >= 6
-    draw_colours(ax, scores.trajectories[:, :n_steps], limit, taken=room if is_named else 0)
+    draw_colours(
+        ax,
+        scores.trajectories[:, :n_steps],
+        limit,
+        taken=room if is_named else 0,
+        label=influence_label(result),
+    )
     if is_named:
         label_rows(ax, names, room)
     else:

@@ -13,7 +13,7 @@ from captum_sdi.plotting._axes import column_axes, set_title
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
 from captum_sdi.plotting._lines import NEUTRAL, PROPONENT, draw_band, draw_examples, finish_lines
-from captum_sdi.plotting._scores import Result, ranked, read_scores, train_texts
+from captum_sdi.plotting._scores import Result, influence_label, ranked, read_scores, train_texts
 from captum_sdi.plotting._text import signed_numbers
 
 
@@ -49,7 +49,8 @@ def plot_self_influence(
     ax = column_axes(ax, 2.05 + height, width)
     distribution = _draw_distribution(ax, scores.steps_run)
     examples = draw_examples(ax, "strongest: total", strongest, totals, PROPONENT, texts)
-    finish_lines(ax, scores.trajectories.shape[1], "self-influence\n(drop in own loss)")
+    label = "self-" + influence_label(result).replace("test", "own")
+    finish_lines(ax, scores.trajectories.shape[1], label)
     set_title(ax, title, "")
     draw_legend(ax, [distribution, examples], stacked=stacked)
     return readable(ax)

@@ -25,7 +25,7 @@ from captum_sdi.plotting._axes import (
 from captum_sdi.plotting._colours import draw_colours
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT
-from captum_sdi.plotting._scores import Result, Scores, ranked, read_scores, test_texts_of, train_texts
+from captum_sdi.plotting._scores import Result, Scores, influence_label, ranked, read_scores, test_texts_of, train_texts
 from captum_sdi.plotting._text import FONT, example_name, isolated
 
 _MOST_ROWS = 80
@@ -91,7 +91,7 @@ def plot_totals(
     depth = examples.trajectories.shape[1]
     cells = np.zeros((n_rows, depth))
     cells[example_rows] = examples.steps_run
-    draw_colours(heat_axes, cells, limit)
+    draw_colours(heat_axes, cells, limit, label=influence_label(result))
     _part_rows(heat_axes, headings)
     bar_axes.set_ylim(n_rows - 0.5, -0.5)  # the first row on top
     label_rows(bar_axes, names, room, bold=headings.tolist())

@@ -12,7 +12,7 @@ from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
 from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines, limit_line
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
+from captum_sdi.plotting._scores import Result, Scores, influence_label, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, signed_numbers
 from captum_sdi.plotting.trajectory_panels import plot_trajectory_panels
 
@@ -80,7 +80,7 @@ def plot_trajectories(
             texts,
         )
         blocks.append(block)
-    finish_lines(ax, int(scores.n_steps[0]), "influence\n(drop in test loss)")
+    finish_lines(ax, int(scores.n_steps[0]), influence_label(result))
     _limit(ax, scores.select(drawn), blocks)
     set_title(ax, title, f"test example {test}")
     draw_legend(ax, blocks, stacked=stacked)

@@ -22,7 +22,7 @@ from captum_sdi.plotting._axes import (
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT, LineStyle, draw_line, limit_line, step_padding
-from captum_sdi.plotting._scores import Result, Scores, read_scores, strongest, train_texts
+from captum_sdi.plotting._scores import Result, Scores, influence_label, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, SMALL, clip, isolated, signed_numbers
 
 _PANEL = 115  # points: a panel is about so wide, and a little less high
@@ -89,7 +89,8 @@ def plot_trajectory_panels(
         panel.set_title(words, fontsize=SMALL, loc="left", linespacing=1.1)
     for panel in panels[max(0, n_panels - n_columns) :]:
         panel.set_xlabel("loop step", fontsize=SMALL)
-    ax.set_ylabel(scale_ticks(ax.yaxis, bound, "influence\n(drop in\ntest loss)"), fontsize=SMALL)
+    label = influence_label(result).replace(" in ", " in\n").replace(" unit ", " unit\n")
+    ax.set_ylabel(scale_ticks(ax.yaxis, bound, label), fontsize=SMALL)
     return readable(ax)
 
 

@@ -21,8 +21,9 @@ from captum_sdi.scores.result_text import text_table
 from captum_sdi.scores.words import Example, Words, as_note, from_note
 
 _FORMAT, _NEWEST = "captum_sdi.StepInfluence", "2"
+_NORMALIZED = "normalized"
 _OPTIONAL = {"indices", "token_of"}
-_NOT_TENSORS = {"words", "checkpoints"}
+_NOT_TENSORS = {"words", "checkpoints", "is_normalized"}
 """Fields that a file keeps beside its tensors."""
 
 
@@ -80,6 +81,8 @@ class StepInfluence:
     token_of: Tensor | None = None
     """``(q, 2)`` with ``per="token"``: the test example of each row, and the position of its target token in the text;
     None where a row is a whole example."""
+    is_normalized: bool = False
+    """Whether gradients had unit norm: scores then have no unit, where they are drops in the test loss else."""
 
     @classmethod
     def from_sums(
@@ -157,7 +160,7 @@ class StepInfluence:
         for name, tensor in self._fields():
             fields[name] = None if tensor is None else move(tensor)
         checkpoints = None if self.checkpoints is None else self.checkpoints.to(*args, **kwargs)
-        return StepInfluence(**fields, words=self.words, checkpoints=checkpoints)
+        return dataclasses.replace(self, **fields, checkpoints=checkpoints)
 
     def with_words(self, words: Words | None) -> StepInfluence:
         """Return the result with the words of its examples; those of a side of another length are left out.
@@ -196,8 +199,10 @@ class StepInfluence:
             share_tensors, names = self.checkpoints.as_saved()
             tensors |= share_tensors
             metadata |= names
-        is_old = self.token_of is None and self.checkpoints is None  # an older library reads all that it knows
-        metadata["version"] = "1" if is_old else _NEWEST
+        if self.is_normalized:
+            metadata[_NORMALIZED] = "yes"
+        is_plain = self.token_of is None and self.checkpoints is None and not self.is_normalized
+        metadata["version"] = "1" if is_plain else _NEWEST  # an older library reads all that it knows
         write_tensors(path, tensors, metadata)
 
     @classmethod
@@ -224,9 +229,9 @@ class StepInfluence:
                 f"{name} is not a saved StepInfluence: missing fields {missing}, unknown fields {unknown}, format "
                 f"{metadata.get('format')!r}. Pass a file written by StepInfluence.save."
             )
-        extra_fields = {"checkpoints": checkpoints, "words": from_note(metadata)}
-        fields: dict[str, Any] = {"indices": None, **tensors, **extra_fields}
-        result = cls(**fields)
+        fields: dict[str, Any] = {"indices": None, **tensors}
+        is_normalized = metadata.get(_NORMALIZED) == "yes"
+        result = cls(**fields, checkpoints=checkpoints, words=from_note(metadata), is_normalized=is_normalized)
         _check_agreement(name, result)
         return result
 
