@@ -296,6 +296,19 @@ def loader(data: Any, batch_size: int, collate: Any) -> DataLoader[Any]:
     return DataLoader(data, batch_size, collate_fn=collate or Collator())
 
 
+def cut_to_the_shortest(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    shortest = min(len(row["input_ids"]) for row in batch)
+    return Collator()([{name: column[:shortest] for name, column in row.items()} for row in batch])
+
+
+def test_a3_rows_cut_in_a_later_batch_are_refused_by_name() -> None:
+    data = [{"input_ids": torch.arange(1, 1 + length)} for length in (5, 5, 6, 8, 8)]
+    data = [{**row, "labels": row["input_ids"]} for row in data]
+    batches = loader(data, 2, cut_to_the_shortest)
+    with pytest.raises(ValueError, match="Train example 3 has 6 tokens in a batch of 2, 8 alone: the collate"):
+        sdi(Mean(), batches).influence(loader(data[:2], 2, None))
+
+
 KINDS: tuple[Callable[[], nn.Module], ...] = (Base, OneByOne, Joined, Groups, TakenApart, Mean, Normed)
 
 
@@ -306,7 +319,7 @@ KINDS: tuple[Callable[[], nn.Module], ...] = (Base, OneByOne, Joined, Groups, Ta
     batch_size=st.integers(2, 4),
     layers=st.sampled_from(["loop", None]),
     masked=st.booleans(),
-    collate=st.sampled_from([None, padded_right, padded_left, of_fixed_length]),
+    collate=st.sampled_from([None, padded_right, padded_left, of_fixed_length, cut_to_the_shortest]),
 )
 def test_a3_scores_are_those_of_one_by_one_or_an_error(
     kind: Callable[[], nn.Module], lengths: list[int], batch_size: int, layers: Any, masked: bool, collate: Any
@@ -329,7 +342,8 @@ def test_a3_scores_are_those_of_one_by_one_or_an_error(
             refusal = ""
     if refusal:
         assert "batch_size=1" in refusal
-        assert kind is not Base or collate is padded_left  # where padding predicts the first token
+        # Where padding on the left predicts the first token, and where tokens are lost.
+        assert kind is not Base or collate in (padded_left, cut_to_the_shortest)
     else:
         assert (one - many).norm() <= 1e-6 * one.norm()
 

@@ -22,6 +22,7 @@ from captum_sdi.features import LoopSpec, StepFeatures
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.precision import is_coarse
 from captum_sdi.rehearsal.alone import AloneRun, BatchRun, example_sizes, run_alone, telling_examples
+from captum_sdi.rehearsal.cutting import check_nothing_is_cut
 from captum_sdi.rehearsal.first_example import CHECKS, FirstExample, check_repeats, repeats, warn_if_nothing_repeats
 from captum_sdi.rehearsal.first_run import first_run
 from captum_sdi.rehearsal.ids import check_ids
@@ -51,6 +52,8 @@ class Rehearsed:
     """The first example, while nothing has shown that the model answers alike in a second pass."""
     waiting: Waiting | None = None
     """The second example of the largest batch so far, for as long as a later batch may show more."""
+    whole: set[int] = field(default_factory=set)
+    """The first positions of batches that are known to cut no example."""
     n_labels: int | None = None
     """How many logits there are."""
     warned_of_padding: bool = False
@@ -216,6 +219,9 @@ class Rehearsal:
         """
         known = self._of.setdefault(batch.side.manner, Rehearsed())
         self._check_batch(batch, known)
+        if batch.positions[0] not in known.whole:  # once, not at every checkpoint
+            check_nothing_is_cut(batch)
+            known.whole.add(batch.positions[0])
         if batch.size == 1:
             return self._features_of_one(batch, known)
         numbers = telling_examples(batch.raw, batch.side)
