@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -184,6 +185,26 @@ class Question:
                 checkpoints.append(point.checkpoint)
                 tests.append(self.test_features(point, by_step=by_step))
         return index.search(sketches, checkpoints, tests, unit=self.study.normalize is not None)
+
+
+class PutsQuestions:
+    """What knows a study, and puts questions: `SDIInfluence`, whose methods are in several files."""
+
+    @abstractmethod
+    def study(self, *, show_progress: bool = False, with_index: bool = True) -> Study:
+        """Return the train set, the checkpoints and the methods."""
+        ...
+
+    @abstractmethod
+    def _question(
+        self,
+        inputs: Any,
+        *,
+        aggregate: bool = False,
+        show_progress: bool = False,
+    ) -> Question:
+        """Put test examples beside a study."""
+        ...
 
 
 def counted(blocks: Iterable[ScoredBlock], bar: Any) -> Iterator[ScoredBlock]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 from captum.log import log_usage
@@ -10,27 +9,11 @@ from captum.log import log_usage
 from captum_sdi.direction.direction import Direction
 from captum_sdi.direction.gradients import group_gradients
 from captum_sdi.direction.groups import Groups
-from captum_sdi.study import Question, Study
+from captum_sdi.study import PutsQuestions
 
 
-class AsksForDirections:
+class AsksForDirections(PutsQuestions):
     """The part of `SDIInfluence` that sums training gradients to directions."""
-
-    @abstractmethod
-    def study(self, *, show_progress: bool = False, with_index: bool = True) -> Study:
-        """Return the train set, the checkpoints and the methods."""
-        ...
-
-    @abstractmethod
-    def _question(
-        self,
-        inputs: Any,
-        *,
-        aggregate: bool = False,
-        show_progress: bool = False,
-    ) -> Question:
-        """Put test examples beside a study."""
-        ...
 
     @log_usage(part_of_slo=True)
     def direction(self, groups: Any, show_progress: bool = False) -> Direction:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,22 +15,11 @@ from captum_sdi.rehearsal import arguments
 from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.sketch.base import Sketch
 from captum_sdi.sketch.exact import Exact
-from captum_sdi.study import Question
+from captum_sdi.study import PutsQuestions
 
 
-class AsksForMaps:
+class AsksForMaps(PutsQuestions):
     """The part of `SDIInfluence` that splits the influence of chosen pairs."""
-
-    @abstractmethod
-    def _question(
-        self,
-        inputs: Any,
-        *,
-        aggregate: bool = False,
-        show_progress: bool = False,
-    ) -> Question:
-        """Put test examples beside a study."""
-        ...
 
     @log_usage(part_of_slo=True)
     def influence_map(
