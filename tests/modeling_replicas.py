@@ -1,4 +1,4 @@
-"""Ouro and Huginn in small, with their names and order of calls; copied into folders as code that comes with weights."""
+"""Ouro and Huginn in small, with their names and order of calls; copied into folders as code that comes with them."""
 
 from __future__ import annotations
 
