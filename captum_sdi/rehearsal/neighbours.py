@@ -10,6 +10,8 @@ from captum_sdi.features import StepFeatures
 LARGEST, LARGEST_COARSE = 1e-2, 0.25
 """Beyond which relative difference of features they are refused; in half precision, whose kernels round anew for every
 batch size, only what no rounding does."""
+USUAL_COARSE = 0.05
+"""Beyond which the difference in half precision is more than its usual rounding."""
 
 CAUSES = (
     "Likely causes: padding that the model sees, for want of an attention mask or, padded on the left, of position "
