@@ -309,6 +309,20 @@ def test_a3_rows_cut_in_a_later_batch_are_refused_by_name() -> None:
         sdi(Mean(), batches).influence(loader(data[:2], 2, None))
 
 
+def cut_to_the_median(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    median = sorted(len(row["input_ids"]) for row in batch)[len(batch) // 2]
+    return Collator()([{name: column[:median] for name, column in row.items()} for row in batch])
+
+
+def test_a3_rows_cut_and_padded_in_a_later_batch_are_refused_by_name() -> None:
+    data = [{"input_ids": torch.arange(1, 1 + length)} for length in (5, 4, 5, 3, 5, 8)]
+    data = [{**row, "labels": row["input_ids"]} for row in data]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attention_mask is dropped
+        with pytest.raises(ValueError, match="Train example 5 has 5 tokens in a batch of 3, 8 alone: the collate"):
+            sdi(Base(), loader(data, 3, cut_to_the_median)).influence(loader(data[:1], 1, None))
+
+
 KINDS: tuple[Callable[[], nn.Module], ...] = (Base, OneByOne, Joined, Groups, TakenApart, Mean, Normed)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from captum_sdi.borrow import evaluating, requiring_grad
 from captum_sdi.capture.settling import seen_forward, settled, uses_in_sight
 from captum_sdi.capture.tape import Tape
-from captum_sdi.data.batch import BatchReader, ForwardKwargs, batch_size, run_model
+from captum_sdi.data.batch import BatchReader, ForwardKwargs, batch_size
+from captum_sdi.data.calling import run_model
 from captum_sdi.data.losses import LossFn, check_gradient, default_loss, example_losses
 from captum_sdi.features import Gradient, LoopSpec
 from captum_sdi.inputs import first_batch

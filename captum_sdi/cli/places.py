@@ -26,7 +26,7 @@ YES = {"1", "on", "true", "yes"}
 
 
 def check_places(options: Namespace) -> None:
-    """Check that models, tokenizers and data sets are here, or can be asked for, and that an index is there.
+    """Check that models, tokenizers and data sets are here, or can be asked for, and an index where one is read.
 
     Raises:
         FileNotFoundError: If there is no such file of examples.

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, preserved
-from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
+from captum_sdi.data.batch import BatchReader, ForwardKwargs
+from captum_sdi.data.calling import run_model
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import LossFn, default_loss, example_losses
 from captum_sdi.features import LoopSpec
