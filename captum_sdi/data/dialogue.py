@@ -128,8 +128,8 @@ def assistant_turns(
         through = write(messages[: number + 1])
         if whole[: len(through)] != through or through[: len(before)] != before:
             raise ValueError(
-                f"the chat template writes turn {number + 1} in another way when it is not the last, so that its tokens "
-                'cannot be told: give "input_ids" and "labels"'
+                f"the chat template writes turn {number + 1} in another way when it is not the last, so that its "
+                'tokens cannot be told: give "input_ids" and "labels"'
             )
         turns.append([len(before), len(through)])
     return turns
