@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli_page import INDEX, SCORE, TRAIN, here, project, read_lines, run, write_rows
+
+from captum_sdi.models import LoopedGPTForCausalLM
 
 __all__ = ["here", "project"]
 
@@ -136,6 +139,19 @@ def test_a_question_that_is_typed(here: Path, capsys: pytest.CaptureFixture) -> 
     with pytest.raises(SystemExit, match="2"):
         run_words(typed)
     assert "one of the arguments --query --prompt is required" in capsys.readouterr().err
+
+
+def test_the_answer_is_that_of_the_depth_that_is_asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def generate(self: LoopedGPTForCausalLM, input_ids: torch.Tensor, **settings: object) -> torch.Tensor:
+        given.append((settings["n_loops"], settings["use_cache"]))
+        return torch.cat([input_ids, input_ids[:, :1]], dim=1)
+
+    monkeypatch.setattr(LoopedGPTForCausalLM, "generate", generate)
+    typed = SCORE.replace("--query queries.jsonl ", "").split()
+    assert run_words([*typed, "--prompt", "a b c", "--n-loops", "3", "--pictures", "0"]) == 0
+    assert given == [(3, False)]
 
 
 def run_words(words: list[str]) -> int:

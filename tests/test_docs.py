@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from modeling_replicas import HuginnReplica, OuroReplica
+from reference import spread
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -20,9 +26,28 @@ ELSEWHERE = {"which_word", "quanda"}
 """Pages that tests of their own run: with a model that is hardly trained, and in another environment."""
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "tutorials" not in page.parts and page.stem not in ELSEWHERE]
 PAGES = list(filter(blocks_of, PAGES))
+REPLICAS = {"ByteDance/Ouro-1.4B": OuroReplica, "tomg-group-umd/huginn-0125": HuginnReplica}
+"""What stands in folders of these names, where `from_pretrained` looks before it asks the Hub."""
+
+
+@pytest.fixture
+def replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave models of the Hub in small, with code of their own and a tokenizer, in the folder where pages run."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    torch.manual_seed(0)
+    for name, kind in REPLICAS.items():
+        config = kind.config_class(auto_map={"AutoModelForCausalLM": f"modeling_replicas.{kind.__name__}"})
+        config.auto_map["AutoConfig"] = f"modeling_replicas.{kind.config_class.__name__}"
+        spread(kind(config)).save_pretrained(tmp_path / name)
+        shutil.copy(Path(__file__).with_name("modeling_replicas.py"), tmp_path / name)
+        words = Tokenizer(models.WordLevel({"": 0, "is": 1, "in": 2, "France.": 3, "Paris": 4}, unk_token=""))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.usefixtures("replicas")
 @pytest.mark.filterwarnings("ignore:Cannot copy out:UserWarning")
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

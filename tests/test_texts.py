@@ -73,10 +73,9 @@ def test_of_a_conversation_the_assistants_turns_are_learned() -> None:
     ]
     data = captum_sdi.texts([{"messages": messages, "id": "m"}], make_tokenizer(ends=False))
     assert learned(data[0]) == ["d", "[EOS]", "f", "g", "[EOS]"]
-    assert data.example(0) == {
-        "id": "m",
-        "text": "system: a user: b c assistant: d [EOS] user: e assistant: f g [EOS] ",
-    }
+    text = "system: a user: b c assistant: d [EOS] user: e assistant: f g [EOS] "
+    assert data.example(0) == {"id": "m", "text": text, "learned_characters": [[31, 39], [58, 68]]}
+    assert [text[31:39], text[58:68]] == ["d [EOS] ", "f g [EOS] "]
     with pytest.raises(ValueError, match=r"rows\[0\]: the chat template writes turn 3 in another way when it is not"):
         captum_sdi.texts([{"messages": messages}], make_tokenizer(template=FORGETFUL, ends=False))
 
@@ -84,7 +83,8 @@ def test_of_a_conversation_the_assistants_turns_are_learned() -> None:
 def test_words_are_remembered_and_what_is_cut_is_said() -> None:
     rows = ["a b c d e", {"prompt": "a b c ", "completion": "d", "id": 7}, {"input_ids": [5, 6], "labels": [5, 6]}]
     data = captum_sdi.texts(rows, make_tokenizer(ends=False), max_length=3)
-    assert data.examples == [{"text": "a b c d e"}, {"text": "a b c d", "id": 7}, {"text": "a b"}]
+    answer = {"text": "a b c d", "id": 7, "learned_characters": [[6, 7]]}
+    assert data.examples == [{"text": "a b c d e"}, answer, {"text": "a b"}]
     assert repr(data) == (
         "Texts of 3 examples; 2 cut to 3 tokens; 1 in which nothing is predicted: their influence is zero"
     )

@@ -224,7 +224,7 @@ def check_files(paths: Sequence[Path]) -> None:
 def described(encoder: Encoder, fields: dict[str, Any]) -> dict[str, Any]:
     """Return what a result says of an example: its text, whole, and its other fields."""
     other_fields = {name: value for name, value in fields.items() if name not in INPUTS}
-    return {**other_fields, "text": encoder.text(fields)}
+    return {**other_fields, **encoder.words(fields)}
 
 
 def digest_of(rows: Sequence[dict[str, Any]]) -> str:

@@ -84,6 +84,28 @@ def conversation_tokens(tokenizer: Any, messages: Any) -> Tokens:
     return {"input_ids": token_ids, "labels": labels}
 
 
+def learned_turns(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    text: str,
+) -> list[list[int]] | None:
+    """Return where the assistant's turns start and end in the text of a conversation.
+
+    Returns:
+        A pair for each of them; None where the template writes a turn in another way when it is not the last.
+    """
+    learned = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        text_before = written(tokenizer, messages[:turn], add_generation_prompt=True) if turn else ""
+        text_through = written(tokenizer, messages[: turn + 1])
+        if not (text.startswith(text_through) and text_through.startswith(text_before)):
+            return None
+        learned.append([len(text_before), len(text_through)])
+    return learned
+
+
 def check_messages(tokenizer: Any, messages: Any) -> None:
     """Check that messages are a conversation, and that the tokenizer knows how to write one."""
     is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
@@ -95,6 +117,16 @@ def check_messages(tokenizer: Any, messages: Any) -> None:
         raise ValueError('"messages" have no turn of the "assistant": nothing is learned')
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError('there are "messages", but the tokenizer has no chat template')
+
+
+def written(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Return messages as the chat template writes them."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def templated(

@@ -41,14 +41,14 @@ class Texts(Dataset[dict[str, Tensor]]):
 
     @property
     def examples(self) -> list[dict[str, Any]]:
-        """What each example says: its ``text``, and its other fields; for `captum_sdi.report.write_page`."""
+        """What each example says: its ``text``, which of its characters are learned, and its other fields."""
         return [self.example(position) for position in range(len(self))]
 
     def example(self, position: int) -> dict[str, Any]:
         """Return what one example says."""
         fields = as_fields(self.rows[position])
         other_fields = {name: value for name, value in fields.items() if name not in SOURCES}
-        return {**other_fields, "text": self.encoder.text(fields)}
+        return {**other_fields, **self.encoder.words(fields)}
 
     def __repr__(self) -> str:
         parts = [f"Texts of {len(self):,} examples"]
@@ -92,7 +92,7 @@ def texts(
         >>> rows = ["one and two", {"prompt": "one and ", "completion": "two", "id": 7}]
         >>> train = texts(rows, PreTrainedTokenizerFast(tokenizer_object=words))
         >>> train[1]["labels"].tolist(), train.example(1)
-        ([-100, -100, 2], {'id': 7, 'text': 'one and two'})
+        ([-100, -100, 2], {'id': 7, 'text': 'one and two', 'learned_characters': [[8, 11]]})
     """
     if isinstance(rows, str | Mapping):
         raise TypeError(f"rows must be a list of texts or of mappings, got one {type(rows).__name__}.")
