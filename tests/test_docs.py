@@ -54,6 +54,8 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     code = "\n".join(blocks_of(page))
     if "to_pandas" in code:
         pytest.importorskip("pandas")
+    if "peft" in code:
+        pytest.importorskip("peft")
     if "HrmText" in code:
         pytest.importorskip("transformers.models.hrm_text", reason="this version of transformers has no HrmText")
     exec(compile(code, str(page), "exec"), {"__name__": page.stem})
