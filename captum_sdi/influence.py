@@ -261,7 +261,7 @@ class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
             proponents: As for `influence`.
             show_progress: As for `influence`.
             aggregate: As for `influence`.
-            rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
+            rank_by: With ``k``: a loop step to rank by, not the total; from 0, as ``trajectories`` are indexed.
             rerank: As for `influence`; what is returned is then exact, its errors zero.
             per: "token": a row for every target token of the test examples, which ``token_of`` names, from one pass
                 over the train set. "checkpoint": every checkpoint's share, as an `InfluenceMap`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from captum_sdi.data.fingerprints import used_positions
+from captum_sdi.data.padding import used_positions
 from captum_sdi.rehearsal.alone import BatchRun
 
 

@@ -13,14 +13,6 @@ batch size, only what no rounding does."""
 USUAL_COARSE = 0.05
 """Beyond which the difference in half precision is more than its usual rounding."""
 
-CAUSES = (
-    "Likely causes: padding that the model sees, for want of an attention mask or, padded on the left, of position "
-    "ids; a random state drawn anew for each call or from a seed per call (fix one noise per position: NOISE[:, "
-    ":S].expand(n, -1, -1)); a loss divided by a count over the batch; layers that mix examples, as BatchNorm does; a "
-    "forward that takes examples one by one or in groups; a loop that is chaotic in float32 (try model.double()). "
-)
-WAY_OUT = "Mend it, or pass batch_size=1 (to a DataLoader, too; inputs as a list of rows)."
-
 
 def rounding(features: StepFeatures) -> float:
     """Return what rounding alone may change, relative to an example's features."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_sdi.capture.apart import CAUSES, WAY_OUT
 from captum_sdi.capture.featurizer import Capture
 from captum_sdi.data.losses import TokenCrossEntropy, target_labels, token_logits
 from captum_sdi.data.side import Manner, Side
@@ -31,11 +32,9 @@ from captum_sdi.rehearsal.keywords import check_keywords_are_named
 from captum_sdi.rehearsal.labels import check_labels_are_unshifted, check_labels_on_padding
 from captum_sdi.rehearsal.lengths import check_length, position_limit
 from captum_sdi.rehearsal.neighbours import (
-    CAUSES,
     LARGEST,
     LARGEST_COARSE,
     USUAL_COARSE,
-    WAY_OUT,
     relative_difference,
     rounding,
 )
