@@ -141,3 +141,17 @@ def test_a_conversation_needs_a_template() -> None:
         captum_sdi.texts([row], make_tokenizer(template=None))
     with pytest.raises(TypeError, match="rows must be a list of texts or of mappings, got one str"):
         captum_sdi.texts("a b", make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokenizer", "max_length", "sentence"),
+    [
+        ({"a b"}, None, None, "rows must be a list of texts or of mappings, in their order, got set"),
+        ((text for text in ["a"]), None, None, "in their order, got generator"),
+        (["a"], "gpt2", None, "tokenizer must be one of transformers.*got 'gpt2'"),
+        *((["a"], None, length, "max_length must be an int of at least 1") for length in (0, -1, 2.5, True)),
+    ],
+)
+def test_what_has_no_order_and_no_length_is_named(rows: Any, tokenizer: Any, max_length: Any, sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        captum_sdi.texts(rows, tokenizer or make_tokenizer(), max_length=max_length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from captum_sdi.capture.rules.base import lifted
@@ -16,21 +18,23 @@ def bare_call(
 
     Neither our hooks nor the user's are run: they are not the layer's. `torch.func.functional_call` does the same for
     any module, and takes longer than a norm.
+
+    Returns:
+        What the forward returns.
     """
-    held = (module._parameters, module._buffers)
-    originals = [dict(tensors_held) for tensors_held in held]
-    stand_ins = {}
-    for name, tensor in tensors.items():
-        original = module._parameters[name] if name in module._parameters else module._buffers[name]
-        stand_ins[id(original)] = tensor
+    parameters = dict(module._parameters)
+    buffers = dict(module._buffers)
+    own_tensors = {**parameters, **buffers}
+    stand_ins: dict[int, Any] = {id(own_tensors[name]): tensor for name, tensor in tensors.items()}
     try:
-        for tensors_held in held:
-            for name, original in tensors_held.items():
-                tensors_held[name] = stand_ins.get(id(original), original)
+        for name, parameter in parameters.items():
+            module._parameters[name] = stand_ins.get(id(parameter), parameter)
+        for name, buffer in buffers.items():
+            module._buffers[name] = stand_ins.get(id(buffer), buffer)
         return module.forward(activation)
     finally:
-        for tensors_held, original in zip(held, originals, strict=True):
-            tensors_held.update(original)
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
