@@ -24,7 +24,7 @@ import torch
 from environment import environment
 from real_sizes import peak_memory
 from retraining.beds import Bed, as_batch, language_model_loss
-from retraining.methods import Method, Scores, Subject
+from retraining.methods import BATCH, Method, Scores, Subject
 from retraining.peers import captum_tracincp, dattri_tracin, kronfluence, trak
 from timing import quartiles, ratio
 from torch import Tensor
@@ -38,8 +38,10 @@ PASS = "forward and backward, no weight gradients"
 TRAINING = "forward and backward of training, one gradient in all"
 FASTEST = "ours, TensorSketch(512)"
 BY_STEP = "ours, TensorSketch(512), by loop step"
+SMALL_BATCHES = "ours, TensorSketch(512), batches of 4"
 IN_TRUTH = {
     BY_STEP: "TracIn / SDI, TensorSketch(512)",
+    SMALL_BATCHES: "TracIn / SDI, TensorSketch(512)",
     "ours, TensorSketch(2048)": "TracIn / SDI, 4 checkpoints",
     FASTEST: "TracIn / SDI, TensorSketch(512)",
     "dattri TracIn, 512": "dattri TracIn",
@@ -76,11 +78,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=30, help="seconds after which a method has had its rounds")
+    parser.add_argument("--without-peers", action="store_true", help="measure ours again, beside what is recorded")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     sizes = (8, 32, 8) if options.small else (options.examples, options.width, 64)
     subject = Untrained(bed_of(*sizes))
-    methods = installed(Untrained(bed_of(4, 16, 8)))
+    recorded = json.loads(options.out.read_text()) if options.without_peers else None
+    methods = installed(Untrained(bed_of(4, 16, 8)), {} if options.without_peers else PEERS)
     costs: dict[str, list[Cost]] = {name: [] for name in methods}
     for _ in range(1 if options.small else options.rounds):
         for name, method in methods.items():
@@ -89,9 +93,15 @@ def main() -> None:
             costs[name].append(cost_of(partial(method, subject)))
             print(name, costs[name][-1], flush=True)
             results = summed_up(costs, subject.bed, sizes)  # some take long, and the next may fail
+            if recorded is not None and recorded["model"] == results["model"]:
+                results["methods"] = {**results["methods"], **peers_of(recorded)}
             options.out.write_text(json.dumps(results, indent=1) + "\n")
             options.out.with_suffix(".md").write_text(page(results))
     print(page(results))
+
+
+def peers_of(recorded: dict[str, Any]) -> dict[str, Any]:
+    return {name: found for name, found in recorded["methods"].items() if name in PEERS}
 
 
 class Cost(NamedTuple):
@@ -153,27 +163,28 @@ def bed_of(n: int, width: int, length: int) -> Bed:
     )
 
 
-def installed(subject: Subject) -> dict[str, Method]:
+def installed(subject: Subject, peers: dict[str, Method]) -> dict[str, Method]:
     """Every method that runs here, ours first; each is tried once on next to nothing, which warms it up."""
     methods: dict[str, Method] = {PASS: passes, TRAINING: training_passes}
     for dim in (2048, 512):
         methods[f"ours, TensorSketch({dim})"] = partial(ours, dim=dim)
     methods[BY_STEP] = partial(ours, dim=512, by_step=True)
-    for name, method in PEERS.items():
+    methods[SMALL_BATCHES] = partial(ours, dim=512, batch_size=4)
+    for name, method in peers.items():
         try:
             method(subject)
         except ImportError as error:
             print(f"{name} is left out: {error}", flush=True)
             continue
         methods[name] = method
-    for name in list(methods)[:5]:
+    for name in list(methods)[:6]:
         methods[name](subject)
     return methods
 
 
-def ours(subject: Subject, dim: int, *, by_step: bool = False) -> Scores:
+def ours(subject: Subject, dim: int, *, by_step: bool = False, batch_size: int = BATCH) -> Scores:
     """Totals of one object, from its first batch on, checks included."""
-    sdi: SDIInfluence = subject.question(sketch=TensorSketch(dim))
+    sdi: SDIInfluence = subject.question(sketch=TensorSketch(dim), batch_size=batch_size)
     ask = sdi.step_influence if by_step else sdi.influence
     tests = as_batch(subject.bed.test)
     start = time.process_time()

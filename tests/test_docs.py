@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
+import types
 from pathlib import Path
 
 import pytest
@@ -54,9 +56,25 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     code = "\n".join(blocks_of(page))
     if "to_pandas" in code:
         pytest.importorskip("pandas")
+    if "peft" in code:
+        pytest.importorskip("peft")
     if "HrmText" in code:
         pytest.importorskip("transformers.models.hrm_text", reason="this version of transformers has no HrmText")
     exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "api").glob("*.md")))
+    named = set(re.findall(r":: (\S+)", text))
+    missing = []
+    for package in ("", ".unrolled", ".data", ".models", ".models.programs", ".preconditioners", ".evaluate", ".tasks"):
+        module = importlib.import_module(f"captum_sdi{package}")
+        for name in module.__all__:
+            home = getattr(getattr(module, name), "__module__", None)
+            is_code = isinstance(getattr(module, name), type | types.FunctionType)
+            if is_code and named.isdisjoint({module.__name__, home, f"{home}.{name}"}):
+                missing.append(f"{module.__name__}.{name}")
+    assert missing == []
 
 
 def test_every_sentence_that_is_explained_is_one_of_ours() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import captum_sdi
@@ -78,6 +78,28 @@ def test_of_a_conversation_the_assistants_turns_are_learned() -> None:
     assert [text[31:39], text[58:68]] == ["d [EOS] ", "f g [EOS] "]
     with pytest.raises(ValueError, match=r"rows\[0\]: the chat template writes turn 3 in another way when it is not"):
         captum_sdi.texts([{"messages": messages}], make_tokenizer(template=FORGETFUL, ends=False))
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_slow_and_fast_tokenizers_agree_on_a_conversation(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer(ends=False)
+    monkeypatch.setattr(type(tokenizer), "is_fast", is_fast)
+    turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert learned(captum_sdi.texts([{"messages": messages}], tokenizer)[0]) == ["c", "[EOS]", "e", "f", "[EOS]"]
+
+
+def test_an_answer_whose_blank_stands_in_the_template_is_learned_whole() -> None:
+    """A byte pair tokenizer writes the blank before an answer and its first word as one token."""
+    said = ["user: a b", "assistant: c"]
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.train_from_iterator(said * 9, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, chat_template=TEMPLATE.replace("[EOS] ", "\n"))
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    row = captum_sdi.texts([{"messages": messages}], tokenizer)[0]
+    answer = [label for label in row["labels"].tolist() if label != IGNORED]
+    assert tokenizer.convert_ids_to_tokens(answer)[0] == "Ġc"
 
 
 def test_words_are_remembered_and_what_is_cut_is_said() -> None:

@@ -5,7 +5,8 @@ A label is a token that is predicted; everything else is `IGNORED`, as it was in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from captum_sdi.data.fields import check_encodable, json_excerpt
@@ -54,10 +55,10 @@ def completion_tokens(
 
 
 def conversation_tokens(tokenizer: Any, messages: Any) -> Tokens:
-    """Tokenize a conversation by the tokenizer's chat template; learned are the assistant's turns.
+    """Tokenize a conversation by the tokenizer's chat template; learned are the tokens that hold a part of an answer.
 
     Args:
-        tokenizer: Has a chat template.
+        tokenizer: Has a chat template. A fast one says where each token stands.
         messages: A list of ``{"role": ..., "content": ...}``.
 
     Returns:
@@ -68,42 +69,70 @@ def conversation_tokens(tokenizer: Any, messages: Any) -> Tokens:
     """
     check_messages(tokenizer, messages)
     token_ids = templated(tokenizer, messages)
+    places = token_places(tokenizer, written(tokenizer, messages), token_ids)
+    if places is None:  # turns are told apart by the tokens of the conversation so far
+        places = [(token, token + 1) for token in range(len(token_ids))]
+        turns = assistant_turns(messages, token_ids, partial(templated, tokenizer))
+    else:
+        turns = learned_turns(tokenizer, messages)
     labels = [IGNORED] * len(token_ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        tokens_before = templated(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        tokens_through = templated(tokenizer, messages[: turn + 1])
-        start, end = len(tokens_before), len(tokens_through)
-        if token_ids[:end] != tokens_through or tokens_through[:start] != tokens_before:
-            raise ValueError(
-                f"the chat template writes turn {turn + 1} in another way when it is not the last, so that its tokens "
-                'cannot be told: give "input_ids" and "labels"'
-            )
-        labels[start:end] = token_ids[start:end]
+    for turn_start, turn_end in turns:
+        for token, (start, end) in enumerate(places):
+            if start < turn_end and end > turn_start:
+                labels[token] = token_ids[token]
     return {"input_ids": token_ids, "labels": labels}
 
 
-def learned_turns(
-    tokenizer: Any,
+def token_places(tokenizer: Any, text: str, token_ids: list[int]) -> list[tuple[int, int]] | None:
+    """Return where each token of a text starts and ends; None where the tokenizer does not say."""
+    if not tokenizer.is_fast:
+        return None
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    is_same = list(encoding["input_ids"]) == token_ids
+    return encoding["offset_mapping"] if is_same else None
+
+
+def learned_turns(tokenizer: Any, messages: Sequence[Any]) -> list[list[int]]:
+    """Return which characters of a conversation are the assistant's, as `assistant_turns` does.
+
+    Raises:
+        ValueError: If they cannot be told.
+    """
+    write = partial(written, tokenizer)
+    return assistant_turns(messages, write(messages), write)
+
+
+def assistant_turns(
     messages: Sequence[Any],
-    text: str,
-) -> list[list[int]] | None:
-    """Return where the assistant's turns start and end in the text of a conversation.
+    whole: Sequence[Any],
+    write: Callable[..., Sequence[Any]],
+) -> list[list[int]]:
+    """Return where the assistant's turns start and end in a conversation.
+
+    Args:
+        messages: The conversation.
+        whole: Its characters, or its tokens.
+        write: Makes characters or tokens of messages; with ``add_generation_prompt``, to where an answer begins.
 
     Returns:
-        A pair for each of them; None where the template writes a turn in another way when it is not the last.
+        A pair for each turn of the assistant.
+
+    Raises:
+        ValueError: If a part of the conversation is not how the whole begins.
     """
-    learned = []
-    for turn, message in enumerate(messages):
+    turns = []
+    for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        text_before = written(tokenizer, messages[:turn], add_generation_prompt=True) if turn else ""
-        text_through = written(tokenizer, messages[: turn + 1])
-        if not (text.startswith(text_through) and text_through.startswith(text_before)):
-            return None
-        learned.append([len(text_before), len(text_through)])
-    return learned
+        before = write(messages[:number], add_generation_prompt=True) if number else whole[:0]
+        through = write(messages[: number + 1])
+        if whole[: len(through)] != through or through[: len(before)] != before:
+            raise ValueError(
+                f"the chat template writes turn {number + 1} in another way when it is not the last, so that its "
+                'tokens cannot be told: give "input_ids" and "labels"'
+            )
+        turns.append([len(before), len(through)])
+    return turns
 
 
 def check_messages(tokenizer: Any, messages: Any) -> None:

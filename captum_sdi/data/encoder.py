@@ -8,6 +8,7 @@ other field belongs to its owner, and whatever cannot be meant is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,8 @@ class Encoder:
             if kind == "completion":
                 learned = [[len(fields["prompt"]), len(text)]]
             elif kind == "messages":
-                learned = learned_turns(self.tokenizer, fields["messages"], text)
+                with suppress(ValueError):  # of a slow tokenizer, turns are told apart by their tokens alone
+                    learned = learned_turns(self.tokenizer, fields["messages"])
         return {"text": text} if learned is None else {"text": text, LEARNED: learned}
 
     def text(self, fields: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ function Card({ card, place, shown, state, unit, range, largest, go }) {
       <div class="numbers">
         <span class="rank">${place + 1}</span>
         <b class="value" title=${exact(value)}>${signed(value, unit)}</b>
-        ${error !== null && html`<span class="error" title=${`standard error ± ${magnitude(error)}`}>± ${plain(error, unit)}</span>`}
+        ${error !== null && html`<span class="error" title=${`standard error of the sketch ± ${magnitude(error)}`}>± ${plain(error, unit)}</span>`}
         ${isFaint && html`<span class="tag">below its error</span>`}
         <span class="extent"><span style=${{ width: `${(100 * Math.abs(value)) / (largest || 1)}%` }}></span></span>
       </div>
@@ -112,7 +112,7 @@ function StepTable({ pair, unit }) {
   return html`<div class="scroll"><table class="steps">
     <tr><th>loop step</th>${bins.map(({ name }) => html`<th>${name}</th>`)}</tr>
     <tr><th>influence ${unit.text}</th>${bins.map((bin) => html`<td class=${isWithinError(bin) ? "faint" : ""}>${signed(bin.value, unit)}</td>`)}</tr>
-    <tr><th>± standard error</th>${bins.map(({ error }) => html`<td>${error === null ? "" : plain(error, unit)}</td>`)}</tr>
+    <tr><th>± error of the sketch</th>${bins.map(({ error }) => html`<td>${error === null ? "" : plain(error, unit)}</td>`)}</tr>
   </table></div>`;
 }
 
