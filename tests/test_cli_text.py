@@ -88,6 +88,13 @@ def test_a_text_in_each_line(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert "train.txt is no text" in capsys.readouterr().err
 
 
+def test_what_would_be_ignored_is_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(f"{SCORE} --split train") == 1
+    assert "error: --split train: queries.jsonl has no splits, as data sets have." in capsys.readouterr().err
+    assert run(f"{SCORE} --completion yes") == 1
+    assert "error: --completion is the answer to --prompt; the answers of --query" in capsys.readouterr().err
+
+
 def test_a_folder_of_datasets_and_its_splits(here: Path, capsys: pytest.CaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]

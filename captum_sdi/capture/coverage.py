@@ -123,16 +123,24 @@ def coverage_check(
     table = compare_gradients({name: sums[0] for name, sums in captured.items()}, expected)
     dtypes = {parameter.dtype for parameter in targets.values()}
     is_precise = dtypes <= {torch.float32, torch.float64}
-    tolerance = 1e-3 if is_precise else 5e-2
+    check_differences(table, tolerance=1e-3 if is_precise else 5e-2)
+    own_sums = {name: sums[1] for name, sums in captured.items()}
+    with exclusive(model):
+        check_apart(model, batch, losses_of, gradients_of, own_sums, tolerance=1e-2 if is_precise else 0.25)
+    return table
+
+
+def check_differences(table: Coverage, tolerance: float) -> None:
+    """Check that captured and ordinary gradients are the same.
+
+    Raises:
+        ValueError: If they differ by more than the tolerance in some parameter.
+    """
     if not all(difference < tolerance for difference in table.differences):  # NaN is not
         raise ValueError(
             "What was captured differs from the gradient of an ordinary backward pass: a parameter is used outside "
             f"its layer's call, or the model is not deterministic.\n{table}\nLeave that layer out with layers=[...]."
         )
-    own_sums = {name: sums[1] for name, sums in captured.items()}
-    with exclusive(model):
-        check_apart(model, batch, losses_of, gradients_of, own_sums, tolerance=1e-2 if is_precise else 0.25)
-    return table
 
 
 def captured_gradients(

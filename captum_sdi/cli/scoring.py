@@ -26,6 +26,8 @@ def open_queries(
 ) -> AnyExamples:
     """Return the queries of a file, or the one that was typed, which a model of that depth answers."""
     if options.prompt is None:
+        if options.completion is not None:
+            raise ValueError("--completion is the answer to --prompt; the answers of --query stand in its file.")
         return open_examples(
             options.query,
             encoder,
