@@ -65,12 +65,11 @@ class Subject:
             self.model,
             as_dataset(bed.train),
             loss_fn=bed.loss,
-            batch_size=BATCH,
             layers=None,
             loop=bed.loop,
             forward_kwargs=bed.forward_kwargs,
             test_forward_kwargs=bed.test_forward_kwargs,
-            **settings,
+            **{"batch_size": BATCH, **settings},
         )
 
 

@@ -41,8 +41,8 @@ def logits_of(subject: Subject) -> Logits:
     return Logits(subject.model, dict(subject.bed.forward_kwargs))
 
 
-def captum_tracincp(subject: Subject) -> Scores:
-    """Captum's `TracInCP`, one example at a time, at the same checkpoints."""
+def captum_tracincp(subject: Subject, batch_size: int = BATCH) -> Scores:
+    """Captum's `TracInCP` at the same checkpoints: a backward pass of the batch for each of its examples."""
     from captum.influence import TracInCP
 
     bed = subject.bed
@@ -54,7 +54,9 @@ def captum_tracincp(subject: Subject) -> Scores:
 
     model, checkpoints = logits_of(subject), iter(subject.checkpoints())
     start = time.process_time()
-    estimator = TracInCP(model, as_dataset(bed.train), checkpoints, load_checkpoint, loss_fn=bed.loss, batch_size=BATCH)
+    estimator = TracInCP(
+        model, as_dataset(bed.train), checkpoints, load_checkpoint, loss_fn=bed.loss, batch_size=batch_size
+    )
     totals = estimator.influence(as_batch(bed.test))
     return Scores(totals.detach(), None, time.process_time() - start, {})
 
@@ -62,13 +64,15 @@ def captum_tracincp(subject: Subject) -> Scores:
 # --- dattri ---
 
 
-def dattri_tracin(subject: Subject) -> Scores:
+def dattri_tracin(subject: Subject, dim: int = 512) -> Scores:
+    """TracIn of randomly projected gradients; dattri's own projection has 512 numbers."""
     from dattri.algorithm.tracin import TracInAttributor
 
     checkpoints = subject.checkpoints()
     task = dattri_task(subject, [weights for _, weights, _ in checkpoints])
     rates = torch.tensor([rate for _, _, rate in checkpoints])
-    attributor = TracInAttributor(task, weight_list=rates, normalized_grad=False)
+    projector = {"proj_dim": dim}
+    attributor = TracInAttributor(task, weight_list=rates, normalized_grad=False, projector_kwargs=projector)
     return dattri_scores(subject.bed, attributor, reads_train_set_first=False)
 
 

@@ -18,9 +18,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from captum_sdi.capture.rules.base import Rule
+from captum_sdi.capture.rules.registry import forward_of
 from captum_sdi.loop.parameters import called_modules
 
 WHOLE_PASS = ""
@@ -49,6 +52,18 @@ class Adoption:
     def __init__(self) -> None:
         self._adopters: dict[str, str] = {}
         self._reasons: dict[str, Reason] = {}
+        self._rules: WeakKeyDictionary[nn.Module, tuple[object, dict[bool, Rule]]] = WeakKeyDictionary()
+
+    def rules_of(self, module: nn.Module) -> dict[bool, Rule]:
+        """Return the rules that calls of a layer were found to follow, of one example and of a batch.
+
+        They are forgotten when its type, its forward or the names of its parameters are others than they were.
+        """
+        identity = (type(module), forward_of(module), *module._parameters)
+        known = self._rules.get(module)
+        if known is None or known[0] != identity:
+            known = self._rules[module] = (identity, {})
+        return known[1]
 
     def adopter(self, holder: str) -> str | None:
         """Return the name of the module that answers for a layer's parameters; None: the layer, by its rule."""

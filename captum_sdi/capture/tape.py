@@ -76,7 +76,6 @@ class Tape:
         self._recomputed: list[nn.Module] = []
         if activation_checkpointing:
             self._recomputed = [module for module in self._clock.modules if next(module.children(), None)]
-        self._rules: dict[tuple[str, bool], Rule] = {}
         device = next(iter(targets.values())).device
         trims_heap = bool(self._recomputed) and device.type == "cpu"
         self.state = PassState(self._clock, device, trims_heap=trims_heap)
@@ -371,13 +370,14 @@ class Tape:
         """Return the rule for a layer's call; None where none tells its examples' gradients."""
         batch_shape = (self.state.batch_size,)
         has_axes = isinstance(output, Tensor) and activation.shape[:1] == output.shape[:1] == batch_shape
-        key = owner.name, self.state.batch_size > 1  # a single example cannot tell whether examples mix
-        rule = self._rules.get(key)
+        rules = self._adoption.rules_of(owner.module)
+        is_batch = self.state.batch_size > 1  # a single example cannot tell whether examples mix
+        rule = rules.get(is_batch)
         if rule is None and has_axes:
             chosen = choose_rule(owner.module, activation, output)
             if isinstance(chosen, str):
                 return None
             rule = chosen
             if output[:1].any():  # of zeros nothing can be told: looked at again at the next call
-                self._rules[key] = rule
+                rules[is_batch] = rule
         return rule if has_axes else None

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from captum_sdi.capture.rules.base import lifted
-
-
-class _Bare(nn.Module):
-    """A module's own forward without hooks: neither ours nor the user's are the layer's."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, activation: Tensor) -> Tensor:
-        return self.inner.forward(activation)
 
 
 def bare_call(
@@ -24,10 +14,27 @@ def bare_call(
     tensors: dict[str, Tensor],
     activation: Tensor,
 ) -> Tensor:
-    """Call a module's forward with these tensors as its parameters and buffers."""
-    bare = _Bare(module)
-    inner_tensors = {f"inner.{name}": tensor for name, tensor in tensors.items()}
-    return functional_call(bare, inner_tensors, (activation,))
+    """Call a module's forward with these tensors as its own parameters and buffers, tied ones included.
+
+    Neither our hooks nor the user's are run: they are not the layer's. `torch.func.functional_call` does the same for
+    any module, and takes longer than a norm.
+
+    Returns:
+        What the forward returns.
+    """
+    parameters = dict(module._parameters)
+    buffers = dict(module._buffers)
+    own_tensors = {**parameters, **buffers}
+    stand_ins: dict[int, Any] = {id(own_tensors[name]): tensor for name, tensor in tensors.items()}
+    try:
+        for name, parameter in parameters.items():
+            module._parameters[name] = stand_ins.get(id(parameter), parameter)
+        for name, buffer in buffers.items():
+            module._buffers[name] = stand_ins.get(id(buffer), buffer)
+        return module.forward(activation)
+    finally:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
