@@ -68,6 +68,8 @@ class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
         batch_size: Examples per batch of a Dataset. It changes no score, or an error says so. ``"auto"``: the
             largest that fits, up to 256 on a GPU; on a CPU 16, which does not say when it runs out of memory.
         test_loss_fn: The test side's loss; None: ``loss_fn``.
+        sample_wise_grads_per_batch: Captum's promise that both losses reduce over a batch (True) or do not. Gradients
+            are per example either way.
         loop: What repeats: a module's name, names, a `LoopSpec`; None finds it.
         sketch: `TensorSketch` or `Exact`.
         collate_fn: Collates the rows of a Dataset; None pads ragged rows (`captum_sdi.data.Collator`).
@@ -90,7 +92,7 @@ class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
         TypeError: If an argument has the wrong type.
         ValueError: If an argument cannot be right: an unknown layer, no trainable parameter, no checkpoint, a loader
             that shuffles, a model on the meta device or on several devices.
-        AssertionError: If ``batch_size`` is no int beside a Dataset, as in Captum.
+        AssertionError: As in Captum: if ``batch_size`` is no int beside a Dataset, or a loss breaks the promise.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -113,6 +115,7 @@ class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
         loss_fn: nn.Module | LossFn | None = None,
         batch_size: int | Literal["auto"] | None = 1,
         test_loss_fn: nn.Module | LossFn | None = None,
+        sample_wise_grads_per_batch: bool | None = None,
         *,
         loop: str | Sequence[str] | LoopSpec | None = None,
         sketch: Sketch = TensorSketch(dim=2048, seed=0),
@@ -136,8 +139,8 @@ class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
         arguments.check_layers(layers)
         arguments.check_normalize(normalize)
         self.layers, self.sketch, self.normalize = layers, sketch, normalize
-        train_loss = arguments.checked_loss(loss_fn, "loss_fn") or default_loss(model)
-        test_loss = arguments.checked_loss(test_loss_fn, "test_loss_fn") or train_loss
+        train_loss = arguments.checked_loss(loss_fn, "loss_fn", sample_wise_grads_per_batch) or default_loss(model)
+        test_loss = arguments.checked_loss(test_loss_fn, "test_loss_fn", sample_wise_grads_per_batch) or train_loss
         test_kwargs = forward_kwargs if test_forward_kwargs is None else test_forward_kwargs
         test_argument = "loss_fn" if test_loss_fn is None else "test_loss_fn"
         self._train_side = Side("train", train_loss, forward_kwargs)
@@ -258,7 +261,7 @@ class SDIInfluence(AsksForMaps, AsksForDirections, TracInCPBase):
             proponents: As for `influence`.
             show_progress: As for `influence`.
             aggregate: As for `influence`.
-            rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
+            rank_by: With ``k``: a loop step to rank by, not the total; from 0, as ``trajectories`` are indexed.
             rerank: As for `influence`; what is returned is then exact, its errors zero.
             per: "token": a row for every target token of the test examples, which ``token_of`` names, from one pass
                 over the train set. "checkpoint": every checkpoint's share, as an `InfluenceMap`.

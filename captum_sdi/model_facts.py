@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from captum_sdi.schema import parse_json
 
 
 def model_configs(model: nn.Module) -> Iterator[Any]:
@@ -33,7 +36,10 @@ LOOP_KEY = "captum_sdi_loop"
 
 
 def saved_loop(model: nn.Module) -> Any | None:
-    """Return what a config says of looped layers; None where none says anything.
+    """Return what a config says of looped layers, or that of the folder that adapters name as their base model's.
+
+    Returns:
+        None where none says anything.
 
     Example:
         >>> print(saved_loop(nn.Linear(2, 2)))
@@ -43,7 +49,21 @@ def saved_loop(model: nn.Module) -> Any | None:
         record = getattr(config, LOOP_KEY, None)
         if record is not None:
             return record
+    for settings in dict(getattr(model, "peft_config", {})).values():
+        record = _loop_in_folder(getattr(settings, "base_model_name_or_path", None))
+        if record is not None:
+            return record
     return None
+
+
+def _loop_in_folder(folder: Any) -> Any | None:
+    if not isinstance(folder, str) or not Path(folder, "config.json").is_file():
+        return None
+    try:
+        content = parse_json(Path(folder, "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content.get(LOOP_KEY) if isinstance(content, dict) else None
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -31,3 +31,18 @@ def is_coarse(model: nn.Module) -> bool:
         if parameter.dtype in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled(parameter.device.type):
             return True
     return False
+
+
+def in_float16(model: nn.Module) -> bool:
+    """Say whether gradients pass through float16, by the weights or the user's autocast."""
+    devices = set()
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float16:
+            return True
+        devices.add(parameter.device.type)
+    if "meta" in devices:  # offloaded weights do not say where they are brought to
+        devices = {"cpu", "cuda"}
+    for device in devices:
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            return True
+    return False

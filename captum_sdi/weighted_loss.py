@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_sdi.borrow import evaluating
-from captum_sdi.data.batch import BatchReader, batch_size, run_model, with_labels
+from captum_sdi.data.batch import BatchReader, batch_size
+from captum_sdi.data.calling import run_model, with_labels
 from captum_sdi.data.losses import IGNORED, example_losses, target_labels, without_own_loss
 from captum_sdi.data.side import Side
 from captum_sdi.parameter_vector import ParameterVector

@@ -40,6 +40,25 @@ def check_replaceable(path: Path) -> None:
         check_regular(path)
 
 
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file that a path leads to, so that a link stays one when it is written.
+
+    Raises:
+        TypeError: If it is no path.
+        FileNotFoundError: If its folder does not exist.
+        ValueError: If it is a folder, a pipe, a device or a socket.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a file to write, got {path!r}.")
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
+    target = Path(os.path.realpath(path))
+    if target.exists():
+        check_regular(target)
+    return target
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name, sync it and rename it: whatever happens, ``path`` is old, new or absent.
 

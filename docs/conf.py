@@ -81,9 +81,12 @@ def process_docstring(app: Any, what: str, name: str, thing: Any, options: Any, 
 
 
 def mend_links(app: Any, page: str, source: list[str]) -> None:
-    """Lead a tutorial's links to where the documentation lies beside its copy."""
+    """Lead links between documentation and tutorials, right in the checkout, to where the tutorials' copy lies."""
     if page.startswith("tutorials/"):
         source[0] = source[0].replace("](../docs/", "](../")
+    else:
+        up = "../" * page.count("/")
+        source[0] = source[0].replace(f"](../{up}tutorials/", f"]({up}tutorials/")
 
 
 def setup(app: Any) -> None:

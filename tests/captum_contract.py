@@ -42,8 +42,7 @@ class SDIInfluenceAsTracInCP(SDIInfluence):
         test_loss_fn: Callable[..., Any] | None = None,
         sample_wise_grads_per_batch: bool = False,
     ) -> None:
-        del sample_wise_grads_per_batch  # what the loss returns decides
-        arguments = (checkpoints_load_func, layers, loss_fn, batch_size, test_loss_fn)
+        arguments = (checkpoints_load_func, layers, loss_fn, batch_size, test_loss_fn, sample_wise_grads_per_batch)
         super().__init__(model, train_dataset, checkpoints, *arguments, sketch=Exact())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,19 @@ def test_models_that_do_not_fit() -> None:
     halved = {name: tensor[:1] for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"other has \(1, 16\) for .* of shape \(8, 16\)"):
         block_swap(model, halved, TEST)
+
+    with pytest.raises(ValueError, match=r"other has NaN or infinite values for .*'core.adapter.weight'"):
+        block_swap(model, {name: tensor * float("nan") for name, tensor in model.state_dict().items()}, TEST)
+    with pytest.raises(TypeError, match="other must be a model or its state dict, got NoneType"):
+        block_swap(model, None, TEST)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="test is empty"):
+        block_swap(model, model, [])
+
+
+@pytest.mark.parametrize("steps", [[0.5], "01", [True], [(0, "1")]])
+def test_steps_that_are_no_integers(steps: Any) -> None:
+    with pytest.raises(TypeError, match="steps must be ints"):
+        block_swap(CONCAT.model(), another(CONCAT), TEST, steps=steps)
 
 
 @pytest.mark.parametrize(

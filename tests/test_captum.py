@@ -183,8 +183,7 @@ def test_arguments_are_tracincps_in_its_order_and_ours_come_after() -> None:
     assert TracInCP.__module__ == "captum.influence._core.tracincp"  # and not tests/captum_contract.py's
     theirs = list(inspect.signature(TracInCP).parameters.values())
     ours = list(inspect.signature(SDIInfluence).parameters.values())
-    assert theirs[-1].name == "sample_wise_grads_per_batch"  # the only one that we do without
-    shared = len(theirs) - 1
+    shared = len(theirs)
     assert [p.name for p in ours[:shared]] == [p.name for p in theirs[:shared]]
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[shared:])
 
@@ -313,6 +312,21 @@ def test_reduced_losses_equal_tracincps_fast_mode(linear: Setting, reduction: st
     loss = nn.MSELoss(reduction=reduction)
     theirs = linear.theirs(loss_fn=loss, sample_wise_grads_per_batch=True)
     assert_close(linear.ours(loss_fn=loss).influence(linear.test), theirs.influence(linear.test))
+
+
+def test_calls_of_tracincp_work_as_they_are(linear: Setting) -> None:
+    summed, each = nn.MSELoss(reduction="sum"), nn.MSELoss(reduction="none")
+    arguments = (copy.deepcopy(linear.model), linear.train, linear.checkpoints, load, None)
+    for loss, reduces in ((summed, True), (each, False)):
+        theirs = TracInCP(*arguments, loss, 4, loss, reduces)
+        ours = SDIInfluence(*arguments, loss, 4, loss, reduces, sketch=Exact())
+        assert_close(ours.influence(linear.test), theirs.influence(linear.test))
+        for kind in (TracInCP, SDIInfluence):
+            for losses in ((loss, None), (None, loss)):
+                with pytest.raises(
+                    AssertionError, match=r"reduction for `(test_)?loss_fn` must be .none|sum. or .mean"
+                ):
+                    kind(*arguments, losses[0], 4, losses[1], not reduces)
 
 
 @pytest.mark.parametrize("argument", ["loss_fn", "test_loss_fn"])

@@ -152,8 +152,10 @@ def test_hubs_fill_the_top_lists() -> None:
     assert hubs.counts.tolist() == [3, 2, 1]
     assert str(hubs) == "3 of 4 training examples fill the top 2 of 3 test examples: #0 is in 3 lists, #1 in 2, #3 in 1"
     assert len(result.hubs()) == 4
-    with pytest.raises(ValueError, match="k=5 must be from 1 to the 4 training examples"):
+    with pytest.raises(ValueError, match="k=5 must be an int from 1 to the 4 training examples"):
         result.hubs(k=5)
+    with pytest.raises(ValueError, match="k=True must be an int"):
+        result.hubs(k=True)
 
 
 def test_hubs_of_a_top_k_are_those_in_its_lists() -> None:

@@ -543,7 +543,7 @@ def test_show_says_what_is_in_an_index(here: Path, capsys: pytest.CaptureFixture
         (f"{INDEX} --index run", r"run.* is no index, and holds other things"),
         (f"{INDEX} --loop-layers 0 1 2", r"has n_loops of its own"),
         (SCORE, r"There is no index at idx; captum-sdi index writes one\."),
-        (f"{SCORE} --out train.jsonl", r"--out train.jsonl is a file; name a folder\."),
+        (f"{SCORE} --index run --out train.jsonl", r"--out train.jsonl is a file; name a folder\."),
         ("show run", r"There is no index at run: no manifest.json in it"),
         ("plot run", r"run holds no results of captum-sdi score: there is no scores.jsonl in it\."),
     ],

@@ -115,7 +115,7 @@ def test_a_fault_says_how_to_see_more(monkeypatch: pytest.MonkeyPatch, capsys: p
         raise KeyError("wte")
 
     monkeypatch.setattr(commands, "show", show)
-    assert main(["show", "idx"]) == 1
+    assert main(["show", "."]) == 1
     said = capsys.readouterr().err
     assert said == "captum-sdi: error: this was not foreseen (KeyError: 'wte'). --debug shows where it happened.\n"
 

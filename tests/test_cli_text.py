@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_cli_page import INDEX, SCORE, TRAIN, here, project, read_lines, run, write_rows
+
+from captum_sdi.models import LoopedGPTForCausalLM
 
 __all__ = ["here", "project"]
 
@@ -85,6 +88,13 @@ def test_a_text_in_each_line(here: Path, capsys: pytest.CaptureFixture) -> None:
     assert "train.txt is no text" in capsys.readouterr().err
 
 
+def test_what_would_be_ignored_is_refused(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert run(f"{SCORE} --split train") == 1
+    assert "error: --split train: queries.jsonl has no splits, as data sets have." in capsys.readouterr().err
+    assert run(f"{SCORE} --completion yes") == 1
+    assert "error: --completion is the answer to --prompt; the answers of --query" in capsys.readouterr().err
+
+
 def test_a_folder_of_datasets_and_its_splits(here: Path, capsys: pytest.CaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
@@ -136,6 +146,19 @@ def test_a_question_that_is_typed(here: Path, capsys: pytest.CaptureFixture) -> 
     with pytest.raises(SystemExit, match="2"):
         run_words(typed)
     assert "one of the arguments --query --prompt is required" in capsys.readouterr().err
+
+
+def test_the_answer_is_that_of_the_depth_that_is_asked(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def generate(self: LoopedGPTForCausalLM, input_ids: torch.Tensor, **settings: object) -> torch.Tensor:
+        given.append((settings["n_loops"], settings["use_cache"]))
+        return torch.cat([input_ids, input_ids[:, :1]], dim=1)
+
+    monkeypatch.setattr(LoopedGPTForCausalLM, "generate", generate)
+    typed = SCORE.replace("--query queries.jsonl ", "").split()
+    assert run_words([*typed, "--prompt", "a b c", "--n-loops", "3", "--pictures", "0"]) == 0
+    assert given == [(3, False)]
 
 
 def run_words(words: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from cases import CASES, VOCAB, Case, looped_gpt, rows
 from matplotlib.figure import Figure
 from reference import Untying
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence
 from captum_sdi.data.collate import Collator
+from captum_sdi.direction.closed_forms import ClosedForms
 from captum_sdi.plotting import plot_map
 from captum_sdi.preconditioners import Fisher
 from captum_sdi.scores.influence_map import InfluenceMap
@@ -195,6 +199,80 @@ def test_after_the_first_batch_nothing_goes_backward(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(direction.step_influence(TEST).trajectories, first.trajectories)
 
 
+def test_batches_of_other_depths_are_noted_anew() -> None:
+    """A batch's uses are taken to be those of the batch before, until its pass says otherwise."""
+    case = Case("no positions", looped_gpt(has_positions=False, injection="add", n_prelude=0, n_coda=0), LOOP)
+    sdi = SDIInfluence(case.model(), TRAIN[:2], batch_size=2, sketch=Exact())
+    batches = [
+        Collator()([{**row, "n_loops": torch.tensor(depth)}]) for row, depth in zip(TEST, (2, 4, 1), strict=True)
+    ]
+    direction = sdi.direction([0, 1])
+    together = direction.step_influence(DataLoader(batches, batch_size=None))
+    assert together.n_steps.tolist() == [2, 4, 1]
+    for received, batch in zip(together.trajectories, batches, strict=True):
+        alone = direction.step_influence(DataLoader([batch], batch_size=None)).trajectories[0]
+        assert alone.any()
+        torch.testing.assert_close(received[..., : alone.shape[-1]], alone)
+        assert not received[..., alone.shape[-1] :].any()
+
+
+def test_layers_with_a_frozen_parameter_keep_it() -> None:
+    sdi = plain()
+    sdi.model.head.bias.requires_grad_(False)
+    sdi.model.block[1].weight.requires_grad_(False)
+    expected = sdi.step_influence(TEST)
+    received = sdi.direction([1, 3]).step_influence(TEST)
+    for name in ("trajectories", "coda"):
+        torch.testing.assert_close(getattr(received, name)[:, 0], getattr(expected, name)[:, [1, 3]].sum(1))
+
+
+def test_a_pass_that_depends_on_more_than_the_batch_is_refused() -> None:
+    sdi = plain()
+    direction = sdi.direction([1])
+    direction.step_influence(TEST)
+    calls = itertools.count()
+
+    def call_again(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if next(calls) % 2:
+            module.forward(sdi.model.block[1](args[0]))
+
+    sdi.model.block.register_forward_hook(call_again)
+    with pytest.raises(ValueError, match="its forward pass depends on more than the batch"):
+        direction.step_influence(TEST)
+
+
+SEEN = torch.tensor([[False, False, False], [True, False, True], [True, True, True]])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda q, k, v: F.linear(q, k[0, 0], v[0, 0, :, 0]),
+        lambda q, k, v: F.layer_norm(q, (3, 4), k[0, 0], None) + F.layer_norm(v, (4,), k[0, 0, 0], v[0, 0, 0]),
+        lambda q, k, v: F.gelu(q) + F.gelu(k, approximate="tanh"),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, SEEN.double()),
+    ],
+)
+@pytest.mark.parametrize("n_moving", [1, 3])
+def test_a_closed_form_is_torch_s_own_derivative(function: Any, n_moving: int) -> None:
+    """Also where several arguments move, or a row of the attention sees nothing."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(3, 2, 2, 3, 4, generator=generator, dtype=torch.float64)
+    tangents = torch.randn(n_moving, 2, 2, 3, 4, generator=generator, dtype=torch.float64)
+
+    def moving(*first: Tensor) -> Tensor:
+        return function(*first, *points[n_moving:])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = torch.func.jvp(moving, tuple(points[:n_moving]), tuple(tangents))
+        with ClosedForms():
+            received = torch.func.jvp(moving, tuple(points[:n_moving]), tuple(tangents))
+    torch.testing.assert_close(received, expected)
+
+
 class Doubled(torch.autograd.Function):
     """An operation without a forward derivative."""
 
@@ -213,6 +291,24 @@ class WronglyDoubled(Doubled):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return 3 * tangent
+
+
+class RightlyDoubled(Doubled):
+    """One with the right forward derivative, along one direction at a time."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 2 * tangent
+
+
+def test_what_cannot_be_done_for_all_steps_at_once_is_done_one_by_one() -> None:
+    doubled = []
+    for operation in (RightlyDoubled.apply, lambda output: 2 * output):
+        sdi = plain()
+        sdi.model.block.register_forward_hook(lambda module, args, output, double=operation: double(output))
+        doubled.append(sdi.direction([1]).step_influence(TEST).trajectories)
+    torch.testing.assert_close(*doubled)
+    assert doubled[0][:, :, 1:].all()
 
 
 @pytest.mark.parametrize(

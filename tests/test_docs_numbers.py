@@ -1,4 +1,4 @@
-"""The numbers in the README and on the page that compares methods are those of the files that benchmarks wrote."""
+"""The numbers in the README and in the documentation are those of the files that benchmarks wrote."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the source distribution has no benchmarks", allow_module_level=True)
 BENCHMARKS = ROOT / "benchmarks"
 COMPARISON = ROOT / "docs" / "comparison.md"
+BELIEVE = ROOT / "docs" / "howto" / "believe.md"
 METHODS = {
     "TracIn / SDI, 4 checkpoints": "TracIn / SDI, 4 checkpoints",
     "`preconditioner=Fisher()`": "Fisher, TensorSketch(512)",
@@ -46,10 +47,9 @@ def with_interval(measured: dict[str, Any]) -> str:
     return f"{measured['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", COMPARISON], ids=lambda page: page.stem)
-def test_what_predicts_retraining_is_what_was_measured(page: Path) -> None:
+def test_what_predicts_retraining_is_what_was_measured() -> None:
     bed = json.loads((BENCHMARKS / "truth.json").read_text())["parity"]
-    rows = rows_of(page)
+    rows = rows_of(COMPARISON)
     for name, method in METHODS.items():
         left_out = bed["agreement"]["leave one out"]["methods"][method]
         expected = [with_interval(left_out[kind]) for kind in BY_STEP]
@@ -57,15 +57,39 @@ def test_what_predicts_retraining_is_what_was_measured(page: Path) -> None:
         assert rows[name] == [*expected, f"{bed['seconds'][method]:.1f}"], name
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", COMPARISON], ids=lambda page: page.stem)
-def test_character_text_is_what_was_measured(page: Path) -> None:
+def test_the_readme_says_in_a_sentence_what_was_measured() -> None:
+    beds = json.loads((BENCHMARKS / "truth.json").read_text())
+    read = {}
+    for bed in ("parity", "text"):
+        methods = beds[bed]["agreement"]["leave one out"]["methods"]
+        chosen = ("TracIn / SDI, 4 checkpoints", "Hessian, rank 80", "unrolled")
+        read[bed] = [f"{methods[method]['total']['value']:.2f}" for method in chosen]
+    words = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    smooth = "{} for SDI, {} with `Hessian()` and {} for `UnrolledInfluence` on a smooth run".format(*read["parity"])
+    assert f"{smooth}, and {{}}, {{}} and {{}} on text".format(*read["text"]) in words
+
+
+def test_how_far_to_believe_it_is_what_was_measured() -> None:
+    beds = json.loads((BENCHMARKS / "truth.json").read_text())
+    order = ("unrolled", "Hessian, rank 80", "Fisher, TensorSketch(512)", "TracIn / SDI, 4 checkpoints")
+    values = {}
+    for bed in ("parity", "text"):
+        methods = beds[bed]["agreement"]["leave one out"]["methods"]
+        values[bed] = [f"{methods[method]['total']['value']:.2f}".removeprefix("0") for method in order]
+    _, _, *rows = rows_of(BELIEVE).values()  # the table's head and its rule come first
+    assert [cells[-1] for cells in rows] == [
+        f"{parity} / {text}" for parity, text in zip(*values.values(), strict=True)
+    ]
+
+
+def test_character_text_is_what_was_measured() -> None:
     bed = json.loads((BENCHMARKS / "truth.json").read_text())["text"]["agreement"]
     read = []
     for removal in ("leave one out", "5% removed"):
         methods = bed[removal]["methods"]
         first, *others, last = [f"{methods[method]['total']['value']:.2f}" for method in ON_TEXT]
         read.append(f"{', '.join([first, *others])} and {last}")
-    words = " ".join(page.read_text(encoding="utf-8").split())
+    words = " ".join(COMPARISON.read_text(encoding="utf-8").split())
     assert f"the first column reads {read[0]}, the one of 5% {read[1]}" in words
 
 

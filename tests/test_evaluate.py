@@ -25,6 +25,7 @@ from captum_sdi.evaluate import (
     removal_effects,
     retrained_losses,
     top_k_overlap,
+    two_way_correlation,
 )
 from captum_sdi.evaluate.correlations import average_ranks
 from captum_sdi.evaluate.intervals import mean_estimate
@@ -294,6 +295,8 @@ def zeros(kept: Tensor, seed: int) -> Tensor:
         (lambda: draw_subsets(n=4, m=0), r"m=0 must be an integer of at least 1"),
         (lambda: retrained_losses(zeros, SCORES), r"subsets is torch.float32 \(2, 3\); it must be torch.bool"),
         (lambda: retrained_losses(zeros, HALF & HALF[:1]), r"subset 1 is empty; keep something"),
+        (lambda: retrained_losses(zeros, HALF[:0]), r"subsets is empty; pass at least one"),
+        (lambda: correlation(SCORES * 1j, TRUTH), r"scores holds complex numbers"),
         (lambda: retrained_losses(zeros, HALF, seeds=()), r"seeds is empty; pass at least one"),
         (lambda: retrained_losses(lambda kept, seed: 0.5, HALF), r"retrain returned float; it must return a tensor"),
         (lambda: retrained_losses(lambda kept, seed: torch.zeros(()), HALF), r"retrain returned shape \(\)"),
@@ -303,6 +306,7 @@ def zeros(kept: Tensor, seed: int) -> Tensor:
             lambda: removal_effects(zeros, 3, [torch.tensor([3])]),
             r"removed=\[3\] must be positions from 0 to n - 1 = 2",
         ),
+        (lambda: removal_effects(zeros, 3, [HALF[0]]), r"removed=\[.*\] must be positions"),  # no mask
         (lambda: removal_effects(zeros, 3, [torch.arange(3)]), r"subset 1 is empty"),
         (lambda: leave_one_out(zeros, 3, indices=[]), r"removed is empty"),
         (lambda: leave_one_out(zeros, 3, indices=[-1]), r"removed=\[-1\] must be positions"),
@@ -311,3 +315,9 @@ def zeros(kept: Tensor, seed: int) -> Tensor:
 def test_impossible_arguments(call: Callable[[], object], sentence: str):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_a_seed_is_an_integer() -> None:
+    for judge in (correlation, two_way_correlation):
+        with pytest.raises(TypeError, match="seed must be an int, got 'a'"):
+            judge(SCORES, TRUTH, seed="a")

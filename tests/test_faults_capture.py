@@ -479,10 +479,39 @@ class FloatMask(Base):
         return self.head(h)
 
 
-def test_b5_the_collators_mask_is_named_and_the_advice_works() -> None:
-    with pytest.raises(ValueError, match=r"runs without attention_mask.*Collator made it.*batch_size=1"):
+class CausalFloatMask(Base):
+    """As `FloatMask`, but no example looks at its padding on the right."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        h = self.emb(input_ids)
+        mask = causal(h.shape[1]).to(h)
+        if attention_mask is not None:
+            assert attention_mask.is_floating_point()
+            mask = mask + attention_mask[:, None]
+        for _ in range(3):
+            h = self.core(F.scaled_dot_product_attention(h, h, h, attn_mask=mask))
+        return self.head(h)
+
+
+def test_b5_the_collators_mask_is_left_out_where_that_is_right() -> None:
+    model = spread(CausalFloatMask().double())
+    with pytest.warns(UserWarning, match=r"fails on the attention_mask that captum_sdi's Collator makes.*left out"):
+        scores = sdi(model).influence(ROWS)
+    assert torch.allclose(scores, sdi(model, batch_size=1).influence(ROWS))
+    masked = [{**row, "attention_mask": torch.ones(len(row["input_ids"]), dtype=torch.long)} for row in ROWS]
+    with pytest.raises(ValueError, match=r"runs without attention_mask.*it stands in the rows"):
+        sdi(model).influence(masked)
+
+
+def test_b5_a_model_that_looks_at_padding_is_refused_without_its_mask_and_the_advice_works() -> None:
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(ValueError, match=r"depend on the batch.*mask"):
         sdi(FloatMask()).influence(ROWS)
     assert sdi(FloatMask(), batch_size=1).influence(ROWS).any()
+
+
+def test_b5_what_compares_no_example_alone_leaves_no_mask_out() -> None:
+    with pytest.raises(ValueError, match=r"runs without attention_mask.*Collator made it.*batch_size=1"):
+        sdi(spread(CausalFloatMask().double()), preconditioner=Hessian(rank=1)).influence(ROWS)
 
 
 # --- B6, B7 ---

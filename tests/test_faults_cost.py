@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +13,15 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, rows
 from reference import spread
+from test_faults_capture import OuroReplica
 from test_faults_neighbours import REFUSED, Base, Mean, SortedByLength, equal_rows
 from torch import Tensor, nn
 
-from captum_sdi import Exact, SDIInfluence
+from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch
 from captum_sdi.data.losses import TokenCrossEntropy
 from captum_sdi.data.side import Side
+from captum_sdi.preconditioners import Fisher, Hessian
+from captum_sdi.rehearsal.rehearsal import Rehearsal
 
 ORDERED = sorted(rows(4, seed=1), key=lambda row: -len(row["input_ids"]))
 
@@ -29,7 +34,7 @@ class Counter:
         model.register_forward_hook(self._on_forward)
 
     def _on_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        logits = getattr(output, "logits", output)
+        logits = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
         n = len(logits)
         self.forward += n
         if logits.requires_grad:
@@ -85,6 +90,82 @@ def test_the_first_call_costs_at_most_two_examples_more(
         first, second = counter.during(call), counter.during(call)
         extra = [more - usual for more, usual in zip(first, second, strict=True)]
         assert 1 <= max(extra) <= 2, (n_tests, batch_size, extra)
+
+
+class RoundingByBatch(Base):
+    """Rounds otherwise in a batch than alone, as kernels in half precision do."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.looped(self.emb(input_ids))
+        return self.head(h if len(input_ids) == 1 else h * 1.01)
+
+
+def rounding_by_batch() -> nn.Module:
+    return RoundingByBatch().bfloat16()
+
+
+def ouro() -> nn.Module:
+    return spread(OuroReplica())
+
+
+OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "other logits with labels": (ouro, {"layers": None, "loop": LoopSpec(("core", "gate"), ("core",))}),
+    "half precision": (rounding_by_batch, {"loop": "block"}),
+    "activation checkpointing": (looped_gpt, {"activation_checkpointing": True}),
+    "fisher": (looped_gpt, {"preconditioner": Fisher()}),
+    "hessian": (looped_gpt, {"preconditioner": Hessian(rank=2, damping=1)}),
+    "index": (looped_gpt, {"sketch": TensorSketch(dim=16)}),
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+@pytest.mark.parametrize("kind", ["equal", "padding later"])
+def test_so_does_that_of_other_models_and_settings(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, settings = OTHERS[name]
+    data = [{name: column[:5] for name, column in row.items()} for row in ROWS[kind]]
+    for question, n_tests, batch_size in (("all", 1, 3), ("self", 2, 1)):
+
+        def cost_of_first_call(n_tests: int = n_tests, batch_size: int = batch_size, question: str = question) -> Any:
+            model = make()
+            index = {"index": tempfile.mkdtemp(dir=tmp_path)} if name == "index" else {}
+            settings_here = {"loop": "core", "sketch": Exact(), **settings, **index}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # attention_mask is dropped
+                sdi = SDIInfluence(model, data, batch_size=batch_size, **settings_here)
+                return Counter(model).during(lambda: QUESTIONS[question](sdi, data[:n_tests]))
+
+        first = cost_of_first_call()
+        with monkeypatch.context() as unchecked:
+            unchecked.setattr(Rehearsal, "features", lambda self, batch: batch.features())
+            unchecked.setattr(Rehearsal, "before_batch", lambda *args, **kwargs: None)
+            usual = cost_of_first_call()
+        extra = [more - rest for more, rest in zip(first, usual, strict=True)]
+        # Before a Hessian's products, which need no features, an example is run forward twice.
+        most = [4, 2] if name == "hessian" else [2, 2]
+        assert max(extra) >= 1, extra
+        assert all(more <= limit for more, limit in zip(extra, most, strict=True)), (question, batch_size, extra)
+
+
+# --- half precision: what is no rounding ---
+
+
+class NoisyByItsOwnGenerator(RoundingByBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) * (1 + 0.05 * torch.rand((), generator=self.generator))
+
+
+def test_noise_in_half_precision_is_not_taken_for_rounding() -> None:
+    data = equal_rows(3)
+    with pytest.raises(ValueError, match="not deterministic"):
+        SDIInfluence(
+            NoisyByItsOwnGenerator().bfloat16(), data, loop="block", batch_size=3, sketch=Exact()
+        ).self_influence()
 
 
 # --- what is seen within that ---

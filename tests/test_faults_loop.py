@@ -410,7 +410,9 @@ def expected_logits() -> Tensor:
     return loop_layers(decoder(), 1, 3, 4, damping=0.5)(IDS).logits
 
 
-REFUSED = r"The config of GPT2\w* says that its layers were looped.*model = captum_sdi\.models\.loop_layers\(model\)"
+REFUSED = (
+    r"The config of GPT2\w*, or .* says that its layers were looped.*model = captum_sdi\.models\.loop_layers\(model\)"
+)
 
 
 def test_a13_a_reloaded_model_is_looped_again_in_one_line(saved: Path) -> None:
@@ -462,12 +464,26 @@ def test_a13_without_its_head_inside_adapters_and_again_on_disk(saved: Path, tmp
     loaded = transformers.AutoModelForCausalLM.from_pretrained(saved).eval()
     assert torch.equal(loaded.lm_head(headless(IDS)[0]), expected)
     adapted = peft.get_peft_model(loaded, peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
-    with pytest.raises(ValueError, match=r"of PeftModel\w* says that its layers were looped"):
+    with pytest.raises(ValueError, match=r"of PeftModel\w*, or .* says that its layers were looped"):
         SDIInfluence(adapted, ROWS)
     torch.testing.assert_close(loop_layers(adapted)(input_ids=IDS).logits, expected)
     adapted.merge_and_unload().save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loop_layers(again)(IDS).logits, expected)
+
+
+def test_a13_adapters_name_a_looped_base_that_the_model_is_not(saved: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    looped = loop_layers(transformers.AutoModelForCausalLM.from_pretrained(saved).eval())
+    trained = peft.get_peft_model(looped, peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
+    trained.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(saved).eval()
+    del plain.config.captum_sdi_loop  # as a copy of the same weights from before
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match="or that of the base model that its adapters name, says that its layers were"):
+        SDIInfluence(adapted, ROWS)
+    torch.testing.assert_close(loop_layers(adapted)(input_ids=IDS).logits, trained(input_ids=IDS).logits)
+    assert SDIInfluence(adapted, ROWS).step_influence(ROWS[:1]).trajectories.shape[-1] == 4
 
 
 def test_a13_the_command_line_loops_again_what_it_loads(saved: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from reference import spread
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from captum_sdi import Exact, SDIInfluence, TensorSketch
+from captum_sdi import Exact, SDIInfluence, TensorSketch, coverage_check
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import TokenCrossEntropy
 
@@ -309,6 +309,20 @@ def test_a3_rows_cut_in_a_later_batch_are_refused_by_name() -> None:
         sdi(Mean(), batches).influence(loader(data[:2], 2, None))
 
 
+def cut_to_the_median(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    median = sorted(len(row["input_ids"]) for row in batch)[len(batch) // 2]
+    return Collator()([{name: column[:median] for name, column in row.items()} for row in batch])
+
+
+def test_a3_rows_cut_and_padded_in_a_later_batch_are_refused_by_name() -> None:
+    data = [{"input_ids": torch.arange(1, 1 + length)} for length in (5, 4, 5, 3, 5, 8)]
+    data = [{**row, "labels": row["input_ids"]} for row in data]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attention_mask is dropped
+        with pytest.raises(ValueError, match="Train example 5 has 5 tokens in a batch of 3, 8 alone: the collate"):
+            sdi(Base(), loader(data, 3, cut_to_the_median)).influence(loader(data[:1], 1, None))
+
+
 KINDS: tuple[Callable[[], nn.Module], ...] = (Base, OneByOne, Joined, Groups, TakenApart, Mean, Normed)
 
 
@@ -403,3 +417,63 @@ def test_b13_proponents_must_be_a_bool(proponents: Any) -> None:
     for call in ("influence", "step_influence"):
         with pytest.raises(TypeError, match=r"proponents must be True.*or False; got"):
             getattr(sdi(Base(), equal_rows()), call)(equal_rows(), k=2, proponents=proponents)
+
+
+# --- all examples of a batch, at the user's asking ---
+
+
+class ByCapacity(Base):
+    """A router with room for six tokens of a batch, in their order: the last examples find none."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.looped(self.emb(input_ids))
+        wants = (self.block(h).sum(-1) > 0).flatten()
+        has_room = wants & (wants.cumsum(0) <= 6)
+        return self.head(h * (1 + has_room.view(*input_ids.shape, 1)))
+
+
+class HaltsByMean(Base):
+    """Goes on while the batch's states move by more than so much on average."""
+
+    def looped(self, h: Tensor) -> Tensor:
+        for _ in range(8):
+            before, h = h, h + 0.5 * torch.tanh(self.block(h))
+            if (h - before).detach().abs().mean() < 0.25:
+                break
+        return h
+
+
+class MixesFromFour(Base):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.looped(self.emb(input_ids))
+        return self.head(h + h.mean(0) if len(h) >= 4 else h)
+
+
+class HarderHalf(nn.Module):
+    """Only the half of the batch with the larger losses counts."""
+
+    reduction = "none"
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = TokenCrossEntropy()(logits, labels)
+        return losses * (losses >= losses.detach().median())
+
+
+class GradientsInTurn(Base):
+    """Every example has its own loss, and the gradient of its neighbour."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = self.head(self.looped(self.emb(input_ids)))
+        shifted = logits.roll(1, 0)
+        return shifted - shifted.detach() + logits.detach()
+
+
+@pytest.mark.parametrize("kind", [ByCapacity, HaltsByMean, MixesFromFour, Base, GradientsInTurn])
+def test_a3_coverage_check_compares_every_example_with_itself_alone(kind: type[Base]) -> None:
+    settings: dict[str, Any] = {"loop": "block", "layers": None}
+    if kind is Base:
+        assert max(coverage_check(Base(), equal_rows(5), **settings).differences) < 1e-5
+        settings["loss_fn"] = HarderHalf()
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match=r"5 examples of the batch depend on their neighbours.*in the batch.*alone"):
+        coverage_check(spread(kind()), equal_rows(5), **settings)

@@ -54,8 +54,8 @@ def is_there(page: Path, link: str) -> bool:
     if re.match(r"[a-z]+:", link):
         return True
     target = (page.parent / path).resolve() if path else page
-    if target.is_relative_to(ROOT / "docs" / "tutorials"):  # copied there when the documentation is built
-        target = ROOT / target.relative_to(ROOT / "docs")
+    if target.is_relative_to(ROOT / "docs" / "tutorials"):  # a copy, which is there once the documentation was built
+        return False
     return target.exists() and (not anchor or target.suffix not in (".md", ".ipynb") or anchor in anchors_of(target))
 
 
@@ -66,6 +66,16 @@ PAGES = list(pages())
 def test_every_link_leads_somewhere(page: Path) -> None:
     links = ["".join(found) for found in TARGET.findall(text_of(page))]
     assert [link for link in links if not is_there(page, link)] == []
+
+
+def test_links_out_of_the_documentation_are_those_that_its_build_mends() -> None:
+    """Others would be right in the checkout, and lead a reader of the built site to a file for downloading."""
+    for page in PAGES:
+        links = ["".join(found) for found in TARGET.findall(text_of(page))]
+        targets = [(page.parent / link.partition("#")[0]).resolve() for link in links if ":" not in link]
+        if page.is_relative_to(ROOT / "docs"):
+            strangers = [target for target in targets if not target.is_relative_to(ROOT / "docs")]
+            assert [target for target in strangers if target.parent != ROOT / "tutorials"] == [], page
 
 
 def test_there_are_links() -> None:

@@ -85,6 +85,14 @@ def test_a_map_prints_its_axes_and_totals() -> None:
     assert len(lines) == 3
 
 
+def test_a_notebook_shows_a_map_as_a_table() -> None:
+    values = torch.tensor([[[0.5, -0.25]]])
+    shown = InfluenceMap(values, ("layer",), {"layer": ("<b>", "core")}, torch.tensor([[7]]))._repr_html_()
+    assert "<tr><th>layer</th><th>&lt;b&gt;</th><th>core</th></tr>" in shown
+    assert "<tr><th>sum</th><td>+0.5</td><td>-0.25</td></tr>" in shown
+    assert "1 test example x 1 train example, total +0.2500" in shown
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -362,3 +362,67 @@ def test_a_step_that_hardly_acts_has_numbers_all_the_same(browser: Any, tmp_path
     visit.expect(".proponents .card:first-child .value").to_have_text(re.compile(r"^\+\d\.\de−\d$"))
     visit.context.close()
     assert not visit.complaints
+
+
+SPOKEN = [
+    {"text": "Who is it? 🙂 It is Ana.", "learned_characters": [[13, 23]]},
+    {"text": "مرحبا كيف الحال؟ بخير", "learned_characters": [[17, 21]]},
+    {"text": "user: 你好 assistant: 你好吗 user: 再见 assistant: 好", "learned_characters": [[20, 24], [44, 45]]},
+]
+LONG = {"text": f"{'context of it ' * 200}the answer", "learned_characters": [[2800, 2810]]}
+
+
+def test_what_carries_a_loss_is_told_from_its_context(browser: Any, tmp_path: Path) -> None:
+    trains = [*SPOKEN, LONG, *TEXTS[4:]]
+    page = write_page(RESULT, tmp_path / "spoken.html", texts=trains, test_texts=[SPOKEN[0], LONG, "plain"])
+    seen = Visit(browser, page.path.as_uri(), color_scheme="dark")
+    tab = seen.tab
+    tab.wait_for_selector("article")
+
+    def said(box: Any, kind: str) -> list[str]:
+        return box.locator(f".text .{kind}").all_inner_texts()
+
+    question = tab.locator(".question")
+    assert (said(question, "context"), said(question, "learned")) == (["Who is it? 🙂 "], ["It is Ana."])
+    arabic, chinese = tab.locator('.card[data-train="1"]'), tab.locator('.card[data-train="2"]')
+    assert (said(arabic, "context"), said(arabic, "learned")) == (["مرحبا كيف الحال؟ "], ["بخير"])
+    assert said(chinese, "context") == ["user: 你好 assistant: ", "user: 再见 assistant: "]
+    assert said(chinese, "learned") == ["你好吗 ", "好"]
+    folded = tab.locator('.card[data-train="3"]')
+    assert folded.locator(".text").inner_text().startswith("… ")
+    playwright.expect(folded.locator(".learned")).to_have_text("the answer")
+    assert folded.locator(".learned").is_visible()
+    tab.emulate_media(media="print")
+    assert folded.locator(".text").inner_text() == LONG["text"]
+    tab.emulate_media(media="screen")
+    folded.get_by_text("Show all").click()
+    assert folded.locator(".text").inner_text() == LONG["text"]
+    colours = "element => [...element.querySelectorAll('.context, .learned')].map(part => getComputedStyle(part).color)"
+    for scheme in ("dark", "light"):
+        tab.emulate_media(color_scheme=scheme)
+        assert len(set(question.evaluate(colours))) == 2, scheme
+    tab.emulate_media(media="print")
+    assert tab.locator(".learned").first.evaluate("part => getComputedStyle(part).borderInlineStartStyle") == "solid"
+    playwright.expect(tab.locator(".legend")).to_contain_text("carry no loss")
+    tab.emulate_media(media="screen")
+    tab.locator("#search").fill("it? 🙂 it is")  # over the border of both
+    playwright.expect(question.locator("mark").first).to_be_visible()
+    assert "".join(question.locator("mark").all_inner_texts()).lower() == "it? 🙂 it is"
+    assert seen.complaints == []
+    seen.context.close()
+
+
+def test_a_long_prompt_is_scrolled_to_its_answer(browser: Any, tmp_path: Path) -> None:
+    page = write_page(RESULT, tmp_path / "long.html", texts=TEXTS, test_texts=[LONG, "plain", "plain"])
+    seen = Visit(browser, page.path.as_uri())
+    tab = seen.tab
+    box = tab.locator(".question .text")
+    corners = "[box, box.querySelector('.learned')].map((element) => element.getBoundingClientRect())"
+    inside = f"box => {{ const [outer, inner] = {corners}; "
+    inside += "return inner.top >= outer.top && inner.bottom <= outer.bottom + 1; }"
+    playwright.expect(box.locator(".learned")).to_be_in_viewport()
+    assert box.evaluate(inside)
+    tab.goto(f"{page.path.as_uri()}#test=1")
+    playwright.expect(tab.locator(".legend")).to_have_count(0)
+    assert seen.complaints == []
+    seen.context.close()

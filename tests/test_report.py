@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import zlib
 from importlib.resources import files
@@ -265,8 +266,24 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"There is no folder .*absent to write page.html in"):
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*absent to save page.html in"):
         write_page(RESULT, tmp_path / "absent" / "page.html")
+
+
+def test_e2_nothing_but_a_regular_file_is_replaced_and_a_link_stays_one(tmp_path: Path) -> None:
+    kept, link, pipe = tmp_path / "kept.html", tmp_path / "link.html", tmp_path / "pipe"
+    kept.touch()
+    link.symlink_to(kept)
+    os.mkfifo(pipe)
+    assert write_page(RESULT, link).path == link
+    assert link.is_symlink()
+    assert kept.read_text(encoding="utf-8").startswith("<!doctype html>")
+    for path in (pipe, tmp_path):
+        with pytest.raises(ValueError, match="name a regular file"):
+            write_page(RESULT, path)
+    assert pipe.is_fifo()
+    with pytest.raises(TypeError, match="title must be a text, got None"):
+        write_page(RESULT, kept, title=None)  # type: ignore[arg-type]
 
 
 def test_a_notebook_shows_the_page_or_says_where_it_is(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:

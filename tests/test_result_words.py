@@ -54,7 +54,7 @@ def test_a_result_knows_both_sides(sdi: SDIInfluence, test_set: object, tmp_path
     used = set(frame["train"])
     assert [loaded.words.train[index] for index in range(4) if index not in used] == [""] * (4 - len(used))
     contents = Contents(write_page([loaded, loaded], tmp_path / "page.html").path)
-    assert [test["entry"] for test in contents.chunks["tests"]] == [["a b c d"], ["e f"]]
+    assert [test["entry"] for test in contents.chunks["tests"]] == [["a b c d", {}, [[4, 7]]], ["e f"]]
     assert "words" not in repr(loaded)
 
 
@@ -114,7 +114,7 @@ def test_a_printed_result_shows_the_strongest_and_what_they_say() -> None:
 def test_loaders_other_tests_and_self_influence(sdi: SDIInfluence, test_set: object) -> None:
     pytest.importorskip("pandas")
     loaded = sdi.step_influence(DataLoader(test_set, batch_size=1))
-    assert loaded.words.test[0] == {"text": "a b c d"}
+    assert loaded.words.test[0] == {"text": "a b c d", "learned_characters": [[4, 7]]}
     assert sdi.step_influence([test_set[0]]).words.test is None
     assert sdi.step_influence(test_set, aggregate=True).words.test is None
     assert sdi.step_self_influence().to_pandas()["id"].tolist()[0] == "first"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 import captum_sdi
@@ -73,18 +73,40 @@ def test_of_a_conversation_the_assistants_turns_are_learned() -> None:
     ]
     data = captum_sdi.texts([{"messages": messages, "id": "m"}], make_tokenizer(ends=False))
     assert learned(data[0]) == ["d", "[EOS]", "f", "g", "[EOS]"]
-    assert data.example(0) == {
-        "id": "m",
-        "text": "system: a user: b c assistant: d [EOS] user: e assistant: f g [EOS] ",
-    }
+    text = "system: a user: b c assistant: d [EOS] user: e assistant: f g [EOS] "
+    assert data.example(0) == {"id": "m", "text": text, "learned_characters": [[31, 39], [58, 68]]}
+    assert [text[31:39], text[58:68]] == ["d [EOS] ", "f g [EOS] "]
     with pytest.raises(ValueError, match=r"rows\[0\]: the chat template writes turn 3 in another way when it is not"):
         captum_sdi.texts([{"messages": messages}], make_tokenizer(template=FORGETFUL, ends=False))
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_slow_and_fast_tokenizers_agree_on_a_conversation(is_fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer(ends=False)
+    monkeypatch.setattr(type(tokenizer), "is_fast", is_fast)
+    turns = [("user", "a b"), ("assistant", "c"), ("user", "d"), ("assistant", "e f")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert learned(captum_sdi.texts([{"messages": messages}], tokenizer)[0]) == ["c", "[EOS]", "e", "f", "[EOS]"]
+
+
+def test_an_answer_whose_blank_stands_in_the_template_is_learned_whole() -> None:
+    """A byte pair tokenizer writes the blank before an answer and its first word as one token."""
+    said = ["user: a b", "assistant: c"]
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.train_from_iterator(said * 9, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pairs, chat_template=TEMPLATE.replace("[EOS] ", "\n"))
+    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]
+    row = captum_sdi.texts([{"messages": messages}], tokenizer)[0]
+    answer = [label for label in row["labels"].tolist() if label != IGNORED]
+    assert tokenizer.convert_ids_to_tokens(answer)[0] == "Ġc"
 
 
 def test_words_are_remembered_and_what_is_cut_is_said() -> None:
     rows = ["a b c d e", {"prompt": "a b c ", "completion": "d", "id": 7}, {"input_ids": [5, 6], "labels": [5, 6]}]
     data = captum_sdi.texts(rows, make_tokenizer(ends=False), max_length=3)
-    assert data.examples == [{"text": "a b c d e"}, {"text": "a b c d", "id": 7}, {"text": "a b"}]
+    answer = {"text": "a b c d", "id": 7, "learned_characters": [[6, 7]]}
+    assert data.examples == [{"text": "a b c d e"}, answer, {"text": "a b"}]
     assert repr(data) == (
         "Texts of 3 examples; 2 cut to 3 tokens; 1 in which nothing is predicted: their influence is zero"
     )
@@ -119,3 +141,17 @@ def test_a_conversation_needs_a_template() -> None:
         captum_sdi.texts([row], make_tokenizer(template=None))
     with pytest.raises(TypeError, match="rows must be a list of texts or of mappings, got one str"):
         captum_sdi.texts("a b", make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokenizer", "max_length", "sentence"),
+    [
+        ({"a b"}, None, None, "rows must be a list of texts or of mappings, in their order, got set"),
+        ((text for text in ["a"]), None, None, "in their order, got generator"),
+        (["a"], "gpt2", None, "tokenizer must be one of transformers.*got 'gpt2'"),
+        *((["a"], None, length, "max_length must be an int of at least 1") for length in (0, -1, 2.5, True)),
+    ],
+)
+def test_what_has_no_order_and_no_length_is_named(rows: Any, tokenizer: Any, max_length: Any, sentence: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        captum_sdi.texts(rows, tokenizer or make_tokenizer(), max_length=max_length)

@@ -17,6 +17,7 @@ GALLERY = {
     "03_can_i_believe_it": 0,
     "04_label_errors_and_a_shortcut": 0,
     "05_six_ways_to_be_fooled": 1,
+    "06_language_model_on_real_text": 0,
     "07_how_big_a_sketch": 0,
     "08_a_known_answer": 0,
     "09_length_generalisation": 1,

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, requiring_grad
+from captum_sdi.capture.apart import check_apart, example_weights
 from captum_sdi.capture.settling import seen_forward, settled, uses_in_sight
 from captum_sdi.capture.tape import Tape
-from captum_sdi.data.batch import BatchReader, ForwardKwargs, batch_size, run_model
+from captum_sdi.data.batch import BatchReader, ForwardKwargs, batch_size
+from captum_sdi.data.calling import run_model
 from captum_sdi.data.losses import LossFn, check_gradient, default_loss, example_losses
 from captum_sdi.features import Gradient, LoopSpec
 from captum_sdi.inputs import first_batch
@@ -67,9 +69,11 @@ def coverage_check(
     loss_fn: LossFn | None = None,
     forward_kwargs: ForwardKwargs | None = None,
 ) -> Coverage:
-    """Check on one batch that no targeted parameter's gradient is missed or counted twice.
+    """Check on one batch that no targeted parameter's gradient is missed, counted twice or another example's.
 
-    Run it on a model this library has not seen: it notices weights that are used without calling their layer.
+    Run it on a model this library has not seen: it notices weights that are used without calling their layer, and
+    examples that are others beside their neighbours than alone. `captum_sdi.SDIInfluence` compares two examples of a
+    batch with the same ones alone; here it is all of them, so that scores of such batches are those of batch_size=1.
 
     Args:
         model: The model.
@@ -85,7 +89,8 @@ def coverage_check(
 
     Raises:
         ValueError: If captured and ordinary gradients differ by more than 1e-3 (5e-2 below float32) in some parameter,
-            or the loss has none or is not finite.
+            those of examples in the batch and alone by more than 1e-2 (0.25 below float32) in all of them together, or
+            the loss has none or is not finite.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -102,32 +107,57 @@ def coverage_check(
     read = BatchReader(model)
     loss_fn = loss_fn or default_loss(model)
 
-    def summed_loss() -> Tensor:
-        parsed = read(batch, forward_kwargs)  # anew: some models write to what they are given
+    def losses_of(raw: Any) -> Tensor:
+        parsed = read(raw, forward_kwargs)  # anew: some models write to what they are given
         output = run_model(model, parsed)
-        return example_losses(loss_fn, output, parsed.labels, parsed.size).sum()
+        return example_losses(loss_fn, output, parsed.labels, parsed.size)
 
+    def gradients_of(raw: Any) -> dict[str, Tensor]:
+        return ordinary_gradients(model, targets, lambda: losses_of(raw).sum())
+
+    weights = example_weights(batch_size(batch))
     tape = Tape(model, targets, spec)
     with exclusive(model):
-        captured = captured_gradients(tape, summed_loss, batch_size(batch))
-        expected = ordinary_gradients(model, targets, summed_loss)
-    table = compare_gradients(captured, expected)
+        captured = captured_gradients(tape, lambda: losses_of(batch), weights)
+        expected = gradients_of(batch)
+    table = compare_gradients({name: sums[0] for name, sums in captured.items()}, expected)
     dtypes = {parameter.dtype for parameter in targets.values()}
-    tolerance = 1e-3 if dtypes <= {torch.float32, torch.float64} else 5e-2
+    is_precise = dtypes <= {torch.float32, torch.float64}
+    check_differences(table, tolerance=1e-3 if is_precise else 5e-2)
+    own_sums = {name: sums[1] for name, sums in captured.items()}
+    with exclusive(model):
+        check_apart(model, batch, losses_of, gradients_of, own_sums, tolerance=1e-2 if is_precise else 0.25)
+    return table
+
+
+def check_differences(table: Coverage, tolerance: float) -> None:
+    """Check that captured and ordinary gradients are the same.
+
+    Raises:
+        ValueError: If they differ by more than the tolerance in some parameter.
+    """
     if not all(difference < tolerance for difference in table.differences):  # NaN is not
         raise ValueError(
             "What was captured differs from the gradient of an ordinary backward pass: a parameter is used outside "
             f"its layer's call, or the model is not deterministic.\n{table}\nLeave that layer out with layers=[...]."
         )
-    return table
 
 
 def captured_gradients(
     tape: Tape,
-    summed_loss: Callable[[], Tensor],
-    n_examples: int,
+    losses: Callable[[], Tensor],
+    weights: Tensor,
 ) -> dict[str, Tensor]:
-    """Return the sum over examples and uses of what a tape captures, flattened."""
+    """Return weighted sums over examples, and over all uses, of what a tape captures.
+
+    Args:
+        tape: Not yet installed.
+        losses: Computes those of a batch, ``(n,)``.
+        weights: ``(w, n)`` of its examples in each sum.
+
+    Returns:
+        ``(w, entries)`` for each target.
+    """
     projections = {}
     sums: dict[str, Tensor] = {}
     for name, parameter in tape.targets.items():
@@ -136,19 +166,20 @@ def captured_gradients(
 
     def consume(
         name: str,
-        _examples: slice,
+        examples: slice,
         _bin: int,
         gradient: Gradient,
     ) -> None:
         rows = projections[name](gradient)
-        sums[name] += rows.sum(0)
+        sums[name] += weights[:, examples].to(rows) @ rows
 
     def forward() -> Tensor:
-        return seen_forward(tape, lambda: (None, summed_loss()), n_examples)[1]
+        return seen_forward(tape, lambda: (None, losses()), weights.shape[1])[1]
 
     def attempted() -> dict[str, Tensor]:
         for name, projection in projections.items():
-            sums[name] = torch.zeros(projection.width, dtype=projection.dtype, device=projection.device)
+            shape = len(weights), projection.width
+            sums[name] = torch.zeros(shape, dtype=projection.dtype, device=projection.device)
         with uses_in_sight(tape, checked=True) as check_uses:
             loss = forward()
             check_uses(loss)

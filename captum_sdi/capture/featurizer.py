@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import requiring_grad
-from captum_sdi.capture.adoption import Adoption
+from captum_sdi.capture.adoption import Adoption, UnsettledError
 from captum_sdi.capture.settling import seen_forward, settled, uses_in_sight
 from captum_sdi.capture.tape import Tape
 from captum_sdi.capture.tokens import Unit
-from captum_sdi.data.batch import Batch, BatchReader, run_model, with_labels
+from captum_sdi.data.batch import Batch, BatchReader
+from captum_sdi.data.calling import RefusedMaskError, run_model, with_labels
 from captum_sdi.data.losses import check_gradient, example_losses, without_own_loss
 from captum_sdi.data.side import Manner, Side
 from captum_sdi.features import POOLED, Bins, Dense, Gradient, LoopSpec, Noise, StepFeatures, canonical_name
+from captum_sdi.precision import in_float16
 from captum_sdi.sketch.base import Projection, Sketch
 from captum_sdi.sketch.exact import Exact
 
@@ -149,7 +151,7 @@ class Capture:
 
         def attempted(scale: float) -> dict[str, Tensor]:
             with uses_in_sight(self.tape, checked=checks_uses) as check_uses:
-                losses = self._forward(raw, side)[1]  # the logits need not outlive the loss's own backward
+                losses = self._losses(raw, side)
                 check_uses(losses)
                 self.check_finite(losses.detach().isfinite(), "loss", side, positions)
                 return self._rows(losses, scale, unit, transform, by_step=by_step)
@@ -281,6 +283,15 @@ class Capture:
 
         return seen_forward(self.tape, output_and_losses, batch.size)
 
+    def _losses(self, raw: Any, side: Side) -> Tensor:
+        """Attempt a forward pass of a batch that is compared with examples alone, so that a mask may be left out."""
+        try:
+            return self._forward(raw, side)[1]  # the logits need not outlive the loss's own backward
+        except RefusedMaskError:
+            if self.read.leave_mask_out(raw):
+                raise UnsettledError from None
+            raise
+
     def _read(self, raw: Any, side: Side) -> Batch:
         batch = self.read(raw, side.forward_kwargs)
         return with_labels(batch) if self.hands_labels(side) else batch
@@ -364,21 +375,6 @@ class Capture:
         for name, projection in self.projections.items():
             digest.update(canonical_name(name).encode() + projection.checksum())
         return digest.hexdigest()
-
-
-def in_float16(model: nn.Module) -> bool:
-    """Say whether gradients pass through float16, by the weights or the user's autocast."""
-    devices = set()
-    for parameter in model.parameters():
-        if parameter.dtype == torch.float16:
-            return True
-        devices.add(parameter.device.type)
-    if "meta" in devices:  # offloaded weights do not say where they are brought to
-        devices = {"cpu", "cuda"}
-    for device in devices:
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-            return True
-    return False
 
 
 def finite_rows(rows: Mapping[str, Tensor]) -> Tensor:

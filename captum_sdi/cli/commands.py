@@ -78,7 +78,7 @@ def score(options: Namespace) -> None:
     recipe = recipe_of_index(options)
     model = load_model(recipe, options.device, quiet=options.quiet)
     encoder = load_encoder(recipe, model)
-    queries = open_queries(options, model, encoder)
+    queries = open_queries(options, model, encoder, options.n_loops or recipe.n_loops)
     print_summary(queries, options)
     train = open_train(recipe, encoder, recipe.train_digest, show_progress=show_progress)
     sdi = build_influence(
@@ -140,7 +140,7 @@ def plot(options: Namespace) -> None:
 
 def show(options: Namespace) -> None:
     """Run ``captum-sdi show``: print what is in an index."""
-    print_line(open_index(options.index))
+    print_line(SketchIndex.open(options.index))
 
 
 def demo(options: Namespace) -> None:
@@ -197,7 +197,7 @@ def open_train(
 
 def recipe_of_index(options: Namespace) -> Recipe:
     """Return the recipe of the index to be scored, with what the options of scoring change."""
-    open_index(options.index)
+    SketchIndex.open(options.index)
     recipe = Recipe.read(
         options.index,
         model=options.model,
@@ -221,10 +221,3 @@ def recipe_of_index(options: Namespace) -> Recipe:
         batch_size=options.batch_size or recipe.batch_size,
         trust_remote_code=options.trust_remote_code,  # a folder, which may come from a stranger, cannot grant it
     )
-
-
-def open_index(folder: Path) -> SketchIndex:
-    """Open an index, or say how to write one."""
-    if not folder.is_dir():
-        raise ValueError(f"There is no index at {folder}; captum-sdi index writes one.")
-    return SketchIndex.open(folder)

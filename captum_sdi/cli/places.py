@@ -5,6 +5,7 @@ Imports nothing that takes time.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -25,19 +26,26 @@ YES = {"1", "on", "true", "yes"}
 
 
 def check_places(options: Namespace) -> None:
-    """Check that models, tokenizers and data sets are here, or can be asked for.
+    """Check that models, tokenizers and data sets are here, or can be asked for, and an index where one is read.
 
     Raises:
-        ValueError: If one of them is neither.
+        FileNotFoundError: If there is no such file of examples.
+        ValueError: If one of the others is neither here nor can be asked for.
     """
+    if options.command in ("score", "show") and not options.index.is_dir():
+        raise ValueError(f"There is no index at {options.index}; captum-sdi index writes one.")
     for option in ("model", "tokenizer"):
         name = getattr(options, option, None)
         if name is not None:
             check_name(f"--{option}", name)
     for option in ("train", "query"):
         for path in getattr(options, option, None) or ():
-            if isinstance(path, Path) and may_be_on_hub(path):  # of captum-sdi plot, a query is a position
+            if not isinstance(path, Path):  # of captum-sdi plot, a query is a position
+                continue
+            if may_be_on_hub(path):
                 check_name(f"--{option}", str(path), kind="datasets")
+            elif not path.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def may_be_on_hub(path: Path | str) -> bool:

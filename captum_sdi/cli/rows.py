@@ -88,7 +88,7 @@ class JsonLines(Dataset[dict[str, Tensor]]):
         """Return what a result says of an example: its text, whole, and its other fields."""
         fields = self._fields(position)
         other_fields = {name: value for name, value in fields.items() if name not in INPUTS}
-        return {**other_fields, "text": self._encoder.text(fields)}
+        return {**other_fields, **self._encoder.words(fields)}
 
     def summary(self) -> str:
         """Return how much the file holds, and how much of it is cut or predicts nothing."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from captum_sdi.cli.loading import depth_kwargs
 from captum_sdi.cli.printing import shows_progress
 from captum_sdi.cli.tables import AnyExamples, TableRows, open_examples
 from captum_sdi.data.encoder import Encoder
@@ -17,9 +18,16 @@ from captum_sdi.influence import SDIInfluence
 from captum_sdi.scores.result import StepInfluence
 
 
-def open_queries(options: Namespace, model: Any, encoder: Encoder) -> AnyExamples:
-    """Return the queries of a file, or the one that was typed."""
+def open_queries(
+    options: Namespace,
+    model: Any,
+    encoder: Encoder,
+    n_loops: int | None,
+) -> AnyExamples:
+    """Return the queries of a file, or the one that was typed, which a model of that depth answers."""
     if options.prompt is None:
+        if options.completion is not None:
+            raise ValueError("--completion is the answer to --prompt; the answers of --query stand in its file.")
         return open_examples(
             options.query,
             encoder,
@@ -29,7 +37,7 @@ def open_queries(options: Namespace, model: Any, encoder: Encoder) -> AnyExample
         )
     completion = options.completion
     if completion is None:
-        completion = greedy_answer(model, encoder, options.prompt, options.generate)
+        completion = greedy_answer(model, encoder, options.prompt, options.generate, n_loops)
     return TableRows(Path("--prompt"), [{"prompt": options.prompt, "completion": completion}], encoder)
 
 
@@ -39,8 +47,9 @@ def greedy_answer(
     encoder: Encoder,
     prompt: str,
     n_tokens: int,
+    n_loops: int | None,
 ) -> str:
-    """Return what the model answers: the likeliest token, again and again.
+    """Return what the model answers at the depth at which it is asked: the likeliest token, again and again.
 
     Raises:
         ValueError: If there is no tokenizer, or the model ends at once.
@@ -54,6 +63,8 @@ def greedy_answer(
         attention_mask=torch.ones_like(given),
         max_new_tokens=n_tokens,
         do_sample=False,
+        use_cache=False,  # a looped layer has no entry of its own for each repetition
+        **(depth_kwargs(n_loops) or {}),
         pad_token_id=encoder.tokenizer.pad_token_id or 0,
     )
     full_text = encoder.tokenizer.decode(answer[0], skip_special_tokens=True)

@@ -198,11 +198,12 @@ def open_examples(
         ValueError: If one of the files cannot be used.
     """
     check_files(paths)
+    if split is not None and not any(has_splits(path) for path in paths):
+        raise ValueError(f"--split {split}: {', '.join(map(str, paths))} has no splits, as data sets have.")
     own_digest = digest if len(paths) == 1 else None
     parts: list[Examples] = []
     for path in paths:
-        is_set = may_be_on_hub(path) or is_dataset_folder(path)
-        is_table = is_set or path.suffix in READERS or is_plain_text(path)
+        is_table = has_splits(path) or path.suffix in READERS or is_plain_text(path)
         if is_table or text_column is not None:
             table = read_table(path, split)
             rows = named_rows(table, path, text_column)
@@ -214,17 +215,22 @@ def open_examples(
     return parts[0] if len(parts) == 1 else JoinedRows(parts, digest)
 
 
+def has_splits(path: Path) -> bool:
+    """Say whether a path is a data set, which may have splits, and no file."""
+    return may_be_on_hub(path) or is_dataset_folder(path)
+
+
 def check_files(paths: Sequence[Path]) -> None:
     """Check that each path is a regular file, a folder that `datasets` saved, or may be a data set on the Hub."""
     for path in paths:
-        if not (is_dataset_folder(path) or may_be_on_hub(path)):
+        if not has_splits(path):
             check_regular(path)
 
 
 def described(encoder: Encoder, fields: dict[str, Any]) -> dict[str, Any]:
     """Return what a result says of an example: its text, whole, and its other fields."""
     other_fields = {name: value for name, value in fields.items() if name not in INPUTS}
-    return {**other_fields, "text": encoder.text(fields)}
+    return {**other_fields, **encoder.words(fields)}
 
 
 def digest_of(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The batch contract, and what follows from it: how many examples, some of them, a call of the model.
+"""The batch contract, and what follows from it: how many examples, some of them, how the model takes them.
 
 A batch is either
 
@@ -15,20 +15,22 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from captum_sdi.borrow import standing_in
 from captum_sdi.model_facts import model_device
 from captum_sdi.words import warn_user
 
 ForwardKwargs = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 """Further keywords for the model's forward, or a function of the batch that returns them."""
+
+
+class PaddingMask(Tensor):
+    """An attention mask ``(n, p)`` that the collator made, and no row held."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class BatchReader:
         self._model = model
         self._keywords = forward_keywords(model)
         self._dropped: set[str] = set()
+        self._leaves_mask_out = False
 
     def __call__(self, raw: Any, forward_kwargs: ForwardKwargs | None = None) -> Batch:
         """Take a batch apart and move it to the model's device.
@@ -73,11 +76,14 @@ class BatchReader:
         # Asked anew for every batch: a checkpoint's load function may have moved the model.
         device = model_device(self._model)
         args, kwargs, labels = split_batch(raw)
+        if self._leaves_mask_out and has_made_mask(raw):
+            del kwargs["attention_mask"]
         kwargs = {**self._without_unknown(kwargs), **extra}
 
         def move(tensor: Tensor) -> Tensor:
             # A copy in any case: some models write to what they are given, and autograd saves no inference tensor.
-            return tensor.to(device, copy=True)
+            copied = tensor.to(device, copy=True)
+            return copied.as_subclass(Tensor) if isinstance(tensor, PaddingMask) else copied
 
         return Batch(
             args=map_tensors(move, args),
@@ -85,6 +91,24 @@ class BatchReader:
             labels=map_tensors(move, labels),
             size=size,
         )
+
+    def leave_mask_out(self, raw: Any) -> bool:
+        """Leave masks that the collator made out of every batch, where this one's mask is one of them, with a warning.
+
+        Returns:
+            Whether they are left out from now on.
+        """
+        if self._leaves_mask_out or not has_made_mask(raw):
+            return False
+        self._leaves_mask_out = True
+        warn_user(
+            f"{type(self._model).__name__} fails on the attention_mask that captum_sdi's Collator makes for rows of "
+            "different length, 1 where an example has tokens, and runs without: it is left out of every batch. Scores "
+            "are right where the model does not look at padding on the right, as with causal attention; an example of "
+            "a padded batch is compared with the same one alone. Pass rows with a mask in the form that the model "
+            "takes, or batch_size=1, to decide it yourself."
+        )
+        return True
 
     def takes(self, key: str) -> bool:
         """Say whether the model's forward names this keyword; ``**kwargs`` do not count."""
@@ -99,6 +123,11 @@ class BatchReader:
             warn_user(f"{model_name}.forward does not take {sorted(unknown)}: dropped from every batch.")
             self._dropped |= unknown
         return {key: value for key, value in kwargs.items() if key not in unknown}
+
+
+def has_made_mask(raw: Any) -> bool:
+    """Say whether a batch has an attention mask that the collator made."""
+    return isinstance(raw, Mapping) and isinstance(raw.get("attention_mask"), PaddingMask)
 
 
 def batch_size(raw: Any) -> int:
@@ -181,74 +210,6 @@ def _select_rows(
         return tensor[index.to(tensor.device)]
 
     return map_tensors(rows, value)
-
-
-def run_model(
-    model: nn.Module,
-    batch: Batch,
-    parameters: Mapping[str, Tensor] | None = None,
-) -> Any:
-    """Return the model's output for a batch.
-
-    Args:
-        model: The model.
-        batch: The batch.
-        parameters: By name, what stands in for the model's own; None: nothing does.
-
-    Raises:
-        TypeError: If the model's forward does not take the batch's arguments.
-        ValueError: If it fails on them, and works with the labels, or without the attention mask.
-        RuntimeError: If it fails otherwise.
-        IndexError: If it fails otherwise.
-    """
-    stand_ins = nullcontext() if parameters is None else standing_in(model, parameters)
-    try:
-        with stand_ins:
-            return model(*batch.args, **batch.kwargs)
-    except (RuntimeError, ValueError, IndexError) as error:
-        is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        remedy = None if is_out_of_memory else _remedy(model, batch)
-        if remedy is None:
-            raise
-        raise ValueError(f"{type(model).__name__} could not be called: {error} {remedy}") from error
-    except TypeError as error:
-        if "argument" not in str(error):
-            raise
-        model_name = type(model).__name__
-        keywords = list(batch.kwargs)
-        raise TypeError(
-            f"{model_name} could not be called with {len(batch.args)} positional argument(s) and the "
-            f"keywords {keywords}: {error}. What it needs comes from the batch and forward_kwargs=."
-        ) from error
-
-
-def with_labels(batch: Batch) -> Batch:
-    """Return a batch whose labels are handed to the model as well."""
-    return replace(batch, kwargs={**batch.kwargs, "labels": batch.labels})
-
-
-def _remedy(model: nn.Module, batch: Batch) -> str | None:
-    """Say what would let a model run that failed; None where nothing known does."""
-    withheld = "labels" in (forward_keywords(model) or ()) and batch.labels is not None
-    if withheld and "labels" not in batch.kwargs and _runs(model, with_labels(batch)):
-        return "It needs its labels: pass forward_kwargs=lambda batch: {'labels': batch['labels']}."
-    without_mask = {name: value for name, value in batch.kwargs.items() if name != "attention_mask"}
-    if "attention_mask" in batch.kwargs and _runs(model, replace(batch, kwargs=without_mask)):
-        return (
-            "It runs without attention_mask, which is 1 where an example has tokens: it stands in the rows, or "
-            "captum_sdi's Collator made it for rows of different length. Pass rows with a mask in the form that the "
-            "model takes, or rows without one and batch_size=1, where nothing is padded."
-        )
-    return None
-
-
-def _runs(model: nn.Module, batch: Batch) -> bool:
-    try:
-        with torch.no_grad():
-            model(*batch.args, **batch.kwargs)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return False
-    return True
 
 
 def forward_keywords(model: nn.Module) -> set[str] | None:

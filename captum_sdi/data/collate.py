@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from captum_sdi.data.batch import plain_batch, plain_value
+from captum_sdi.data.batch import PaddingMask, plain_batch, plain_value
 from captum_sdi.data.losses import IGNORED
 
 
@@ -107,7 +107,7 @@ def _attention_mask(lengths: Sequence[int]) -> Tensor:
     positions = torch.arange(max(lengths))
     ends = torch.tensor(lengths).unsqueeze(1)
     is_token = positions < ends
-    return is_token.long()
+    return is_token.long().as_subclass(PaddingMask)
 
 
 def _is_batch(row: Mapping[str, Any]) -> bool:

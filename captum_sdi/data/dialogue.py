@@ -5,7 +5,8 @@ A label is a token that is predicted; everything else is `IGNORED`, as it was in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from captum_sdi.data.fields import check_encodable, json_excerpt
@@ -54,10 +55,10 @@ def completion_tokens(
 
 
 def conversation_tokens(tokenizer: Any, messages: Any) -> Tokens:
-    """Tokenize a conversation by the tokenizer's chat template; learned are the assistant's turns.
+    """Tokenize a conversation by the tokenizer's chat template; learned are the tokens that hold a part of an answer.
 
     Args:
-        tokenizer: Has a chat template.
+        tokenizer: Has a chat template. A fast one says where each token stands.
         messages: A list of ``{"role": ..., "content": ...}``.
 
     Returns:
@@ -68,20 +69,70 @@ def conversation_tokens(tokenizer: Any, messages: Any) -> Tokens:
     """
     check_messages(tokenizer, messages)
     token_ids = templated(tokenizer, messages)
+    places = token_places(tokenizer, written(tokenizer, messages), token_ids)
+    if places is None:  # turns are told apart by the tokens of the conversation so far
+        places = [(token, token + 1) for token in range(len(token_ids))]
+        turns = assistant_turns(messages, token_ids, partial(templated, tokenizer))
+    else:
+        turns = learned_turns(tokenizer, messages)
     labels = [IGNORED] * len(token_ids)
-    for turn, message in enumerate(messages):
+    for turn_start, turn_end in turns:
+        for token, (start, end) in enumerate(places):
+            if start < turn_end and end > turn_start:
+                labels[token] = token_ids[token]
+    return {"input_ids": token_ids, "labels": labels}
+
+
+def token_places(tokenizer: Any, text: str, token_ids: list[int]) -> list[tuple[int, int]] | None:
+    """Return where each token of a text starts and ends; None where the tokenizer does not say."""
+    if not tokenizer.is_fast:
+        return None
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    is_same = list(encoding["input_ids"]) == token_ids
+    return encoding["offset_mapping"] if is_same else None
+
+
+def learned_turns(tokenizer: Any, messages: Sequence[Any]) -> list[list[int]]:
+    """Return which characters of a conversation are the assistant's, as `assistant_turns` does.
+
+    Raises:
+        ValueError: If they cannot be told.
+    """
+    write = partial(written, tokenizer)
+    return assistant_turns(messages, write(messages), write)
+
+
+def assistant_turns(
+    messages: Sequence[Any],
+    whole: Sequence[Any],
+    write: Callable[..., Sequence[Any]],
+) -> list[list[int]]:
+    """Return where the assistant's turns start and end in a conversation.
+
+    Args:
+        messages: The conversation.
+        whole: Its characters, or its tokens.
+        write: Makes characters or tokens of messages; with ``add_generation_prompt``, to where an answer begins.
+
+    Returns:
+        A pair for each turn of the assistant.
+
+    Raises:
+        ValueError: If a part of the conversation is not how the whole begins.
+    """
+    turns = []
+    for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        tokens_before = templated(tokenizer, messages[:turn], add_generation_prompt=True) if turn else []
-        tokens_through = templated(tokenizer, messages[: turn + 1])
-        start, end = len(tokens_before), len(tokens_through)
-        if token_ids[:end] != tokens_through or tokens_through[:start] != tokens_before:
+        before = write(messages[:number], add_generation_prompt=True) if number else whole[:0]
+        through = write(messages[: number + 1])
+        if whole[: len(through)] != through or through[: len(before)] != before:
             raise ValueError(
-                f"the chat template writes turn {turn + 1} in another way when it is not the last, so that its tokens "
-                'cannot be told: give "input_ids" and "labels"'
+                f"the chat template writes turn {number + 1} in another way when it is not the last, so that its "
+                'tokens cannot be told: give "input_ids" and "labels"'
             )
-        labels[start:end] = token_ids[start:end]
-    return {"input_ids": token_ids, "labels": labels}
+        turns.append([len(before), len(through)])
+    return turns
 
 
 def check_messages(tokenizer: Any, messages: Any) -> None:
@@ -95,6 +146,16 @@ def check_messages(tokenizer: Any, messages: Any) -> None:
         raise ValueError('"messages" have no turn of the "assistant": nothing is learned')
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError('there are "messages", but the tokenizer has no chat template')
+
+
+def written(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Return messages as the chat template writes them."""
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
 
 def templated(

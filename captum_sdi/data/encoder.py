@@ -8,11 +8,12 @@ other field belongs to its owner, and whatever cannot be meant is an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from captum_sdi.data.dialogue import completion_tokens, conversation_tokens
-from captum_sdi.data.fields import check_encodable, json_excerpt, kind_of
+from captum_sdi.data.dialogue import completion_tokens, conversation_tokens, learned_turns, written
+from captum_sdi.data.fields import LEARNED, check_encodable, json_excerpt, kind_of
 from captum_sdi.data.losses import IGNORED
 
 INPUTS = ("input_ids", "labels", "attention_mask")
@@ -67,14 +68,34 @@ class Encoder:
         row.setdefault("labels", unpadded)
         return row, length
 
+    def words(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the text of an example and, of a completion or a conversation, which of its characters are learned.
+
+        Returns:
+            ``text``, and where it is known `LEARNED`, pairs of where a learned part starts and ends.
+
+        Example:
+            >>> Encoder(vocab_size=10).words({"prompt": "1+1=", "completion": "2"})
+            {'text': '1+1=2', 'learned_characters': [[4, 5]]}
+        """
+        text = self.text(fields)
+        learned = None
+        if "input_ids" not in fields:
+            kind = kind_of(fields)
+            if kind == "completion":
+                learned = [[len(fields["prompt"]), len(text)]]
+            elif kind == "messages":
+                with suppress(ValueError):  # of a slow tokenizer, turns are told apart by their tokens alone
+                    learned = learned_turns(self.tokenizer, fields["messages"])
+        return {"text": text} if learned is None else {"text": text, LEARNED: learned}
+
     def text(self, fields: Mapping[str, Any]) -> str:
         """Return the text of an example, or that of its tokens, or these as numbers."""
         text = fields.get("text")
         if isinstance(text, str):
             return text
         if "input_ids" not in fields and kind_of(fields) == "messages":
-            conversation = self.tokenizer.apply_chat_template(fields["messages"], tokenize=False)
-            return str(conversation)
+            return written(self.tokenizer, fields["messages"])
         if "input_ids" not in fields:
             prompt, completion = fields["prompt"], fields["completion"]
             return f"{prompt}{completion}"

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+LEARNED = "learned_characters"
+"""The key beside a ``text`` under which it stands which of its characters are learned; of a plain text, all are."""
 WANTED = 'a line needs "text", a string, or "input_ids", a list of token ids'
 OTHERS = '(or "prompt" with "completion", or "messages")'
 

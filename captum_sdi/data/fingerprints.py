@@ -11,6 +11,7 @@ from torch import Tensor
 
 from captum_sdi.data.batch import batch_size, tensors_in
 from captum_sdi.data.losses import IGNORED
+from captum_sdi.data.padding import used_positions
 
 
 def batch_fingerprint(raw: Any) -> bytes:
@@ -51,23 +52,6 @@ def example_fingerprints(raw: Any) -> Tensor:
             _digest_rows(digests, f"{key}.{number}", on_cpu, used)
     fingerprints = [list(digest.digest()) for digest in digests]
     return torch.tensor(fingerprints, dtype=torch.uint8)
-
-
-def used_positions(raw: Any) -> Tensor | None:
-    """Mark the positions ``(n, p)`` attended to or predicted; None for a batch without tokens."""
-    input_ids = raw.get("input_ids") if isinstance(raw, Mapping) else None
-    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2:
-        return None
-    attention_mask = raw.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.shape == input_ids.shape:
-        used = attention_mask.cpu().bool()
-    else:
-        used = torch.ones(input_ids.shape, dtype=torch.bool)
-    labels = raw.get("labels")
-    if isinstance(labels, Tensor) and labels.shape == input_ids.shape:
-        predicted = labels.cpu() != IGNORED
-        used = used | predicted
-    return used
 
 
 def _digest_rows(

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from captum_sdi.data.encoder import INPUTS, Encoder
 from captum_sdi.data.losses import IGNORED
+from captum_sdi.words import is_integer
 
 SOURCES = {"prompt", "completion", "messages", *INPUTS}
 """Fields that an example's text is made of."""
@@ -41,14 +42,14 @@ class Texts(Dataset[dict[str, Tensor]]):
 
     @property
     def examples(self) -> list[dict[str, Any]]:
-        """What each example says: its ``text``, and its other fields; for `captum_sdi.report.write_page`."""
+        """What each example says: its ``text``, which of its characters are learned, and its other fields."""
         return [self.example(position) for position in range(len(self))]
 
     def example(self, position: int) -> dict[str, Any]:
         """Return what one example says."""
         fields = as_fields(self.rows[position])
         other_fields = {name: value for name, value in fields.items() if name not in SOURCES}
-        return {**other_fields, "text": self.encoder.text(fields)}
+        return {**other_fields, **self.encoder.words(fields)}
 
     def __repr__(self) -> str:
         parts = [f"Texts of {len(self):,} examples"]
@@ -81,8 +82,8 @@ def texts(
         ``print`` says how many were cut.
 
     Raises:
-        TypeError: If the rows are one string or one mapping.
-        ValueError: If a row cannot be used; the message names it.
+        TypeError: If the rows are one string or one mapping or have no order, or the tokenizer is none.
+        ValueError: If a row cannot be used, which the message names, or ``max_length`` is no length.
 
     Example:
         >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -92,10 +93,16 @@ def texts(
         >>> rows = ["one and two", {"prompt": "one and ", "completion": "two", "id": 7}]
         >>> train = texts(rows, PreTrainedTokenizerFast(tokenizer_object=words))
         >>> train[1]["labels"].tolist(), train.example(1)
-        ([-100, -100, 2], {'id': 7, 'text': 'one and two'})
+        ([-100, -100, 2], {'id': 7, 'text': 'one and two', 'learned_characters': [[8, 11]]})
     """
     if isinstance(rows, str | Mapping):
         raise TypeError(f"rows must be a list of texts or of mappings, got one {type(rows).__name__}.")
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise TypeError(f"rows must be a list of texts or of mappings, in their order, got {type(rows).__name__}.")
+    if not callable(tokenizer) or not hasattr(tokenizer, "__len__"):
+        raise TypeError(f"tokenizer must be one of transformers, such as AutoTokenizer loads, got {tokenizer!r}.")
+    if max_length is not None and (not is_integer(max_length) or max_length < 1):
+        raise ValueError(f"max_length must be an int of at least 1, or None; got {max_length!r}.")
     return Texts(rows, Encoder(len(tokenizer), tokenizer, max_length, special_tokens))
 
 

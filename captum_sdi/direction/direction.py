@@ -38,8 +38,8 @@ class Direction:
         Σ_i a_i SDI_t(z_i, z') = Σ_c η_c ⟨ Σ_i a_i ∇ℓ(w_c; z_i), φ_t(w_c; z') ⟩
 
     is the derivative of the test loss along the group's direction, through the block's use in step t alone. One
-    forward pass for each step, with dual numbers in that step only, tells it for every token of every test example,
-    without a backward pass (forward-only attribution: arXiv 2511.19803). The first batch ever asked about is compared
+    forward pass with dual numbers tells it for all steps and for every token of every test example, without a
+    backward pass (forward-only attribution: arXiv 2511.19803). The first batch ever asked about is compared
     with a backward pass, once. Nothing is sketched: the numbers are those of `captum_sdi.Exact`.
 
     `captum_sdi.SDIInfluence.direction` makes one. It holds the gradients of each group at each checkpoint,
@@ -122,11 +122,14 @@ class Direction:
         by_token: bool,
     ) -> Iterator[Answers]:
         """Yield the answers of the test examples at one checkpoint, times its weight."""
+        forward_mode: ForwardMode | None = None
         for positions, raw in question.tests.batches():
             if not self._checked:
                 self._check(point, raw, vectors, question, positions.tolist())
-            side = side_as_run(point, question.tests.side)
-            derivatives = ForwardMode(point, side, by_token).step_derivatives(raw, vectors)
+                forward_mode = None  # other modules may answer for parameters since
+            if forward_mode is None:
+                forward_mode = ForwardMode(point, side_as_run(point, question.tests.side), by_token=by_token)
+            derivatives = forward_mode.step_derivatives(raw, vectors)
             yield Answers.of(derivatives, raw, positions, point.checkpoint.weight)
 
     def _check(

@@ -1,8 +1,8 @@
-"""Parameters that are dual numbers in one loop step: the uses of a pass, told apart while it runs.
+"""Uses of parameters, each moved along a direction in the bin that it belongs to, while a forward pass runs.
 
-A pass is run once as it is, and every use of a targeted parameter noted; at its end the loop's clock says which bin
-each belongs to. A pass of the same batch then meets the same uses in the same order, and those of one bin find dual
-numbers ``w + ε d`` in the place of w: what arrives at the losses is their derivative along d through that bin alone.
+With a scale ε_b for each bin, a use of a parameter w in bin b is one of ``w + ε_b d``; what a forward pass says of the
+scales' slopes at zero is the derivative along d, bin by bin. Which bin a use belongs to, the loop's clock tells at the
+end of a pass: each pass takes it from the one before, and notes it anew.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ from captum_sdi.loop.clock import LoopClock, Moment
 NO_BIN = -1
 """Of uses where no graph is built: influence is that of the graph that trained the model."""
 
+LINEAR_IN_PARAMETERS = (
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.normalization.LayerNorm",
+    "torch.nn.modules.sparse.Embedding",
+    "transformers.pytorch_utils.Conv1D",
+)
+"""Layers whose output is linear in weight and bias: called with d in their place, they say what d adds to it."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -35,13 +43,6 @@ class Slot:
     parameter: nn.Parameter
     target: str
 
-    def put(self, tangents: Mapping[str, Tensor] | None) -> None:
-        """Let a dual number stand here, or the parameter itself."""
-        if tangents is None:
-            self.table[self.name] = self.parameter
-        else:
-            self.table[self.name] = forward_ad.make_dual(self.parameter, tangents[self.target])
-
 
 @dataclass(frozen=True)
 class Watched:
@@ -49,6 +50,8 @@ class Watched:
 
     owner: Owner
     slots: tuple[Slot, ...]
+    is_linear: bool
+    """Whether the output of the module's calls is linear in the targets, all parameters that it reads."""
 
     @staticmethod
     def of(owner: Owner) -> Watched:
@@ -58,21 +61,59 @@ class Watched:
             prefix, _, name = own_name.rpartition(".")
             table: dict[str, Any] = owner.module.get_submodule(prefix)._parameters
             slots.append(Slot(table, name, table[name], target))
-        return Watched(owner, tuple(slots))
+        return Watched(owner, tuple(slots), is_linear_in_targets(owner))
 
     @property
     def is_used_beside_calls(self) -> bool:
         """Whether the targets are used elsewhere than in the module's calls."""
         return self.owner.way == "whole pass"
 
-    def put(self, tangents: Mapping[str, Tensor] | None) -> None:
-        """Let dual numbers stand for the targets, or these themselves."""
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Let tensors stand where the targets are."""
         for slot in self.slots:
-            slot.put(tangents)
+            slot.table[slot.name] = tensors[slot.target]
+
+    def restore(self) -> None:
+        """Let the targets stand where they are."""
+        for slot in self.slots:
+            slot.table[slot.name] = slot.parameter
+
+    def move(self, rate: Tensor | None, tangents: Mapping[str, Tensor]) -> None:
+        """Let the targets stand where they are, or move along tangents at a rate."""
+        self.restore()
+        if rate is not None:
+            self.put({slot.target: moved(slot.parameter, rate, tangents[slot.target]) for slot in self.slots})
+
+    def added(
+        self,
+        tangents: Mapping[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Return what tangents add to the output of a call, where that is linear."""
+        primal_args = map(primal, args)
+        primal_kwargs = {name: primal(argument) for name, argument in kwargs.items()}
+        self.put(tangents)
+        try:
+            output: Tensor = self.owner.module.forward(*primal_args, **primal_kwargs)
+        finally:
+            self.restore()
+        return output
+
+
+def is_linear_in_targets(owner: Owner) -> bool:
+    """Say whether the output of a module's calls is linear in its targets, all parameters that it reads."""
+    module = owner.module
+    kind = type(module)
+    is_known = f"{kind.__module__}.{kind.__qualname__}" in LINEAR_IN_PARAMETERS
+    is_changed = "forward" in vars(module) or getattr(module, "max_norm", None) is not None
+    own_names = {name for name, _ in module.named_parameters()}
+    reads_targets = owner.targets.keys() == own_names and own_names <= {"weight", "bias"}
+    return is_known and not is_changed and reads_targets and owner.way != "whole pass"
 
 
 class DualUses:
-    """Puts dual numbers in the place of targeted parameters, in one bin of a forward pass.
+    """Moves targeted parameters along a direction in the forward passes of batches, bin by bin.
 
     Args:
         model: The model.
@@ -87,55 +128,34 @@ class DualUses:
         owners: Sequence[Owner],
     ) -> None:
         self.clock = LoopClock(model, loop)
+        self.bins: list[int] = []
+        """Of each use in the last pass, in order."""
         self._watched = [Watched.of(owner) for owner in owners]
         self._moments: list[Moment | None] = []
-        self._bins: list[int] = []
         self._tangents: Mapping[str, Tensor] = {}
-        self._bin = NO_BIN
-        self._n_met = 0
+        self._rates: dict[int, Tensor | None] = {}
         self._depth = 0
 
     @property
-    def used_bins(self) -> list[int]:
-        """In which bins the noted pass used a target."""
-        return sorted(set(self._bins) - {NO_BIN})
+    def places(self) -> list[int]:
+        """The bins in which the last pass used a target."""
+        return sorted(set(self.bins) - {NO_BIN})
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note the uses of the forward pass that runs inside."""
-        self._moments, self._bins = [], []
+    def along(self, tangents: Mapping[str, Tensor], scales: Mapping[int, Tensor]) -> Iterator[None]:
+        """Move the targets by the scale of each bin, where the last pass had a use of it, and note the uses anew."""
+        self._tangents = tangents
+        self._rates = {place: forward_ad.unpack_dual(scale).tangent for place, scale in scales.items()}
+        self._moments = []
+        self._depth = 0
+        self.clock.restart()
         with self._hooked():
             yield
-        for moment in self._moments:
-            self._bins.append(NO_BIN if moment is None else self.clock.bin(moment))
-
-    @contextmanager
-    def dual_in(self, place: int, tangents: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let the targets be dual numbers in one bin of the forward pass inside, of the batch that was noted last.
-
-        Raises:
-            ValueError: If the pass uses its parameters otherwise than the noted one.
-        """
-        self._tangents, self._bin = tangents, place
-        try:
-            with self._hooked():
-                yield
-        finally:
-            self._bin = NO_BIN
-        if self._n_met != len(self._bins):
-            raise ValueError(
-                f"The model used its parameters {len(self._bins)} times, then {self._n_met} times for the same batch: "
-                "its forward pass depends on more than the batch."
-            )
+        self.bins = [NO_BIN if moment is None else self.clock.bin(moment) for moment in self._moments]
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
-        self.clock.restart()
-        self._n_met = 0
-        self._depth = 0
         with ExitStack() as stack:
-            for watched in self._watched:
-                stack.callback(watched.put, None)
             for module in self.clock.modules:
                 stack.callback(module.register_forward_pre_hook(self._enter_loop).remove)
                 stack.callback(module.register_forward_hook(self._leave_loop, always_call=True).remove)
@@ -143,7 +163,12 @@ class DualUses:
                 # First, as a looped module may be its own anchor.
                 stack.callback(module.register_forward_pre_hook(self._count_anchor, prepend=True).remove)
             for watched in self._watched:
+                stack.callback(watched.restore)
                 module = watched.owner.module
+                if watched.is_linear:
+                    add = partial(self._add, watched)
+                    stack.callback(module.register_forward_hook(add, prepend=True, with_kwargs=True).remove)
+                    continue
                 enter = partial(self._enter, watched)
                 stack.callback(module.register_forward_pre_hook(enter).remove)
                 leave = partial(self._leave, watched)
@@ -170,8 +195,21 @@ class DualUses:
         self._pass_border()
         return without_tangents(output)
 
+    def _add(
+        self,
+        watched: Watched,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> Any:
+        rate = self._rate(self._moment_of(module))
+        if rate is None:
+            return without_tangents(output)
+        return moved(output, rate, watched.added(self._tangents, args, kwargs))
+
     def _enter(self, watched: Watched, module: nn.Module, args: object) -> None:
-        self._meet(watched, self.clock.moment_of(module) if torch.is_grad_enabled() else None)
+        watched.move(self._rate(self._moment_of(module)), self._tangents)
 
     def _leave(
         self,
@@ -180,37 +218,45 @@ class DualUses:
         args: object,
         output: Any,
     ) -> Any:
-        watched.put(None)
+        watched.restore()
         if watched.is_used_beside_calls:
-            self._meet(watched, self._moment())
+            self._move_until_border(watched)
         return without_tangents(output)
 
     def _pass_border(self) -> None:
         """Begin a new moment of what is used beside the calls of its module."""
         for watched in self._watched:
             if watched.is_used_beside_calls:
-                self._meet(watched, self._moment())
+                self._move_until_border(watched)
 
-    def _moment(self) -> Moment:
-        return self.clock.moment(in_loop=self._depth > 0)
+    def _move_until_border(self, watched: Watched) -> None:
+        moment = self.clock.moment(in_loop=self._depth > 0)
+        watched.move(self._rate(moment), self._tangents)
 
-    def _meet(self, watched: Watched, moment: Moment | None) -> None:
-        """Note a use and its moment, None where no graph is built; or let it be of dual numbers, if of their bin."""
-        number = self._n_met
-        self._n_met += 1
-        if self._bin == NO_BIN:
-            self._moments.append(moment)
-            return
-        is_chosen = number < len(self._bins) and self._bins[number] == self._bin
-        watched.put(self._tangents if is_chosen else None)
+    def _moment_of(self, module: nn.Module) -> Moment | None:
+        """Return the moment of a call; None where no graph is built."""
+        return self.clock.moment_of(module) if torch.is_grad_enabled() else None
+
+    def _rate(self, moment: Moment | None) -> Tensor | None:
+        """Note a use, and return how fast the scale of its bin in the last pass moves."""
+        number = len(self._moments)
+        self._moments.append(moment)
+        place = self.bins[number] if number < len(self.bins) else NO_BIN
+        return self._rates.get(place)
+
+
+def moved(point: Tensor, rate: Tensor, tangent: Tensor) -> Tensor:
+    """Return ``point + scale * tangent`` where the scale is zero and moves at a rate."""
+    value, slope = forward_ad.unpack_dual(point)
+    rate = rate.to(tangent)
+    return forward_ad.make_dual(value, rate * tangent if slope is None else torch.addcmul(slope, rate, tangent))
+
+
+def primal(leaf: Any) -> Any:
+    """Return a tensor without its tangent, anything else as it is."""
+    return forward_ad.unpack_dual(leaf).primal if isinstance(leaf, Tensor) else leaf
 
 
 def without_tangents(output: Any) -> Any:
     """Return an output as a constant where no graph is built; else None, which leaves it as it is."""
-    if torch.is_grad_enabled():
-        return None
-
-    def primal(leaf: Any) -> Any:
-        return forward_ad.unpack_dual(leaf).primal if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(primal, output)
+    return None if torch.is_grad_enabled() else tree_map(primal, output)

@@ -4,7 +4,8 @@ With φ_b(z) the part of the gradient that flows through bin b, and d a directio
 
     ⟨d, φ_b(z)⟩ = ∂/∂ε ℓ(z; w + ε d in the uses of bin b, w in all others)    at ε = 0
 
-which forward-mode differentiation computes beside the loss, for every example and every token of a batch at once.
+which forward-mode differentiation computes beside the loss, for every example, every token and every bin at once: one
+forward pass carries the derivatives of all bins.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_sdi.borrow import observable
 from captum_sdi.data.losses import example_losses
 from captum_sdi.data.side import Side
 from captum_sdi.data.targets import token_losses
+from captum_sdi.direction.closed_forms import ClosedForms
 from captum_sdi.direction.contracted import Vectors, step_products
 from captum_sdi.direction.dual_uses import DualUses
+from captum_sdi.direction.slopes import slopes_at_zero
 from captum_sdi.features import Bins
 from captum_sdi.passes import Point
 from captum_sdi.precision import is_coarse
@@ -33,14 +35,20 @@ LARGEST_DIFFERENCE, LARGEST_COARSE = 1e-2, 0.2
 """How far forward mode may be from the backward pass, relative to all products of an example, by rounding."""
 
 
-@dataclass(frozen=True)
 class ForwardMode:
-    """A model at a checkpoint, and how the losses of its forward passes are taken apart."""
+    """A model at a checkpoint, and how the losses of its forward passes are taken apart.
 
-    point: Point
-    side: Side
-    by_token: bool
-    """Keep the losses of target tokens apart."""
+    Args:
+        point: The model at a checkpoint.
+        side: How batches are run.
+        by_token: Keep the losses of target tokens apart.
+    """
+
+    def __init__(self, point: Point, side: Side, *, by_token: bool) -> None:
+        self.point = point
+        self.side = side
+        self.by_token = by_token
+        self.uses = DualUses(point.model, point.loop, point.capture.tape.owners)
 
     def losses(self, raw: Any) -> Tensor:
         """Compute the losses of a batch's examples ``(n,)``, or of their tokens ``(n, p)``."""
@@ -63,27 +71,48 @@ class ForwardMode:
             vectors: By targeted parameter ``(g, *shape)``.
 
         Returns:
-            As many forward passes as bins are used, for each group, and one more.
+            Losses and derivatives, of one forward pass for each group; and of one more where the batch before, if
+            there was one, used parameters otherwise, as at another depth.
 
         Raises:
-            ValueError: If the model has no forward-mode derivative.
+            ValueError: If the model has no forward-mode derivative, or its pass depends on more than the batch.
         """
-        uses = DualUses(self.point.model, self.point.loop, self.point.capture.tape.owners)
-        with differentiable_forward():
-            with uses.noted():
-                losses = self.losses(raw)
-            n_groups = len(next(iter(vectors.values())))
-            n_bins = Bins.count(uses.clock.n_steps)
-            derivatives = losses.new_zeros(*losses.shape, n_groups, n_bins)
-            for group in range(n_groups):
+        by_group = []
+        with differentiable_forward(), ClosedForms():
+            for group in range(len(next(iter(vectors.values())))):
                 tangents = tangents_of(self.point, vectors, group)
-                for place in uses.used_bins:
-                    with forward_ad.dual_level(), uses.dual_in(place, tangents):
-                        dual_losses = self.losses(raw)
-                        tangent = forward_ad.unpack_dual(dual_losses).tangent
-                    if tangent is not None:
-                        derivatives[..., group, place] = tangent
-        return StepDerivatives(losses, derivatives, uses.clock.n_steps)
+                losses, derivatives = self.along(raw, tangents)
+                by_group.append(derivatives)
+        return StepDerivatives(losses, torch.stack(by_group, dim=-2), self.uses.clock.n_steps)
+
+    def along(self, raw: Any, tangents: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Compute the losses of a batch, and their derivatives along one direction.
+
+        Returns:
+            Losses ``(n,)`` or ``(n, p)``, and derivatives with an axis ``b`` behind.
+
+        Raises:
+            ValueError: If the forward pass depends on more than the batch.
+        """
+
+        def losses_at(scales: Tensor) -> tuple[Tensor, Tensor]:
+            by_place = dict(zip(places, scales.unbind(), strict=True))
+            with self.uses.along(tangents, by_place):
+                losses = self.losses(raw)
+            return losses, losses
+
+        parameter = next(iter(tangents.values()))
+        for _ in range(2):  # the first may learn that this batch's uses are not those of the last
+            bins, places = self.uses.bins, self.uses.places
+            losses, slopes = slopes_at_zero(losses_at, parameter.new_zeros(len(places)))
+            if self.uses.bins == bins:
+                derivatives = losses.new_zeros(*losses.shape, Bins.count(self.uses.clock.n_steps))
+                derivatives[..., places] = slopes
+                return losses, derivatives
+        raise ValueError(
+            f"The model used its parameters {len(bins)} times, then {len(self.uses.bins)} times for the same batch, or "
+            "in other loop steps: its forward pass depends on more than the batch."
+        )
 
     def check(self, raw: Any, vectors: Vectors) -> None:
         """Compare forward mode with the backward pass on a batch: some operations have a wrong derivative, or none.

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from captum_sdi.capture.featurizer import in_float16
 from captum_sdi.direction.contracted import Vectors, weighted_gradients
 from captum_sdi.direction.groups import Groups
 from captum_sdi.index.weights import WeightHashes
 from captum_sdi.passes import Point
+from captum_sdi.precision import in_float16
 from captum_sdi.preconditioners import Identity
 from captum_sdi.study import Study
 

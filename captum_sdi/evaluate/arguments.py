@@ -7,6 +7,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from captum_sdi.words import is_integer
+
 Numbers: TypeAlias = ArrayLike | Tensor
 SCORES = "(q, n) or (q, n, t)"
 
@@ -20,6 +22,8 @@ def as_numbers(
     """Return an argument as finite float64 numbers on the CPU; ``shape`` is ``ndims`` in words."""
     if not isinstance(values, Tensor):
         values = torch.as_tensor(np.asarray(values))
+    if values.is_complex():
+        raise ValueError(f"{name} holds complex numbers; it must hold real ones.")
     numbers = values.detach().to("cpu", torch.float64)
     if numbers.ndim not in ndims or 0 in numbers.shape:
         raise ValueError(f"{name} has shape {tuple(numbers.shape)}; it must be {shape}.")
@@ -42,6 +46,17 @@ def as_pair(scores: Numbers, truth: Numbers, truth_name: str) -> tuple[Tensor, T
     if expected.ndim < predicted.ndim:
         expected = expected[..., None].expand_as(predicted)
     return predicted, expected
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Return a generator of random numbers.
+
+    Raises:
+        TypeError: If the seed is no int.
+    """
+    if not is_integer(seed):
+        raise TypeError(f"seed must be an int, got {seed!r}.")
+    return torch.Generator().manual_seed(seed)
 
 
 def are_flags(numbers: Tensor) -> bool:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from captum_sdi.evaluate.arguments import SCORES, Numbers, are_flags, as_numbers
+from captum_sdi.evaluate.arguments import SCORES, Numbers, are_flags, as_numbers, generator_of
 from captum_sdi.evaluate.correlations import row_correlations, unit_deviations
 from captum_sdi.evaluate.intervals import LEVEL, Estimate, mean_estimate
 
@@ -37,7 +37,7 @@ def draw_subsets(
         raise ValueError(f"fraction={fraction!r} of n={n} examples keeps {size}; keep some and leave some out.")
     if m < 1:
         raise ValueError(f"m={m!r} must be an integer of at least 1.")
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     permutations = torch.rand(m, n, generator=generator).argsort(dim=1)
     return permutations < size
 

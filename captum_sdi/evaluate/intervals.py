@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_sdi.evaluate.arguments import generator_of
+
 LEVEL = 0.95
 RESAMPLES = 2000
 
@@ -54,7 +56,7 @@ def mean_estimate(values: Tensor, level: float, seed: int) -> Estimate:
     if q == 1:
         unknown = torch.full_like(values[0], torch.nan)
         return Estimate(values[0], unknown, unknown, n=1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     drawn = torch.randint(q, (RESAMPLES, q), generator=generator)
     # Weights rather than gathered rows: (resamples, q) is all the memory it takes, whatever the number of steps.
     weights = torch.zeros(RESAMPLES, q, dtype=values.dtype)

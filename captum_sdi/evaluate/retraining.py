@@ -39,6 +39,8 @@ def retrained_losses(
     """
     if subsets.dtype != torch.bool or subsets.ndim != 2:
         raise ValueError(f"subsets is {subsets.dtype} {tuple(subsets.shape)}; it must be torch.bool (m, n).")
+    if len(subsets) == 0:
+        raise ValueError("subsets is empty; pass at least one.")
     empty = (~subsets.any(1)).nonzero()
     if len(empty):
         raise ValueError(f"subset {int(empty[0])} is empty; keep something to train on.")
@@ -93,7 +95,8 @@ def removal_effects(
     for positions in removed:
         positions = torch.as_tensor(positions).reshape(-1)
         in_range = (positions >= 0) & (positions < n)
-        if positions.is_floating_point() or not in_range.all():
+        is_wrong = positions.is_floating_point() or positions.dtype == torch.bool
+        if is_wrong or not in_range.all():
             raise ValueError(f"removed={positions.tolist()} must be positions from 0 to n - 1 = {n - 1}.")
         subset = all_examples.clone()
         subset[positions.cpu().long()] = False

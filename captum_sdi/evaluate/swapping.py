@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, preserved
-from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
+from captum_sdi.data.batch import BatchReader, ForwardKwargs
+from captum_sdi.data.calling import run_model
 from captum_sdi.data.collate import Collator
 from captum_sdi.data.losses import LossFn, default_loss, example_losses
 from captum_sdi.features import LoopSpec
@@ -18,6 +19,7 @@ from captum_sdi.inputs import as_batches, padding_token
 from captum_sdi.loop.clock import LoopClock
 from captum_sdi.loop.finding import find_loop
 from captum_sdi.loop.parameters import as_loop, parameters_inside
+from captum_sdi.words import is_integer
 
 Swap = tuple[nn.Parameter, Tensor]
 """A parameter of the loop, and the other model's values for it."""
@@ -54,8 +56,9 @@ def block_swap(
         ``(q, t)``, or ``(q, len(steps))``, float64 on the CPU.
 
     Raises:
-        ValueError: If the models' parameters do not fit, a step does not exist, or examples differ in their number of
-            steps.
+        TypeError: If an argument is of another kind.
+        ValueError: If the models' parameters do not fit, a step does not exist, there are no test examples, or they
+            differ in their number of steps.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM
@@ -67,6 +70,8 @@ def block_swap(
         (torch.Size([2, 3]), torch.Size([2, 2]))
     """
     batches = list(as_batches(test, batch_size, Collator(padding_token(model)), "test"))
+    if not batches:
+        raise ValueError("test is empty.")
     spec = as_loop(loop) or find_loop(model, batches[0], forward_kwargs=forward_kwargs)
     swapper = BlockSwapper(model, spec, loop_swaps(model, other, spec))
     loss_fn = loss_fn or default_loss(model)
@@ -139,25 +144,30 @@ def loop_swaps(
         Each parameter of the loop's modules, in the model's order, with the other model's values.
 
     Raises:
-        ValueError: If one is missing there or has another shape.
+        TypeError: If the other one is no model and no state dict.
+        ValueError: If one is missing there, is not finite or has another shape.
     """
     theirs: Mapping[str, Tensor]
     if isinstance(other, nn.Module):
         theirs = dict(other.named_parameters(remove_duplicate=False))
-    else:
+    elif isinstance(other, Mapping):
         theirs = other
+    else:
+        raise TypeError(f"other must be a model or its state dict, got {type(other).__name__}.")
     inside = {id(parameter) for parameter in parameters_inside(model, loop.modules, "loop=")}
     swaps = []
     for name, parameter in model.named_parameters():
         if id(parameter) not in inside:
             continue
         values = theirs.get(name)
-        if values is None or values.shape != parameter.shape:
-            received = "nothing" if values is None else tuple(values.shape)
+        if not isinstance(values, Tensor) or values.shape != parameter.shape:
+            received = tuple(values.shape) if isinstance(values, Tensor) else "nothing"
             raise ValueError(
                 f"other has {received} for the loop's parameter {name!r} of shape {tuple(parameter.shape)}; pass a "
                 "model of the same architecture, or its state dict."
             )
+        if not values.isfinite().all():
+            raise ValueError(f"other has NaN or infinite values for the loop's parameter {name!r}.")
         swaps.append((parameter, values.detach().to(parameter)))
     return swaps
 
@@ -166,10 +176,16 @@ def checked_steps(steps: Sequence[int | Collection[int]] | None, n_steps: int) -
     """Return which loop steps are swapped together, each step by itself where None is given.
 
     Raises:
-        ValueError: If a step does not exist.
+        TypeError: If a step is no int.
+        ValueError: If it does not exist, or none is named.
     """
     wanted = range(n_steps) if steps is None else steps
-    chosen = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in wanted]
+    chosen = []
+    for entry in wanted:
+        swapped = tuple(entry) if isinstance(entry, Collection) else (entry,)
+        if not all(map(is_integer, swapped)):
+            raise TypeError(f"steps must be ints, or collections of them to be swapped at once; got {entry!r}.")
+        chosen.append(swapped)
     if not chosen:
         raise ValueError("steps is empty; name at least one loop step.")
     for swapped in chosen:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from captum_sdi.evaluate.arguments import Numbers, as_pair
+from captum_sdi.evaluate.arguments import Numbers, as_pair, generator_of
 from captum_sdi.evaluate.correlations import check_kind, row_correlations, unit_deviations
 from captum_sdi.evaluate.intervals import LEVEL, RESAMPLES, Estimate, check_level
 
@@ -136,7 +136,7 @@ def draw_resamples(effects: Tensor, resamples: int, seed: int) -> Resamples:
     if resamples < 1:
         raise ValueError(f"resamples={resamples!r} must be at least 1; take some hundreds.")
     q, m, *_ = effects.shape
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     tests = _draw_counts(q, resamples, generator)
     return Resamples(tests, _draw_counts(m, resamples, generator))
 

@@ -96,7 +96,8 @@ class SketchIndex:
             ValueError: If a part is incomplete, damaged, of another model, data already merged, or other settings.
             OSError: If the disk is too small, or another process writes to the index.
         """
-        if isinstance(parts, str | os.PathLike):
+        is_list = isinstance(parts, Sequence) and not isinstance(parts, str)
+        if not is_list or not all(isinstance(part, str | os.PathLike) for part in parts):
             raise TypeError(f"parts= must be a list of folders, got {parts!r}.")
         opened = [cls.open(part) for part in parts]
         folder = Path(os.fsdecode(index))

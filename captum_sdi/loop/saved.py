@@ -17,9 +17,10 @@ def check_saved_loop(model: nn.Module) -> None:
     if record is None or is_looped(model):
         return
     raise ValueError(
-        f"The config of {type(model).__name__} says that its layers were looped when it was saved, {record}; loading "
-        "does not loop them. After loading write model = captum_sdi.models.loop_layers(model), which repeats them as "
-        f"the config says, or del model.config.{LOOP_KEY} to take the model as it is."
+        f"The config of {type(model).__name__}, or that of the base model that its adapters name, says that its layers "
+        f"were looped when it was saved, {record}; loading does not loop them. After loading write model = "
+        "captum_sdi.models.loop_layers(model), which repeats them as the config says, or del "
+        f"model.config.{LOOP_KEY} to take the model as it is."
     )
 
 

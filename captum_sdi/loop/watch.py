@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_sdi.borrow import evaluating, frozen, observable
-from captum_sdi.data.batch import BatchReader, ForwardKwargs, run_model
+from captum_sdi.data.batch import BatchReader, ForwardKwargs
+from captum_sdi.data.calling import run_model
 from captum_sdi.loop.parameters import canonical_modules
 from captum_sdi.model_lock import exclusive
 

@@ -107,6 +107,9 @@ def looped_forward(base: type[Any]) -> Callable[..., Any]:
     parameters = list(signature.parameters.values())
     n_loops = inspect.Parameter("n_loops", inspect.Parameter.KEYWORD_ONLY, default=None)
     takes_any_keyword = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    kinds = {parameter.kind for parameter in parameters[1:]}
+    if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return forward  # of a wrapper, which hands on whatever it is given: naming one keyword would exclude others
     end = len(parameters) - 1 if takes_any_keyword else len(parameters)
     parameters.insert(end, n_loops)
     forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -41,8 +41,8 @@ def loop_layers(
 
     ``save_pretrained`` saves the model without the loop, and how it loops in its config. After ``from_pretrained``,
     ``loop_layers(model)`` repeats the layers as the config says; until then `find_loop` and `SDIInfluence` refuse the
-    model, which is another one without its loop. An adapter's folder (peft) says nothing of the loop of its base: loop
-    the base before the adapter is loaded onto it.
+    model, which is another one without its loop. An adapter's folder (peft) says nothing of the loop of its base, but
+    for a folder that this was saved to: loop the base before the adapter is loaded onto it.
 
     Training-Free Looped Transformers takes as many sub-steps of an Euler scheme as there are repetitions, which is
     ``damping=1 / n_loops``; it is not adapted when `n_loops` changes. It averages the result with that of a single

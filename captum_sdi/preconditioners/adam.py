@@ -102,7 +102,10 @@ class Adam:
         if self.moments is None:
             moments, origin = optimizer_moments(source, point.model, point.trainable), str(source)
         else:
-            given = {canonical_name(name): square for name, square in self.moments(source).items()}
+            answer = self.moments(source)
+            if not isinstance(answer, Mapping):
+                raise TypeError(f"moments= must return second moments by the parameter's name, got {answer!r:.80}.")
+            given = {canonical_name(name): square for name, square in answer.items()}
             moments, origin = Moments(given, dict.fromkeys(given, EPS)), "moments="
         divisors = {}
         for name, parameter in targets.items():
@@ -124,11 +127,14 @@ def checked_square(
     """Return the second moments of a parameter.
 
     Raises:
+        TypeError: If they are no real numbers.
         ValueError: If there are none, or they have another shape, are negative or not finite; names their ``origin``.
     """
     if name not in squares:
         raise ValueError(f"{origin} has no second moments of {name!r}, only of {first_few(list(squares))}.")
     square = squares[name]
+    if not isinstance(square, Tensor) or square.is_complex():
+        raise TypeError(f"{origin} has second moments of {name!r} that are no tensor of real numbers.")
     if square.shape != parameter.shape:
         shapes = f"{tuple(square.shape)} for {name!r}, which has shape {tuple(parameter.shape)}"
         raise ValueError(f"{origin} has second moments of shape {shapes}.")

@@ -149,7 +149,7 @@ class Hessian:
         else:
             basis = vector.new_empty(shape)
         n_updates = None if n_batches is None else self.rank * n_batches
-        purpose = f"find curvatures of the training loss at {point.checkpoint.name}"
+        purpose = f"find curvatures at {point.checkpoint.name}"
         with train.progress.bar(purpose, n_updates) as bar:
             product = HessianProduct(point, train, loss, vector, chosen, bar)
             values = ritz_pairs(product, basis, torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from captum_sdi.capture.featurizer import Capture
-from captum_sdi.data.batch import batch_size, map_tensors, select, tensors_in
-from captum_sdi.data.fingerprints import used_positions
+from captum_sdi.data.batch import batch_size, select, tensors_in
 from captum_sdi.data.losses import IGNORED, target_labels, untargeted_examples
+from captum_sdi.data.padding import without_padding
 from captum_sdi.data.side import Side
 from captum_sdi.features import StepFeatures
 
@@ -128,17 +128,3 @@ def alone(batch: BatchRun, number: int) -> Any:
     if collated is None or len(tensors_in(collated)) != len(tensors_in(batch.raw)):
         return without_padding(select(batch.raw, [number]))
     return collated
-
-
-def without_padding(raw: Any) -> Any:
-    """Cut the columns off that the attention mask says are padding, where every tensor is ``(1, p)``."""
-    used = used_positions(raw)
-    if used is None or used.all() or not used.any():
-        return raw
-    places = used[0].nonzero().flatten()
-    span = slice(int(places[0]), int(places[-1]) + 1)
-    shapes: set[Any] = set()
-    map_tensors(lambda tensor: shapes.add(tensor.shape), raw)
-    if shapes != {used.shape}:
-        return raw
-    return map_tensors(lambda tensor: tensor[:, span], raw)

@@ -125,16 +125,31 @@ def check_layers(layers: Any) -> None:
         raise TypeError(f"`layers` should contain str layer names. It is {layers!r}.")
 
 
-def checked_loss(loss_fn: Any, argument: str) -> LossFn | None:
+def checked_loss(loss_fn: Any, argument: str, reduces: Any = None) -> LossFn | None:
     """Return a loss function that can be called; warn, as Captum does, of one that does not say how it reduces.
 
+    Args:
+        loss_fn: The loss function; None: there is none to check.
+        argument: That it came from, named in errors.
+        reduces: Captum's ``sample_wise_grads_per_batch``: whether it reduces; None: what it returns decides.
+
     Raises:
-        TypeError: If it is no function.
+        TypeError: If it is no function, or ``reduces`` no bool.
+        AssertionError: If it reduces otherwise than is said, as in Captum.
     """
+    if not (reduces is None or isinstance(reduces, bool)):
+        raise TypeError(f"sample_wise_grads_per_batch must be a bool or None, got {reduces!r}.")
     if loss_fn is None:
         return None
     if not callable(loss_fn):
         raise TypeError(f"{argument} must be a function of (output, labels), got {type(loss_fn).__name__}.")
+    reduction = getattr(loss_fn, "reduction", None)
+    expected = '"sum" or "mean"' if reduces else '"none"'
+    if not (reduces is None or reduction is None or (reduction in ("sum", "mean")) == reduces):
+        raise AssertionError(  # begins with Captum's sentence
+            f"reduction for `{argument}` must be {expected} when `sample_wise_grads_per_batch` is {reduces}; it is "
+            f"{reduction!r}. Gradients are per example either way: leave sample_wise_grads_per_batch= out."
+        )
     if not hasattr(loss_fn, "reduction"):
         warn_user(  # begins with Captum's sentence
             f'Since `{argument}` has no "reduction" attribute, the implementation assumes that `{argument}` is a '

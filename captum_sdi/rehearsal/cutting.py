@@ -1,16 +1,16 @@
-"""Collate functions that cut rows to the shortest of their batch: seen without a pass, by what a row has alone."""
+"""Collate functions that cut rows to the length of their neighbours: seen without a pass, by what a row has alone."""
 
 from __future__ import annotations
 
-from captum_sdi.data.fingerprints import used_positions
+from captum_sdi.data.padding import used_positions
 from captum_sdi.rehearsal.alone import BatchRun
 
 
 def check_nothing_is_cut(batch: BatchRun) -> None:
     """Refuse a batch in which an example has fewer tokens than alone.
 
-    Where there is padding the shortest row has set nobody's length. Other batches are compared row by row with the
-    same rows collated alone, where the data set can tell.
+    Only rows without padding can have been cut. They are compared with the same rows collated alone, where the data
+    set can tell.
 
     Args:
         batch: The batch.
@@ -19,10 +19,11 @@ def check_nothing_is_cut(batch: BatchRun) -> None:
         ValueError: If one has.
     """
     used = used_positions(batch.raw)
-    if used is None or batch.size == 1 or not used.all():
+    if used is None or batch.size == 1:
         return
     length = used.shape[1]
-    for position in batch.positions:
+    for number in used.all(1).nonzero().flatten().tolist():
+        position = batch.positions[number]
         used_alone = used_positions(batch.collated_alone(position))
         if used_alone is not None and int(used_alone.sum()) > length:
             raise ValueError(

@@ -31,6 +31,8 @@ class FirstExample:
     """What else the model returned."""
     as_run: Side
     """How it was run: where the model computes a loss from labels, it was handed them."""
+    may_vary: bool
+    """Whether random numbers were drawn, or buffers changed."""
     n_runs: int = 1
     """How often, until it worked."""
 

@@ -17,6 +17,7 @@ from captum_sdi.data.targets import side_with_labels
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.rehearsal.alone import BatchRun, alone, run_alone
 from captum_sdi.rehearsal.first_example import FirstExample
+from captum_sdi.rehearsal.randomness import sources_of_change
 from captum_sdi.rehearsal.witness import Witness
 
 
@@ -38,21 +39,25 @@ def first_run(batch: BatchRun, number: int, before: Callable[[Any], None]) -> Fi
         OutOfMemoryError: If one example is too much.
     """
     capture, side, example = batch.capture, batch.side, alone(batch, number)
+    before_run = sources_of_change(capture.model)
     plain, n_runs = Witness(side.loss_fn, before, sees_labels=False), 1
     if may_see_labels(capture, example, side):
         witness = Witness(side.loss_fn, before, sees_labels=True)
         as_run = replace(side_with_labels(side), loss_fn=witness)
         try:
-            run = run_alone(batch, number, example=example, side=as_run, checks_uses=True)
+            with witness.watching(capture.model):
+                run = run_alone(batch, number, example=example, side=as_run, checks_uses=True)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError):
             plain.own_loss, plain.logits, n_runs = witness.own_loss, witness.logits, 2
         else:
-            return FirstExample(capture, side, run, witness, as_run)
+            may_vary = sources_of_change(capture.model) != before_run
+            return FirstExample(capture, side, run, witness, as_run, may_vary)
     as_run = replace(side, loss_fn=plain)
     run = run_alone(batch, number, example=example, side=as_run, checks_uses=True)
-    return FirstExample(capture, side, run, plain, as_run, n_runs)
+    may_vary = sources_of_change(capture.model) != before_run
+    return FirstExample(capture, side, run, plain, as_run, may_vary, n_runs)
 
 
 def may_see_labels(capture: Capture, example: Any, side: Side) -> bool:

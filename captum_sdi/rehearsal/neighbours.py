@@ -10,14 +10,8 @@ from captum_sdi.features import StepFeatures
 LARGEST, LARGEST_COARSE = 1e-2, 0.25
 """Beyond which relative difference of features they are refused; in half precision, whose kernels round anew for every
 batch size, only what no rounding does."""
-
-CAUSES = (
-    "Likely causes: padding that the model sees, for want of an attention mask or, padded on the left, of position "
-    "ids; a random state drawn anew for each call or from a seed per call (fix one noise per position: NOISE[:, "
-    ":S].expand(n, -1, -1)); a loss divided by a count over the batch; layers that mix examples, as BatchNorm does; a "
-    "forward that takes examples one by one or in groups; a loop that is chaotic in float32 (try model.double()). "
-)
-WAY_OUT = "Mend it, or pass batch_size=1 (to a DataLoader, too; inputs as a list of rows)."
+USUAL_COARSE = 0.05
+"""Beyond which the difference in half precision is more than its usual rounding."""
 
 
 def rounding(features: StepFeatures) -> float:

@@ -2,7 +2,8 @@
 
 All of it costs two examples' forward, backward and sketch. The first example's run serves three times: the checks
 look at it, its features are compared with those in the batch, and where they agree the model is deterministic. A batch
-of one is its own first example; a second pass, of it or of an example of a later batch, confirms it.
+of one is its own first example; a second pass, of it or of an example of a later batch, confirms it. Passes that ask
+for no features, as a Hessian's, have an example run forward twice before them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_sdi.capture.apart import CAUSES, WAY_OUT
 from captum_sdi.capture.featurizer import Capture
 from captum_sdi.data.losses import TokenCrossEntropy, target_labels, token_logits
 from captum_sdi.data.side import Manner, Side
@@ -30,10 +32,9 @@ from captum_sdi.rehearsal.keywords import check_keywords_are_named
 from captum_sdi.rehearsal.labels import check_labels_are_unshifted, check_labels_on_padding
 from captum_sdi.rehearsal.lengths import check_length, position_limit
 from captum_sdi.rehearsal.neighbours import (
-    CAUSES,
     LARGEST,
     LARGEST_COARSE,
-    WAY_OUT,
+    USUAL_COARSE,
     relative_difference,
     rounding,
 )
@@ -172,6 +173,9 @@ class Rehearsal:
         known.is_begun = True
         known.unconfirmed = first
         known.turns.n_alone += first.n_runs
+        if first.witness.sees_labels and not first.witness.is_one_layers:
+            # Such logits may be others without labels, as Ouro's: with them they are those of the model's own loss.
+            batch.capture.labelled.add(batch.side.manner)
         return first
 
     def _check_batch(self, batch: BatchRun, known: Rehearsed) -> None:
@@ -268,6 +272,8 @@ class Rehearsal:
         losses = batch.capture.tape.state.losses
         difference = relative_difference(features, numbers[0], first.run.features)
         is_other = not repeats(first, losses[numbers[0] :][:1]) or difference > rounding(features)
+        if is_coarse(self._model) and not first.may_vary:
+            is_other = difference > USUAL_COARSE  # what is repeated is repeated to the bit: kernels round otherwise
         if is_other and self._confirm(known, first):
             features = batch.features()
             difference = relative_difference(features, numbers[0], first.run.features)

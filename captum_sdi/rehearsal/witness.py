@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_sdi.data.losses import LossFn, token_logits, without_own_loss
 
@@ -32,6 +34,27 @@ class Witness:
         """A scalar that the model itself computed from the labels."""
         self.logits: Tensor | None = None
         """What it returned beside that."""
+        self.is_one_layers = True
+        """Whether these are what one of its modules returned, and not made of several, as an expectation over exits."""
+        self._outputs: dict[int, weakref.ref[Tensor]] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Look at what every module inside a model returns, for as long as the ``with`` block lasts."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._outputs[id(output)] = weakref.ref(output)
+
+        with ExitStack() as hooks:
+            for module in model.modules():
+                if module is not model:
+                    hooks.callback(module.register_forward_hook(note).remove)
+            yield
+
+    def _is_an_output(self, tensor: Tensor | None) -> bool:
+        noted = self._outputs.get(id(tensor))
+        return tensor is not None and noted is not None and noted() is tensor
 
     def __call__(self, output: Any, labels: Any) -> Tensor:
         """Compute the losses.
@@ -47,7 +70,9 @@ class Witness:
             return self._loss_fn(output, labels)
         self.own_loss, output = without_own_loss(output)
         self._before(output)
-        self.logits = token_logits(output).detach()
+        logits = token_logits(output)
+        self.logits = logits.detach()
+        self.is_one_layers = self._is_an_output(logits) or self._is_an_output(logits._base)
         losses = self._loss_fn(output, labels)
         if self.own_loss is None or not agree(self.own_loss, losses.detach().sum()):
             raise ValueError("The model's own loss is not the default one.")

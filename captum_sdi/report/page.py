@@ -18,7 +18,7 @@ from captum_sdi.report.pairs import Pairs
 from captum_sdi.report.texts import PER_CHUNK, TextTable, check_examples, example_entry, token_examples
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.scores.words import Example, Words
-from captum_sdi.whole_file import write_whole
+from captum_sdi.whole_file import followed, write_whole
 
 TITLE = "Which training examples shaped these answers, and at which loop step?"
 LARGEST_IN_NOTEBOOK = 20_000_000
@@ -58,11 +58,9 @@ def write_page(
     """Write an explorer of scores: one HTML file that needs no network.
 
     Args:
-        result: What `SDIInfluence.step_influence` returned; or several of the same test examples, such as the
-            proponents and the opponents.
-        path: The file to write; an existing one is replaced.
-        texts: The training examples' texts by index; or mappings with a ``text``, whose other fields are shown, too;
-            None: those that the result knows.
+        result: What `SDIInfluence.step_influence` returned, or several of the same tests, such as both signs.
+        path: The file to write; an existing one is replaced, and a link stays one.
+        texts: The training texts, or mappings with a ``text`` and fields to show; None: what the result knows.
         test_texts: The test examples', likewise.
         map: An influence map of some of the pairs, or several: layers and tokens to tint and to rank by.
         step_matrix: ``(q, n, s, t)`` of some pairs, as `SDIInfluence.step_matrix` returns it.
@@ -75,7 +73,7 @@ def write_page(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If arguments do not fit each other, or a number is not finite.
+        ValueError: If arguments do not fit each other, a number is not finite, or the path is no regular file.
         FileNotFoundError: If the folder does not exist.
 
     Example:
@@ -88,9 +86,9 @@ def write_page(
         ...     page.path.read_text().startswith("<!doctype html>")
         True
     """
-    target = Path(path)
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"There is no folder {target.absolute().parent} to write {target.name} in: make it.")
+    target = followed(path)
+    if not isinstance(title, str):
+        raise TypeError(f"title must be a text, got {title!r}.")
     pairs = Pairs.from_results(result)
     texts, test_texts = shown_texts(result, texts, test_texts)
     n_self = 0 if self_influence is None else check_self_influence(self_influence)
@@ -110,7 +108,7 @@ def write_page(
     first_chunks = [tests_chunk(pairs, test_texts), first_pairs, first_texts]
     document = assembled(title, facts, first_chunks, [*other_texts, *chunks])
     write_whole(target, lambda unfinished: unfinished.write_text(document, encoding="utf-8"))
-    return Page(target)
+    return Page(Path(path))
 
 
 def shown_texts(

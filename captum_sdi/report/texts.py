@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from captum_sdi.data.fields import LEARNED
 from captum_sdi.scores.words import Example
 
 NO_TEXT = -1
@@ -46,19 +47,55 @@ class TextTable:
 
 
 def example_entry(name: str, examples: Sequence[Example], position: int) -> list[Any]:
-    """Return an example as the page holds it: its text and, where there are any, its other fields.
+    """Return an example as the page holds it: its text and, where there are any, its other fields and learned parts.
+
+    Raises:
+        TypeError: If it is neither a text nor a mapping.
+    """
+    example = mapping_of(name, examples, position)
+    text = str(example.get("text", ""))
+    learned = learned_spans(text, example.get(LEARNED))
+    shown = {"text"} if learned is None else {"text", LEARNED}
+    fields = {str(name): readable(value) for name, value in example.items() if name not in shown}
+    if learned is not None:
+        return [text, fields, learned]
+    return [text, fields] if fields else [text]
+
+
+def mapping_of(name: str, examples: Sequence[Example], position: int) -> Mapping[str, Any]:
+    """Return an example as a mapping with a ``text``.
 
     Raises:
         TypeError: If it is neither a text nor a mapping.
     """
     example = examples[position]
     if isinstance(example, str):
-        return [example]
+        return {"text": example}
     if not isinstance(example, Mapping):
         raise TypeError(f"{name}[{position}] must be a text, or a mapping with a 'text', got {type(example).__name__}.")
-    fields = {str(name): readable(value) for name, value in example.items() if name != "text"}
-    text = str(example.get("text", ""))
-    return [text, fields] if fields else [text]
+    return example
+
+
+def learned_spans(text: str, spans: Any) -> list[list[int]] | None:
+    """Return which parts of a text are learned, counted as JavaScript does; None where that is not said.
+
+    A field of that name may be anything: what does not name parts of the text, in their order, is a field like others.
+
+    Example:
+        >>> learned_spans("🙂 yes", [[2, 5]]), learned_spans("no", [[1, 7]]), learned_spans("no", "yes")
+        ([[3, 6]], None, None)
+    """
+    if not isinstance(spans, list) or not all(isinstance(span, list | tuple) and len(span) == 2 for span in spans):
+        return None
+    places = [place for span in spans for place in span]
+    if not all(type(place) is int for place in places) or [0, *places, len(text)] != sorted([0, *places, len(text)]):
+        return None
+    return [[units(text[:start]), units(text[:end])] for start, end in spans]
+
+
+def units(text: str) -> int:
+    """Return how long a text is in JavaScript, whose strings are UTF-16."""
+    return len(text.encode("utf-16-le", errors="surrogatepass")) // 2
 
 
 def token_examples(test_texts: Sequence[Example], token_of: Tensor) -> list[Example]:
@@ -71,9 +108,7 @@ def token_examples(test_texts: Sequence[Example], token_of: Tensor) -> list[Exam
     check_examples("test_texts", test_texts, n_tests, exact=True)
     rows: list[Example] = []
     for test, position in token_of.tolist():
-        text, *fields = example_entry("test_texts", test_texts, test)
-        other_fields = fields[0] if fields else {}
-        rows.append({"text": text, "target token": position, **other_fields})
+        rows.append({"target token": position, **mapping_of("test_texts", test_texts, test)})
     return rows
 
 

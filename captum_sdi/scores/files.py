@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from captum_sdi.whole_file import check_regular, write_whole
+from captum_sdi.whole_file import check_regular, followed, write_whole
 
 
 def write_tensors(
@@ -30,14 +30,9 @@ def write_tensors(
         FileNotFoundError: If its folder does not exist.
         ValueError: If the path is a folder, a pipe or a device.
     """
-    folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder} to save {Path(path).name} in: make it first.")
+    target = followed(path)
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = save(plain, metadata=dict(metadata))
-    target = Path(os.path.realpath(path))
-    if target.exists():
-        check_regular(target)
     write_whole(target, lambda unfinished: unfinished.write_bytes(content))
 
 

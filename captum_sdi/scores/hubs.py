@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from captum_sdi.words import is_integer
+
 _SHOWN = 5
 """Of hubs, when they are printed."""
 DEFAULT_LENGTH = 10
@@ -60,8 +62,10 @@ def find_hubs(totals: Tensor, indices: Tensor | None, k: int | None) -> Hubs:
     n_held = totals.shape[1]
     if k is None:
         k = n_held if indices is not None else min(DEFAULT_LENGTH, n_held)
-    if not 1 <= k <= n_held:
-        raise ValueError(f"k={k} must be from 1 to the {n_held} training examples that the result holds of each test.")
+    if not (is_integer(k) and 1 <= k <= n_held):
+        raise ValueError(
+            f"k={k!r} must be an int from 1 to the {n_held} training examples that the result holds of each test."
+        )
     top = totals.topk(k).indices if indices is None else indices[:, :k]
     hub_examples, counts = top.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)

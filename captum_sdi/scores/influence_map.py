@@ -233,6 +233,10 @@ class InfluenceMap:
     def __repr__(self) -> str:
         return map_tables.summary(self)
 
+    def _repr_html_(self) -> str:
+        """Return the sums along each axis as a table for notebooks."""
+        return map_tables.html_table(self)
+
     # --- places ---
 
     def _place(self, axis: str) -> int:

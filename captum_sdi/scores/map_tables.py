@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,23 +18,49 @@ _SHOWN = 4
 
 def summary(split: InfluenceMap) -> str:
     """Write a map's pairs, its total, and the sums at the first places of each axis."""
-    q, k = split.indices.shape
-    tests = counted(q, "test example")
-    trains = counted(k, "train example")
-    total_influence = float(split.values.sum())
-    lines = [f"InfluenceMap of {tests} x {trains}, total {total_influence:+.4f}"]
+    lines = [headline(split)]
     widest = max(map(len, split.axes), default=0)
     for axis in split.axes:
-        other_axes = [name for name in split.axes if name != axis]
-        axis_map = split.sum(*other_axes) if other_axes else split
-        sums = axis_map.values.sum((0, 1)).tolist()
         labels = split.labels[axis]
-        shown = [f"{label} {total:+.4f}" for label, total in zip(labels, sums, strict=True)]
+        shown = [f"{label} {total:+.4f}" for label, total in zip(labels, axis_sums(split, axis), strict=True)]
         n_hidden = len(shown) - _SHOWN
         ellipsis = f" and {n_hidden} more" if n_hidden > 0 else ""
         listed = ", ".join(shown[:_SHOWN])
         lines.append(f"  {axis:<{widest}}  {len(labels)}: {listed}{ellipsis}")
     return "\n".join(lines)
+
+
+def headline(split: InfluenceMap) -> str:
+    """Write how many pairs a map has, and its total."""
+    q, k = split.indices.shape
+    tests = counted(q, "test example")
+    trains = counted(k, "train example")
+    total_influence = float(split.values.sum())
+    return f"InfluenceMap of {tests} x {trains}, total {total_influence:+.4f}"
+
+
+def axis_sums(split: InfluenceMap, axis: str) -> list[float]:
+    """Return the sum at each place of an axis, over all pairs and other axes."""
+    other_axes = [name for name in split.axes if name != axis]
+    axis_map = split.sum(*other_axes) if other_axes else split
+    return axis_map.values.sum((0, 1)).tolist()
+
+
+def html_table(split: InfluenceMap) -> str:
+    """Write a map for notebooks: of each axis, the names of its places over the sums there."""
+    rows = []
+    for axis in split.axes:
+        names = [html.escape(str(label)) for label in split.labels[axis]]
+        sums = [f"{total:+.4g}" for total in axis_sums(split, axis)]
+        rows += [table_row("th", axis, names), table_row("td", "sum", sums)]
+    style = "max-width:100%;overflow-x:auto"
+    return f'<p><code>{headline(split)}</code></p><div style="{style}"><table>{"".join(rows)}</table></div>'
+
+
+def table_row(kind: str, head: str, cells: Sequence[str]) -> str:
+    """Return a row of HTML with a head."""
+    columns = "".join(f"<{kind}>{cell}</{kind}>" for cell in cells)
+    return f"<tr><th>{html.escape(head)}</th>{columns}</tr>"
 
 
 def few(labels: Sequence[object]) -> str:

@@ -225,7 +225,7 @@ class UnrolledInfluence(AsksForUpdates, DataInfluence):
             proponents: As for `influence`.
             show_progress: As for `influence`.
             aggregate: As for `influence`.
-            rank_by: With ``k``: a 0-based loop step to rank by, instead of the total.
+            rank_by: With ``k``: a loop step to rank by, not the total; from 0, as ``trajectories`` are indexed.
 
         Returns:
             Totals and trajectories, ``(q, n, t)`` or ``(q, k, t)``; their errors are zero.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +63,8 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer)
-        rates = [float(rate) for rate in self.rates]
-        batches = [list(map(int, batch)) for batch in self.batches]
+        rates = [checked_rate(rate) for rate in self.rates]
+        batches = [list(map(checked_position, batch)) for batch in self.batches]
         object.__setattr__(self, "rates", rates)
         object.__setattr__(self, "batches", batches)
         check_updates(rates, batches)
@@ -149,6 +152,30 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer= must be captum_sdi.unrolled.AdamW(...) or SGD(...), got {optimizer!r}: the derivative through "
             "training is known for these. Others, fused or 8-bit ones too, keep other moments."
         )
+
+
+def checked_rate(rate: Any) -> float:
+    """Return a learning rate as a number.
+
+    Raises:
+        TypeError: If it is a text.
+    """
+    if isinstance(rate, str | bytes):
+        raise TypeError(f"rates= must be numbers, got {rate!r}.")
+    return float(rate)
+
+
+def checked_position(position: Any) -> int:
+    """Return a position in the train set as an int.
+
+    Raises:
+        TypeError: If it is none: of a fraction, a text or a mask nobody can tell which example is meant.
+    """
+    is_flag = isinstance(position, bool | np.bool_) or getattr(position, "dtype", None) == torch.bool
+    if not is_flag:
+        with suppress(TypeError):
+            return operator.index(position)
+    raise TypeError(f"batches= must hold integers, positions in the train set; got {position!r}.")
 
 
 def check_updates(rates: Sequence[float], batches: Sequence[Sequence[int]]) -> None:

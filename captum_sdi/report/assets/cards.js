@@ -2,6 +2,7 @@
 
 const CARDS_AT_FIRST = 20;
 const LONG_TEXT = 900; // characters, beyond which a text is folded until somebody asks
+const LONG_CONTEXT = 200; // characters before what is learned, of which a folded text shows the last
 
 function Column({ title, note, cards, shown, state, unit, range, largest, go }) {
   const [nCards, setNCards] = useState(CARDS_AT_FIRST);
@@ -36,7 +37,7 @@ function Card({ card, place, shown, state, unit, range, largest, go }) {
       <div class="numbers">
         <span class="rank">${place + 1}</span>
         <b class="value" title=${exact(value)}>${signed(value, unit)}</b>
-        ${error !== null && html`<span class="error" title=${`standard error ± ${magnitude(error)}`}>± ${plain(error, unit)}</span>`}
+        ${error !== null && html`<span class="error" title=${`standard error of the sketch ± ${magnitude(error)}`}>± ${plain(error, unit)}</span>`}
         ${isFaint && html`<span class="tag">below its error</span>`}
         <span class="extent"><span style=${{ width: `${(100 * Math.abs(value)) / (largest || 1)}%` }}></span></span>
       </div>
@@ -70,15 +71,23 @@ function TrainText({ pair, shown, state, unit }) {
   const { map, axis } = mapAlong(shown, TRAIN_TOKENS);
   const profile = map && axisProfile(map, pair.train, axis, rankStep(state.rank));
   const isFolded = text.length > LONG_TEXT && !isUnfolded;
+  const learned = learnedOf(pair.entry);
+  const start = isFolded ? foldStart(learned) : 0;
   return html`<div class=${isFolded ? "folded" : ""}>
       ${profile
-        ? html`<${TintedText} text=${text} labels=${tokenLabels(map, axis, pair.train)} values=${profile.values} errors=${profile.errors} unit=${unit} />`
-        : html`<${Text} text=${text} words=${state.search} />`}
+        ? html`<${TintedText} text=${text} learned=${learned} labels=${tokenLabels(map, axis, pair.train)} values=${profile.values} errors=${profile.errors} unit=${unit} />`
+        : html`<${Text} text=${text} learned=${learned} words=${state.search} start=${start} />`}
     </div>
     ${text.length > LONG_TEXT &&
     html`<button class="unfold" onClick=${() => setIsUnfolded(!isUnfolded)}>
       ${isFolded ? `Show all ${text.length.toLocaleString("en")} characters` : "Fold"}
     </button>`}`;
+}
+
+/** Where a folded text begins: at its beginning, or some way before what is learned, which has to be seen. */
+function foldStart(learned) {
+  const first = learned?.[0]?.[0] ?? 0;
+  return first > 2 * LONG_CONTEXT ? first - LONG_CONTEXT : 0;
 }
 
 function Details({ pair, shown, state, unit, go }) {
@@ -103,7 +112,7 @@ function StepTable({ pair, unit }) {
   return html`<div class="scroll"><table class="steps">
     <tr><th>loop step</th>${bins.map(({ name }) => html`<th>${name}</th>`)}</tr>
     <tr><th>influence ${unit.text}</th>${bins.map((bin) => html`<td class=${isWithinError(bin) ? "faint" : ""}>${signed(bin.value, unit)}</td>`)}</tr>
-    <tr><th>± standard error</th>${bins.map(({ error }) => html`<td>${error === null ? "" : plain(error, unit)}</td>`)}</tr>
+    <tr><th>± error of the sketch</th>${bins.map(({ error }) => html`<td>${error === null ? "" : plain(error, unit)}</td>`)}</tr>
   </table></div>`;
 }
 

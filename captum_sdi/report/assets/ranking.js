@@ -46,11 +46,16 @@ function withoutCopies(cards) {
   const groups = [];
   for (const card of cards) {
     const last = groups[groups.length - 1];
-    const isCopy = last && card.pair.entry && last.pair.entry && card.pair.entry[0] === last.pair.entry[0];
+    const isCopy = last && card.pair.entry && last.pair.entry && saysTheSame(card.pair.entry, last.pair.entry);
     if (isCopy) last.copies.push(card.pair);
     else groups.push({ ...card, copies: [] });
   }
   return groups;
+}
+
+/** Whether two examples have the same text, of which the same parts are learned. */
+function saysTheSame(entry, other) {
+  return entry[0] === other[0] && String(learnedOf(entry)) === String(learnedOf(other));
 }
 
 /** Whether a card is of a training example, or of a copy of it. */

@@ -1,42 +1,73 @@
 // Texts: as they are, with what was searched for marked, or tinted token by token.
 
-/** A text, isolated from its neighbours whatever direction it runs in. */
-function Text({ text, words }) {
-  return html`<p class="text" dir="auto">${marked(text, words)}</p>`;
+/** A text, isolated from its neighbours whatever direction it runs in; what is before the start stands on paper only. */
+function Text({ text, learned, words, start = 0 }) {
+  const parts = runs(text, start, text.length, { learned, found: placesOf(text, words) });
+  const skipped = html`<span class="skipped">${text.slice(0, start)}</span><span class="ellipsis">… </span>`;
+  return html`<p class="text" dir="auto">${start > 0 && skipped}${parts.map((run) => html`<${Run} ...${run} />`)}</p>`;
 }
 
-/** The pieces of a text, with every place marked at which the words stand. */
+/** A text with every place marked at which the words stand. */
 function marked(text, words) {
-  if (!words) return text;
+  return runs(text, 0, text.length, { found: placesOf(text, words) }).map((run) => html`<${Run} ...${run} />`);
+}
+
+/** Where words stand in a text, as pairs of places. */
+function placesOf(text, words) {
   const lower = text.toLowerCase();
-  if (lower.length !== text.length) return text; // some letters change their length, and places with them
-  const pieces = [];
-  let start = 0;
-  for (let found = lower.indexOf(words); found >= 0; found = lower.indexOf(words, start)) {
-    pieces.push(text.slice(start, found), html`<mark>${text.slice(found, found + words.length)}</mark>`);
-    start = found + words.length;
+  if (!words || lower.length !== text.length) return []; // some letters change their length, and places with them
+  const places = [];
+  for (let found = lower.indexOf(words); found >= 0; found = lower.indexOf(words, found + words.length)) {
+    places.push([found, found + words.length]);
   }
-  return [...pieces, text.slice(start)];
+  return places;
+}
+
+/** Which parts of an example's text are learned, as pairs of places; undefined where all of it is. */
+function learnedOf(entry) {
+  return entry?.[2];
+}
+
+/** A text from a place to another, cut where context ends, what is learned begins, or what was searched for stands. */
+function runs(text, start, end, { learned, found = [] }) {
+  const cuts = [...(learned ?? []), ...found].flat().filter((place) => place > start && place < end);
+  const places = [start, ...cuts.sort((left, right) => left - right), Math.min(end, text.length)];
+  const parts = places.slice(1).map((stop, number) => [places[number], stop]).filter(([first, stop]) => first < stop);
+  return parts.map(([first, stop]) => {
+    const around = (spans) => spans.find((span) => span[0] < stop && span[1] > first);
+    const span = learned && around(learned);
+    const isFirst = first > 0 && span?.[0] === first;
+    return { piece: text.slice(first, stop), isContext: learned && !span, isFirst, isFound: around(found) };
+  });
+}
+
+/** A part of a text: quiet where it is context, with a bar where what is learned begins behind that. */
+function Run({ piece, isContext, isFirst, isFound, children = piece }) {
+  const content = isFound ? html`<mark>${children}</mark>` : children;
+  if (isContext) return html`<span class="context" title="context: no loss on these tokens">${content}</span>`;
+  return isFirst ? html`<span class="learned">${content}</span>` : content;
 }
 
 /** A text whose tokens are tinted by their influence. A click on a token ranks by it, where that is possible. */
-function TintedText({ text, labels, values, errors, unit, chosen, onChoose }) {
+function TintedText({ text, learned, labels, values, errors, unit, chosen, onChoose }) {
   const largest = largestOf(values) || 1;
   const { pieces, isInPlace } = placedTokens(text, labels);
+  const known = isInPlace ? learned : undefined;
   return html`
-    ${!isInPlace && text && html`<p class="text" dir="auto">${text}</p>`}
+    ${!isInPlace && text && html`<${Text} text=${text} learned=${learned} />`}
     <p class="text tinted" dir="auto">
-      ${pieces.map(({ piece, token, isLoose }) =>
-        token === null
-          ? piece
-          : html`<span
+      ${pieces.map(({ piece, token, isLoose, start }) => {
+        const parts = runs(text, start, start + piece.length, { learned: known });
+        if (token === null) return parts.map((run) => html`<${Run} ...${run} />`);
+        const run = parts.findLast(({ isContext }) => !isContext) ?? parts[0]; // a token is learned where a part of it is
+        return html`<${Run} ...${run}><span
               class=${`token ${chosen === token ? "chosen" : ""} ${isLoose ? "loose" : ""}`}
               style=${{ "--tint": `${Math.round((100 * Math.abs(values[token])) / largest)}%`, "--side": sideColour(values[token]) }}
               title=${`token ${token + 1}: ${signed(values[token], unit)}${errors ? ` ± ${plain(errors[token], unit)}` : ""} ${unit.text}`}
               onClick=${onChoose && ((event) => { event.stopPropagation(); onChoose(token); })}
               >${piece}</span
-            >`,
-      )}
+            ><//>`;
+      })}
     </p>
   `;
 }
@@ -59,7 +90,7 @@ function placedTokens(text, labels) {
 
 /** The pieces of a text whose tokens stand one behind the other from a place on; null where they do not. */
 function piecesFrom(text, labels, start) {
-  const pieces = [{ piece: text.slice(0, start), token: null }];
+  const pieces = [{ piece: text.slice(0, start), token: null, start: 0 }];
   for (const [token, label] of labels.entries()) {
     if (!label) continue; // beyond the end of this text, or the first part of a letter
     const word = readable(label);
@@ -67,15 +98,15 @@ function piecesFrom(text, labels, start) {
     const blanks = text.slice(start).length - text.slice(start).trimStart().length;
     const place = text.startsWith(bare, start) ? start : start + blanks;
     if (text.startsWith(bare, place)) {
-      pieces.push({ piece: text.slice(start, place), token: null }, { piece: bare, token });
+      pieces.push({ piece: text.slice(start, place), token: null, start }, { piece: bare, token, start: place });
       start = place + bare.length;
     } else if (/^[<[|].*[>\]|]$/.test(label)) {
-      pieces.push({ piece: label, token, isLoose: true }); // a special token, which the text does not show
+      pieces.push({ piece: label, token, isLoose: true, start: text.length }); // a special token, which the text does not show
     } else {
       return null;
     }
   }
-  return [...pieces, { piece: text.slice(start), token: null }].filter(({ piece }) => piece);
+  return [...pieces, { piece: text.slice(start), token: null, start }].filter(({ piece }) => piece);
 }
 
 /** A token without the signs that some tokenizers write for blanks and line breaks. */

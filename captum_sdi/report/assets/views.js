@@ -55,10 +55,14 @@ function TestView({ shown, test, state, go }) {
   const unit = unitFor(Math.max(largest, largestOf(shown.pairs.map(({ total }) => total))));
   const common = { shown, state, unit, range, largest, go };
   const by = state.rank === "total" ? "" : ` at ${rankName(state.rank)}`;
+  const hasContext = [test.entry, ...shown.pairs.map(({ entry }) => entry)].some(learnedOf);
+  const question = useRef(null);
+  useEffect(() => showLearned(question.current.querySelector(".text")), [test.test]);
   return html`<article>
     <header class="question">
       <p class="label">Test example ${test.test} <${Fields} entry=${test.entry} /></p>
-      <${TestText} shown=${shown} test=${test} state=${state} unit=${unit} go=${go} />
+      <div ref=${question} class="asked"><${TestText} shown=${shown} test=${test} state=${state} unit=${unit} go=${go} /></div>
+      ${hasContext && html`<p class="note legend"><span class="context">Grey text</span> is context, such as a prompt: its tokens carry no loss. The bar stands where the rest begins.</p>`}
     </header>
     <${StepBar} shown=${shown} state=${state} go=${go} />
     <${RankNote} state=${state} unit=${unit} go=${go} />
@@ -69,11 +73,18 @@ function TestView({ shown, test, state, go }) {
   </article>`;
 }
 
+/** Scroll a long text to where what is learned begins. */
+function showLearned(box) {
+  const learned = box?.querySelector(".learned");
+  if (learned) box.scrollTop = learned.offsetTop - box.offsetTop - box.clientHeight / 2;
+}
+
 /** The text of a test example, tinted by the pair that is open, or by all pairs of the map together. */
 function TestText({ shown, test, state, unit, go }) {
   const text = test.entry[0];
   const { map, axis } = mapAlong(shown, TEST_TOKENS);
-  if (!map) return html`<${Text} text=${text || "No text was given for this example."} words=${state.search} />`;
+  const learned = learnedOf(test.entry);
+  if (!map) return html`<${Text} text=${text || "No text was given for this example."} learned=${learned} words=${state.search} />`;
   const trains = map.placeOf.has(state.train) ? [state.train] : map.train;
   const profiles = trains.map((train) => axisProfile(map, train, axis, rankStep(state.rank)));
   const labels = tokenLabels(map, axis);
@@ -81,7 +92,7 @@ function TestText({ shown, test, state, unit, go }) {
   const errors = profiles.length === 1 ? profiles[0].errors : null; // those of several pairs are not independent
   const [kind, label] = splitRank(state.rank);
   const who = trains.length === 1 ? `training example ${trains[0]}` : `${trains.length} training examples together`;
-  return html`<${TintedText} text=${text} labels=${labels} values=${values} errors=${errors} unit=${unit}
+  return html`<${TintedText} text=${text} learned=${learned} labels=${labels} values=${values} errors=${errors} unit=${unit}
       chosen=${kind === axis ? Number(label) : null} onChoose=${(token) => go({ rank: `${axis}:${token}` })} />
     <p class="note">Tint: influence of ${who} ${axis === "token" ? "on the loss of each token" : "by the position where gradients arise"}${rankStep(state.rank) ? ` through ${rankName(state.rank)}` : ""}. Click a token to rank by it.</p>`;
 }
@@ -113,7 +124,7 @@ function StepBar({ shown, state, go }) {
       <button class=${`bin total ${state.rank === "total" ? "now" : ""}`} onClick=${() => go({ rank: "total", isPlaying: false })}><span class="name">total</span></button>
       ${bins.map(
         ({ rank, name, up, down }) => html`<button
-          key=${rank} class=${`bin ${state.rank === rank ? "now" : ""}`} data-rank=${rank} onClick=${() => go({ rank, isPlaying: false })}
+          key=${rank} class=${`bin ${Number(name) ? "" : "outer"} ${state.rank === rank ? "now" : ""}`} data-rank=${rank} onClick=${() => go({ rank, isPlaying: false })}
           title=${`${rankName(rank)}: proponents ${signed(up, unit)}, opponents ${signed(down, unit)} ${unit.text}`}
         >
           <span class="up"><span style=${{ height: `${(100 * up) / largest}%` }}></span></span>
@@ -144,7 +155,7 @@ function SetView({ state }) {
     <${ShareChart} shares=${facts.shares} chosen=${splitRank(state.rank)[1]} />
     <h2>Influence on themselves</h2>
     ${facts.self
-      ? html`<p class="note">The highest are the most memorised, or wrongly labelled: of them the model learned what no other example teaches.</p><${SelfTable} state=${state} />`
+      ? html`<p class="note">The highest are candidates for wrong labels and for what is learned by heart. Compare with the plain loss of each, which finds wrong labels as well.</p><${SelfTable} state=${state} />`
       : html`<p class="empty">Self-influence was not given to this page.</p>`}
   </article>`;
 }
@@ -165,7 +176,7 @@ function SelfTable({ state }) {
           <div class="numbers"><b class="value" title=${exact(row.total)}>${signed(row.total, unit)}</b> <span class="error">± ${plain(row.error, unit)} ${unit.text}</span></div>
           <${Trajectory} pair=${row} range=${range} unit=${unit} chosenStep=${0} onStep=${() => {}} />
         </header>
-        ${row.entry ? html`<${Text} text=${row.entry[0]} words=${state.search} />` : null}
+        ${row.entry ? html`<${Text} text=${row.entry[0]} learned=${learnedOf(row.entry)} words=${state.search} />` : null}
         <footer><span class="name">#${row.train}</span><${Fields} entry=${row.entry} /></footer>
       </li>`)}
     </ol>
@@ -187,6 +198,7 @@ function AboutView() {
     <dl>
       <dt>Sign</dt><dd>Positive, blue: a proponent. A gradient step on the training example lowers the loss of the test example. Negative, orange: an opponent.</dd>
       <dt>Steps</dt><dd>The number at a loop step is the part that acts through this step of the <em>test</em> example’s computation. Prelude and coda are what acts before and after the loop. Together they sum to the total, which is TracIn.</dd>
+      <dt>Texts</dt><dd>Of a prompt with its completion, and of a conversation, the grey parts are context: their tokens carry no loss. Influence is of the rest of a training text on the rest of the test text.</dd>
       <dt>Scale</dt><dd>Drops in test loss over the steps of training that used the example, to first order; of normalised scores, shares without a unit. Compare training examples of one test example with each other; compare test examples by shares of their steps, not by sizes.</dd>
       <dt>Errors</dt><dd>± is the standard error of the sketch; bands are two of them. What is smaller than its error is grey and says nothing. The strongest of many are overstated by some of their own noise.</dd>
       <dt>What is here</dt><dd>${facts.hasAll ? "Every training example was scored, and all are here." : "For each test example, the strongest training examples by what the scores were asked for. One that is not here may still be strong at a single step."}</dd>
