@@ -572,7 +572,7 @@ def test_missing_moments_are_refused_before_the_work(tmp_path: Path) -> None:
         influence(Adam(), **at(checkpoint)).study()
     with pytest.raises(ValueError, match=r"reads second moments beside a checkpoint's weights; None is no path"):
         influence(Adam(), checkpoints=None).study()
-    for answer, sentence in ((None, "must return second moments by"), ({name: "a" for name in SIZES}, "no tensor of")):
+    for answer, sentence in ((None, "must return second moments by"), (dict.fromkeys(SIZES, "a"), "no tensor of")):
         with pytest.raises(TypeError, match=f"moments= .*{sentence}"):
             influence(Adam(moments=lambda checkpoint, answer=answer: answer)).influence(TEST)
     wrong = {name: torch.ones(2) for name in SIZES}
