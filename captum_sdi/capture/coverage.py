@@ -117,23 +117,24 @@ def coverage_check(
 
     weights = example_weights(batch_size(batch))
     tape = Tape(model, targets, spec)
-    dtypes = {parameter.dtype for parameter in targets.values()}
-    is_precise = dtypes <= {torch.float32, torch.float64}
     with exclusive(model):
         captured = captured_gradients(tape, lambda: losses_of(batch), weights)
         expected = gradients_of(batch)
-        table = compare_gradients({name: sums[0] for name, sums in captured.items()}, expected)
-        check_captured(table, 1e-3 if is_precise else 5e-2)
-        own_sums = {name: sums[1] for name, sums in captured.items()}
-        check_apart(model, batch, losses_of, gradients_of, own_sums, 1e-2 if is_precise else 0.25)
+    table = compare_gradients({name: sums[0] for name, sums in captured.items()}, expected)
+    dtypes = {parameter.dtype for parameter in targets.values()}
+    is_precise = dtypes <= {torch.float32, torch.float64}
+    check_differences(table, tolerance=1e-3 if is_precise else 5e-2)
+    own_sums = {name: sums[1] for name, sums in captured.items()}
+    with exclusive(model):
+        check_apart(model, batch, losses_of, gradients_of, own_sums, tolerance=1e-2 if is_precise else 0.25)
     return table
 
 
-def check_captured(table: Coverage, tolerance: float) -> None:
-    """Refuse captured gradients that are not the ordinary ones.
+def check_differences(table: Coverage, tolerance: float) -> None:
+    """Check that captured and ordinary gradients are the same.
 
     Raises:
-        ValueError: If they differ in a parameter.
+        ValueError: If they differ by more than the tolerance in some parameter.
     """
     if not all(difference < tolerance for difference in table.differences):  # NaN is not
         raise ValueError(

@@ -58,11 +58,9 @@ def write_page(
     """Write an explorer of scores: one HTML file that needs no network.
 
     Args:
-        result: What `SDIInfluence.step_influence` returned; or several of the same test examples, such as the
-            proponents and the opponents.
+        result: What `SDIInfluence.step_influence` returned, or several of the same tests, such as both signs.
         path: The file to write; an existing one is replaced, and a link stays one.
-        texts: The training examples' texts by index; or mappings with a ``text``, whose other fields are shown, too;
-            None: those that the result knows.
+        texts: The training texts, or mappings with a ``text`` and fields to show; None: what the result knows.
         test_texts: The test examples', likewise.
         map: An influence map of some of the pairs, or several: layers and tokens to tint and to rank by.
         step_matrix: ``(q, n, s, t)`` of some pairs, as `SDIInfluence.step_matrix` returns it.
