@@ -5,7 +5,9 @@ A looped GPT-2 of 135 million parameters, τ = 32, sequence 128, sketches of 204
 * the largest batch that fits in 48 GB (the paper: 4 with full gradients, 40 with SDI);
 * seconds over a forward pass, per checkpoint (2.55);
 * errors over ten draws, examples against themselves (SDI 0.0388 ± 0.0030, TracIn 0.0220 ± 0.0052), against gradients
-  that are exact and are computed for one layer at a time.
+  that are exact and are computed for one layer at a time;
+* beside the paper: seconds with matrix products in TF32, and of the model in bfloat16; what a sketch of the widest
+  layer takes, by how many tokens it takes at once, beside a copy of what it must read and write at least.
 
 `--checkpoint FOLDER` measures a trained model, in float32, in place of random weights; `--small` shrinks everything for
 a CPU, which has no limit to set, so that the largest batch is left out. Results are written after every section.
@@ -14,11 +16,13 @@ a CPU, which has no limit to set, so that the largest batch is left out. Results
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,8 @@ from subjects import Workload, looped_gpt, losses, of_looped_gpt, tokens
 from timing import interleaved, quartiles
 from torch import Tensor
 
+from captum_sdi import TensorSketch
+from captum_sdi.features import Outer
 from captum_sdi.models import LoopedGPTForCausalLM
 
 FULL = {"width": 768, "tau": 32, "seq": 128, "vocab": 50257, "batch": 10}
@@ -63,6 +69,11 @@ def main() -> None:
         ),
         "seconds over a forward pass": lambda: _overheads(work, methods, device),
         "errors": lambda: _errors(work, options.dim, options.draws),
+        "seconds over a forward pass, TF32": lambda: _in_tf32(lambda: _overheads(work, methods, device)),
+        "seconds over a forward pass, bfloat16": lambda: _overheads(
+            dataclasses.replace(work, model=copy.deepcopy(work.model).bfloat16()), methods, device, ("ours",)
+        ),
+        "milliseconds of a sketch": lambda: _traffic(work, options.dim, device),
     }
     results = {"environment": environment(), "settings": _settings(options, work)}
     for name, measure in sections.items():
@@ -139,7 +150,12 @@ def _fits(work: Workload, method: Callable[[Workload], Call], batch: int) -> boo
     return True
 
 
-def _overheads(work: Workload, methods: dict[str, Callable[[Workload], Call]], device: torch.device) -> dict[str, Any]:
+def _overheads(
+    work: Workload,
+    methods: dict[str, Callable[[Workload], Call]],
+    device: torch.device,
+    names: tuple[str, ...] = ("ours", "ours, checkpointed", "reference"),
+) -> dict[str, Any]:
     """Seconds of a call with four examples on each side, less those of a forward pass of the same batches."""
     four = dataclasses.replace(work, train=work.train[:4], test=work.test[:4])
 
@@ -148,20 +164,56 @@ def _overheads(work: Workload, methods: dict[str, Callable[[Workload], Call]], d
             for ids in (four.train, four.test):
                 losses(four.model(ids), ids)
 
-    def synchronized(call: Call) -> Call:
-        def whole() -> None:
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        return whole
-
-    sketched = {name: methods[name](four) for name in ("ours", "ours, checkpointed", "reference")}
+    sketched = {name: methods[name](four) for name in names}
     seconds = interleaved(
-        {name: synchronized(call) for name, call in {"forward": forward, **sketched}.items()}, rounds=5
+        {name: _synchronized(call, device) for name, call in {"forward": forward, **sketched}.items()}, rounds=5
     )
     base = quartiles(seconds["forward"])[1]
     return {"forward": base} | {name: quartiles(seconds[name])[1] - base for name in sketched}
+
+
+def _synchronized(call: Call, device: torch.device) -> Call:
+    def whole() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return whole
+
+
+def _in_tf32(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    torch.set_float32_matmul_precision("high")
+    try:
+        return measure()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def _traffic(work: Workload, dim: int, device: torch.device) -> dict[str, float]:
+    """A sketch of the widest layer's gradients of four examples, and a copy of as many bytes as it must move."""
+    width, length = work.model.config.n_embd, work.train.shape[1]
+    gradient = Outer(
+        torch.randn(4, length, 4 * width, device=device),
+        torch.randn(4, length, width, device=device),
+    )
+    sketch = TensorSketch(dim).projection("widest", torch.empty(4 * width, width, device=device))
+    n_numbers = gradient.rows.numel() + gradient.cols.numel() + 4 * dim
+    source = torch.randn(n_numbers // 2, device=device)  # a copy reads and writes
+    calls = {"a copy": lambda: source.clone()}
+    for tokens_at_once in (32, 128, 512):
+        calls[f"{tokens_at_once} tokens at once"] = partial(_sketched, sketch, tokens_at_once, gradient)
+    calls["as it is"] = partial(sketch, gradient)
+    calls = {name: _synchronized(call, device) for name, call in calls.items()}
+    return {name: 1000 * quartiles(spent)[1] for name, spent in interleaved(calls, rounds=20).items()}
+
+
+def _sketched(sketch: Any, tokens_at_once: int, gradient: Outer) -> Tensor:
+    usual = sketch._tokens_at_once
+    sketch._tokens_at_once = tokens_at_once
+    try:
+        return sketch(gradient)
+    finally:
+        sketch._tokens_at_once = usual
 
 
 def _errors(work: Workload, dim: int, draws: int) -> dict[str, Any]:
