@@ -390,6 +390,18 @@ def test_step_matrix_of_a_pair_and_of_all() -> None:
     )
 
 
+def test_error_bars_say_that_they_are_of_the_sketch() -> None:
+    said = "2 s.e. of the sketch"
+    for draw in (plotting.plot_trajectories, plotting.plot_trajectory_panels, plotting.plot_totals):
+        for is_sketched in (True, False):
+            result = make_result(n=4)
+            if not is_sketched:
+                result.trajectory_errors.zero_()
+                result.score_errors.zero_()
+            words = " ".join(text.get_text().replace("\n", " ") for text in drawn_words(draw(result, k=1).figure))
+            assert (said in words) == is_sketched
+
+
 # ------------------------------------------------------------------------------------ distributions
 
 

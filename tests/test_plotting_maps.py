@@ -229,7 +229,8 @@ def test_a_point_that_would_flatten_all_lines_is_marked_at_the_edge(k: int) -> N
     step, height = triangle.get_offsets()[0]
     assert step == 3
     assert 0.9 < height / ax.get_ylim()[1] < 1
-    assert any("triangles: beyond the axis" in text for text in all_words(ax))
+    assert any("triangles: off axis" in text for text in all_words(ax))
+    assert_nothing_is_cut_off(ax.figure)
 
 
 def test_more_than_five_lines_are_panels_also_in_a_given_axes() -> None:

@@ -57,8 +57,7 @@ def block_swap(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If the models' parameters do not fit, a step does not exist, there are no test examples, or they
-            differ in their number of steps.
+        ValueError: If parameters do not fit, a step does not exist, or test examples are none or of several depths.
 
     Example:
         >>> from captum_sdi.models import LoopedGPTConfig, LoopedGPTForCausalLM

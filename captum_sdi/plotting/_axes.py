@@ -140,6 +140,13 @@ def number_steps(ax: Axes, n_steps: int, taken: float = 0.0) -> None:
     ax.set_xlabel("loop step", fontsize=FONT)
 
 
+def note_below(ax: Axes, note: str) -> None:
+    """Add a note in brackets to the name of the x axis."""
+    name, _, earlier = ax.get_xlabel().rstrip(")").partition(" (")
+    notes = [earlier, note] if earlier else [note]
+    ax.set_xlabel(f"{name} ({'; '.join(notes)})", fontsize=SMALL if earlier else FONT)
+
+
 def number_ticks(
     axis: XAxis | YAxis,
     count: int,

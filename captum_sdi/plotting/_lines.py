@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 from captum_sdi.plotting._arguments import Array
-from captum_sdi.plotting._axes import hide_spines, number_steps, scale_ticks
+from captum_sdi.plotting._axes import hide_spines, note_below, number_steps, scale_ticks
 from captum_sdi.plotting._legend import LegendBlock, total_entry
 from captum_sdi.plotting._scores import Scores
 from captum_sdi.plotting._text import FONT, example_name
@@ -39,6 +39,7 @@ OPPONENT = [
     LineStyle("#CC79A7", "--", "X"),
 ]
 CATEGORY = list(chain(*zip(PROPONENT, OPPONENT, strict=True)))  # for lines without a sign
+ERRORS = "2 s.e. of the sketch"
 NEUTRAL = "#7A7A7A"  # as far from white as from black
 
 
@@ -130,6 +131,12 @@ def finish_lines(ax: Axes, n_steps: int, label: str) -> None:
     if largest == 0:
         ax.set_ylim(-1, 1)
     ax.set_ylabel(scale_ticks(ax.yaxis, largest, label), fontsize=FONT, linespacing=1.1)
+
+
+def note_errors(ax: Axes, errors: Array, shape: str) -> None:
+    """Say what bands or bars are, where there are any: errors of the sketch, not of training again."""
+    if np.nan_to_num(errors).any():
+        note_below(ax, f"{shape}: {ERRORS}")
 
 
 def limit_line(

@@ -13,7 +13,7 @@ from captum_sdi.plotting._arguments import Array
 from captum_sdi.plotting._axes import column_axes, set_title
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height, total_entry
-from captum_sdi.plotting._lines import CATEGORY, NEUTRAL, LineStyle, finish_lines
+from captum_sdi.plotting._lines import CATEGORY, NEUTRAL, LineStyle, finish_lines, note_errors
 from captum_sdi.plotting._scores import Result, Scores, influence_label, read_scores
 from captum_sdi.plotting._text import signed_numbers
 
@@ -71,6 +71,7 @@ def plot_comparison(
             drawn = _draw_exact(ax, pair)
         block.add(drawn, total_entry(ax, total, name))
     finish_lines(ax, n_steps, influence_label(*results.values()))
+    note_errors(ax, np.stack([pair.errors for pair in pairs.values()]), "bars")
     ax.set_xlim(0.5, n_steps + 0.5)
     set_title(ax, title, f"train example {train} on test example {test}")
     draw_legend(ax, [block], stacked=True)

@@ -12,7 +12,7 @@ from captum_sdi.plotting._arguments import Array
 from captum_sdi.plotting._axes import column_axes, set_title
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
-from captum_sdi.plotting._lines import NEUTRAL, PROPONENT, draw_band, draw_examples, finish_lines
+from captum_sdi.plotting._lines import NEUTRAL, PROPONENT, draw_band, draw_examples, finish_lines, note_errors
 from captum_sdi.plotting._scores import Result, influence_label, ranked, read_scores, train_texts
 from captum_sdi.plotting._text import signed_numbers
 
@@ -51,6 +51,7 @@ def plot_self_influence(
     examples = draw_examples(ax, "strongest: total", strongest, totals, PROPONENT, texts)
     label = "self-" + influence_label(result).replace("test", "own")
     finish_lines(ax, scores.trajectories.shape[1], label)
+    note_errors(ax, strongest.errors, "coloured bands")
     set_title(ax, title, "")
     draw_legend(ax, [distribution, examples], stacked=stacked)
     return readable(ax)

@@ -82,7 +82,8 @@ def plot_totals(
     examples = Scores.concatenate(groups)
 
     names = _row_names(chosen, groups, texts, test_texts)
-    ax = column_axes(ax, max(2.2, 0.85 + row_height(names, width) * n_rows), width)
+    below = 0.25 if examples.total_errors.any() else 0.0  # inches, for two more lines below the bars
+    ax = column_axes(ax, below + max(2.2, 0.85 + row_height(names, width) * n_rows), width)
     room = label_room(ax)
     bar_axes, heat_axes = divided(ax, (1, 2), 2, widths=(1.0, 1.7), gap=0.05)
     small_print(heat_axes)
@@ -162,5 +163,7 @@ def _draw_bars(
     few_round_ticks = MaxNLocator(1 if is_narrow else 3, steps=[1, 2, 3, 5, 10], prune="lower" if is_narrow else None)
     ax.xaxis.set_major_locator(few_round_ticks)
     label = "total with\nprelude, coda" if has_outer_bins and not is_narrow else "total"
+    if errors.any():
+        label += "\n± 2 s.e. of\nthe sketch"
     largest = np.abs(totals).max() + errors.max()
     ax.set_xlabel(scale_ticks(ax.xaxis, largest, label), fontsize=FONT)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from captum_sdi.plotting._axes import column_axes, set_title
+from captum_sdi.plotting._axes import column_axes, note_below, set_title
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
 from captum_sdi.plotting._legend import LegendBlock, draw_legend, legend_height
-from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines, limit_line
+from captum_sdi.plotting._lines import OPPONENT, PROPONENT, draw_examples, finish_lines, limit_line, note_errors
 from captum_sdi.plotting._scores import Result, Scores, influence_label, read_scores, strongest, train_texts
-from captum_sdi.plotting._text import FONT, signed_numbers
+from captum_sdi.plotting._text import signed_numbers
 from captum_sdi.plotting.trajectory_panels import plot_trajectory_panels
 
 MOST_LINES = 5
@@ -81,6 +81,7 @@ def plot_trajectories(
         )
         blocks.append(block)
     finish_lines(ax, int(scores.n_steps[0]), influence_label(result))
+    note_errors(ax, scores.errors[drawn], "bands" if scores.n_steps[0] > 1 else "bars")
     _limit(ax, scores.select(drawn), blocks)
     set_title(ax, title, f"test example {test}")
     draw_legend(ax, blocks, stacked=stacked)
@@ -95,4 +96,4 @@ def _limit(ax: Axes, scores: Scores, blocks: Sequence[LegendBlock]) -> None:
     for values, line in zip(scores.trajectories, handles, strict=True):
         is_limited |= limit_line(ax, values, line.get_color(), bound)
     if is_limited:
-        ax.set_xlabel("loop step (triangles: beyond the axis)", fontsize=FONT)
+        note_below(ax, "triangles: off axis")

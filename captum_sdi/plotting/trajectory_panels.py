@@ -21,7 +21,16 @@ from captum_sdi.plotting._axes import (
 )
 from captum_sdi.plotting._colours import robust_bound
 from captum_sdi.plotting._fonts import readable
-from captum_sdi.plotting._lines import NEUTRAL, OPPONENT, PROPONENT, LineStyle, draw_line, limit_line, step_padding
+from captum_sdi.plotting._lines import (
+    ERRORS,
+    NEUTRAL,
+    OPPONENT,
+    PROPONENT,
+    LineStyle,
+    draw_line,
+    limit_line,
+    step_padding,
+)
 from captum_sdi.plotting._scores import Result, Scores, influence_label, read_scores, strongest, train_texts
 from captum_sdi.plotting._text import FONT, SMALL, clip, isolated, signed_numbers
 
@@ -77,10 +86,12 @@ def plot_trajectory_panels(
         _draw_panel(panel, drawn, number, style, bound)
         panel.tick_params(labelleft=number % n_columns == 0, labelbottom=number + n_columns >= n_panels)
     headings = _headings(drawn, texts, (points - 60) / n_columns - 6)
-    what = f"test example {test}" if title is None else title
+    said = [f"test example {test}" if title is None else title]
+    if drawn.errors.any():
+        said.append(f"(bands: {ERRORS})")
     if np.nanmax(np.abs(drawn.steps_run)) > panels[0].get_ylim()[1]:
-        what = f"{clip(what, points / 3)} (triangles: beyond the axis)"
-    heading = clip(what, points - 60)
+        said.append("(triangles: off axis)")
+    heading = "\n".join([clip(line, points - 60) for line in said])
     if is_new:
         ax.figure.suptitle(heading, fontsize=FONT, x=0.02, ha="left")
     else:
