@@ -35,8 +35,8 @@ def record_training(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
         folder: Where the run is written when training ends.
 
     Raises:
-        ValueError: If the folder is a file, or the run could not be replayed, with the reason: half precision, several processes, workers
-            that load data, a streaming train set, label smoothing.
+        ValueError: If the folder is a file, or the run could not be replayed, with the reason: half precision, several
+            processes, workers that load data, a streaming train set, label smoothing.
     """
     from transformers import TrainerCallback
 
