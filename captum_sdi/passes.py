@@ -361,6 +361,7 @@ def largest_batch(engine: Engine, examples: Examples) -> int:
         def attempt(size: int) -> int:
             positions = range(size)
             tried = select(raw, positions)
+            point.rehearsal.begin(examples.side)  # anew after an attempt that failed
             batch = BatchRun(point.capture, tried, examples.side, positions, compute, examples.collated_alone)
             point.rehearsal.features(batch)
             return size

@@ -97,7 +97,7 @@ class Rehearsal:
         self._expected = side
         for known in self._of.values():
             if known.unconfirmed is not None:
-                known.is_begun = False
+                known.is_begun, known.turns.n_alone = False, 0
             known.unconfirmed = known.waiting = None
 
     def finish(self) -> None:
