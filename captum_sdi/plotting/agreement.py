@@ -30,8 +30,8 @@ def plot_agreement(
     `captum_sdi.plotting`.
 
     Returns:
-        The Axes. Its title is Spearman's correlation for the mean test example, with its interval over test examples and
-        effects at once (`captum_sdi.evaluate.two_way_correlation`).
+        The Axes. Its title is Spearman's correlation for the mean test example, and of several its interval over
+        tests and effects at once (`captum_sdi.evaluate.two_way_correlation`).
 
     Raises:
         ValueError: If shapes differ, or a value is NaN or infinite.
