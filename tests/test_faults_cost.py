@@ -194,6 +194,15 @@ def test_a3_padding_in_a_later_batch_of_a_direction_is_refused() -> None:
             sdi.direction(torch.ones(len(data)))
 
 
+def test_b13_a_step_beyond_the_depth_is_refused_before_the_train_set_is_read() -> None:
+    model = looped_gpt()
+    sdi = SDIInfluence(model, PADDED, loop="core", batch_size=2, sketch=Exact())
+    counter = Counter(model)
+    with pytest.raises(ValueError, match="the test side runs 3 loop steps"):
+        sdi.step_influence(PADDED[:2], k=2, rank_by=3)
+    assert max(counter.forward, counter.backward) <= 2 + 2
+
+
 # --- half precision: what is no rounding ---
 
 
@@ -287,6 +296,18 @@ def test_a_loss_that_is_random_is_refused_whatever_batches_there_are(
     sdi = SDIInfluence(Base(), data, loop="block", batch_size=batch_size, sketch=Exact(), **losses)
     with pytest.raises(ValueError, match="not deterministic"):
         sdi.influence(data[:n_tests])
+
+
+def test_a_loss_that_is_random_is_refused_before_curvatures_at_every_call() -> None:
+    data = equal_rows(3)
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"loss_fn": NoisyLoss(), "preconditioner": Hessian(rank=2, damping=1)}
+    sdi = SDIInfluence(Base().double(), data, loop="block", batch_size=3, sketch=Exact(), **settings)
+    counter = Counter(sdi.model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not deterministic"):
+            sdi.influence(data)
+    assert counter.forward == 2 * (1 + 3 + 1)  # alone, in the batch whose losses are others, and again
 
 
 def test_what_is_known_of_a_loss_is_not_believed_of_another_one_in_its_place() -> None:
