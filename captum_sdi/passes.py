@@ -348,11 +348,22 @@ def largest_batch(engine: Engine, examples: Examples) -> int:
     n_most = batch_size(raw)
     with engine.points([Checkpoint("current", None)], examples) as points:
         point = next(points)
-        point.rehearsal.before_batch(point.capture, raw, examples.side, range(n_most))
+
+        def compute(
+            raw: Any,
+            side: Side,
+            positions: Sequence[int],
+            *,
+            checks_uses: bool = False,
+        ) -> StepFeatures:
+            return point.capture(raw, side, by_step=True, positions=positions, checks_uses=checks_uses)
 
         def attempt(size: int) -> int:
             positions = range(size)
-            point.capture(select(raw, positions), examples.side, by_step=True, positions=positions)
+            tried = select(raw, positions)
+            point.rehearsal.begin(examples.side)  # anew after an attempt that failed
+            batch = BatchRun(point.capture, tried, examples.side, positions, compute, examples.collated_alone)
+            point.rehearsal.features(batch)
             return size
 
         return find_executable_batch_size(attempt, starting_batch_size=n_most)()

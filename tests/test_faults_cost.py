@@ -15,6 +15,7 @@ from cases import CASES, rows
 from reference import spread
 from test_faults_capture import OuroReplica
 from test_faults_neighbours import REFUSED, Base, Mean, SortedByLength, equal_rows
+from test_unrolled_questions import ran
 from torch import Tensor, nn
 
 from captum_sdi import Exact, LoopSpec, SDIInfluence, TensorSketch
@@ -136,16 +137,70 @@ def test_so_does_that_of_other_models_and_settings(
                 sdi = SDIInfluence(model, data, batch_size=batch_size, **settings_here)
                 return Counter(model).during(lambda: QUESTIONS[question](sdi, data[:n_tests]))
 
-        first = cost_of_first_call()
-        with monkeypatch.context() as unchecked:
-            unchecked.setattr(Rehearsal, "features", lambda self, batch: batch.features())
-            unchecked.setattr(Rehearsal, "before_batch", lambda *args, **kwargs: None)
-            usual = cost_of_first_call()
-        extra = [more - rest for more, rest in zip(first, usual, strict=True)]
-        # Before a Hessian's products, which need no features, an example is run forward twice.
-        most = [4, 2] if name == "hessian" else [2, 2]
-        assert max(extra) >= 1, extra
-        assert all(more <= limit for more, limit in zip(extra, most, strict=True)), (question, batch_size, extra)
+        extra = what_checks_cost(cost_of_first_call, monkeypatch)
+        assert 1 <= max(extra) <= 2, (question, batch_size, extra)
+
+
+def what_checks_cost(cost_of_first_call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return how many examples more are run forward and backward than without all checks."""
+    first = cost_of_first_call()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(Rehearsal, "features", lambda self, batch: batch.features())
+        unchecked.setattr(Rehearsal, "before_batch", lambda *args, **kwargs: None)
+        unchecked.setattr(Rehearsal, "answered", lambda *args: False)
+        usual = cost_of_first_call()
+    return [more - rest for more, rest in zip(first, usual, strict=True)]
+
+
+def by_direction() -> tuple[int, int]:
+    model, data = looped_gpt(), ROWS["padding later"]
+    sdi = SDIInfluence(model, data, loop="core", batch_size=3, sketch=Exact())
+    weights = torch.ones(len(data))
+    return Counter(model).during(lambda: sdi.direction(weights).step_influence(data[:1]))
+
+
+def by_automatic_batch_size() -> tuple[int, int]:
+    model, data = looped_gpt(), ROWS["padding later"]
+    settings: dict[str, Any] = {"loop": "core", "batch_size": "auto", "sketch": Exact()}
+    return Counter(model).during(lambda: SDIInfluence(model, data, **settings).influence(data[:1]))
+
+
+def by_unrolling() -> tuple[int, int]:
+    model, unrolled = ran()
+    return Counter(model).during(lambda: unrolled.influence(ROWS["padding later"]))
+
+
+@pytest.mark.parametrize("ask", [by_direction, by_automatic_batch_size, by_unrolling])
+def test_so_does_that_of_other_questions(ask: Callable[[], tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = what_checks_cost(ask, monkeypatch)
+    assert 1 <= max(extra) <= 2, extra
+
+
+def test_a_direction_reads_its_examples_once() -> None:
+    model = looped_gpt()
+    sdi = SDIInfluence(model, PADDED, loop="core", batch_size=3, sketch=Exact())
+    weights = torch.ones(len(PADDED))
+    first, second = (Counter(model).during(lambda: sdi.direction(weights)) for _ in range(2))
+    assert max(first) <= len(PADDED) + 2
+    assert second == (len(PADDED), len(PADDED))
+
+
+def test_a3_padding_in_a_later_batch_of_a_direction_is_refused() -> None:
+    data = [*equal_rows(3), *PADDED[:3]]
+    sdi = SDIInfluence(spread(Mean().double()), data, loop="block", batch_size=3, sketch=Exact())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attention_mask is dropped
+        with pytest.raises(ValueError, match=REFUSED):
+            sdi.direction(torch.ones(len(data)))
+
+
+def test_b13_a_step_beyond_the_depth_is_refused_before_the_train_set_is_read() -> None:
+    model = looped_gpt()
+    sdi = SDIInfluence(model, PADDED, loop="core", batch_size=2, sketch=Exact())
+    counter = Counter(model)
+    with pytest.raises(ValueError, match="the test side runs 3 loop steps"):
+        sdi.step_influence(PADDED[:2], k=2, rank_by=3)
+    assert max(counter.forward, counter.backward) <= 2 + 2
 
 
 # --- half precision: what is no rounding ---
@@ -241,6 +296,18 @@ def test_a_loss_that_is_random_is_refused_whatever_batches_there_are(
     sdi = SDIInfluence(Base(), data, loop="block", batch_size=batch_size, sketch=Exact(), **losses)
     with pytest.raises(ValueError, match="not deterministic"):
         sdi.influence(data[:n_tests])
+
+
+def test_a_loss_that_is_random_is_refused_before_curvatures_at_every_call() -> None:
+    data = equal_rows(3)
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"loss_fn": NoisyLoss(), "preconditioner": Hessian(rank=2, damping=1)}
+    sdi = SDIInfluence(Base().double(), data, loop="block", batch_size=3, sketch=Exact(), **settings)
+    counter = Counter(sdi.model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not deterministic"):
+            sdi.influence(data)
+    assert counter.forward == 2 * (1 + 3 + 1)  # alone, in the batch whose losses are others, and again
 
 
 def test_what_is_known_of_a_loss_is_not_believed_of_another_one_in_its_place() -> None:

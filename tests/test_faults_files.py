@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import os
 import random
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,20 @@ def test_b14_half_a_surrogate_in_a_note_is_written(here: Path) -> None:
     assert line["example"]["note"] == "\ud83d"
     with pytest.raises(ValueError, match='"text" holds half of a surrogate pair at character 1'):
         Encoder(vocab_size=9, tokenizer=object())({"text": "a\ud83d"})
+
+
+def test_b14_a_console_of_another_encoding_shows_what_it_can(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = here / "idx" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["settings"]["loss"] = "perte é"
+    manifest.write_text(json.dumps(content))
+    shutil.rmtree(next(path for path in (here / "idx").iterdir() if path.is_dir()))
+    printed = io.BytesIO()
+    console = io.TextIOWrapper(printed, encoding="ascii", write_through=True)
+    with monkeypatch.context() as other:
+        other.setattr(sys, "stdout", console)
+        assert run("show idx") == 0
+    assert rb"loss          perte \xe9" in printed.getvalue()
 
 
 def test_b16_the_modes_of_results_are_alike(here: Path) -> None:

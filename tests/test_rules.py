@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from captum_sdi import Exact, SDIInfluence, TensorSketch
+from captum_sdi.capture.adoption import Adoption
+from captum_sdi.capture.rules.bare_call import bare_call
 from captum_sdi.capture.rules.base import Rule
 from captum_sdi.capture.rules.choose import choose_rule, why_uncovered
 from captum_sdi.capture.rules.per_example import per_example as PER_EXAMPLE
@@ -311,3 +314,25 @@ def test_a_layer_placed_by_accelerate_keeps_its_closed_form() -> None:
     x = torch.randn(N, 5, 4)
     rules = [choose_rule(layer, x, nn.Linear.forward(layer, x)) for layer in (placed, other)]
     assert [rule.name for rule in rules if isinstance(rule, Rule)] == ["linear", "per example"]
+
+
+def test_a_layer_is_called_with_other_tensors_and_gets_its_own_back() -> None:
+    """Also under the second name of a tied parameter, and when the call fails."""
+    module = Elementwise(lambda x, w: x * w * module.again)
+    weight = module.again = module.weight
+    called = bare_call(module, {"weight": torch.full((4,), 3.0)}, torch.ones(1, 4))
+    assert torch.equal(called, torch.full((1, 4), 9.0))
+    with pytest.raises(RuntimeError):
+        bare_call(module, {"weight": torch.ones(3)}, torch.ones(1, 4))
+    assert module.weight is module.again is weight
+
+
+def test_a_found_rule_is_forgotten_with_the_forward_it_was_found_for() -> None:
+    """It is kept for later passes of an object, in which a user may have changed the layer."""
+    adoption, layer, x = Adoption(), CastedLinear(4, 6), torch.randn(N, 5, 4)
+    chosen = choose_rule(layer, x, layer(x))
+    assert isinstance(chosen, Rule)
+    adoption.rules_of(layer)[True] = chosen
+    assert adoption.rules_of(layer) == {True: chosen}
+    layer.forward = partial(nn.Linear.forward, layer)  # type: ignore[method-assign]
+    assert adoption.rules_of(layer) == {}

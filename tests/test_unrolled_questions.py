@@ -105,6 +105,13 @@ def test_a_killed_question_goes_on_where_it_was(n_before: int, tmp_path: Path, m
     assert not list(tmp_path.glob("run-*/scores-*"))
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_place_of_the_folder_is_refused_before_the_work(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder=.*file is no folder"):
+        ran(folder=tmp_path / place)
+
+
 def test_states_of_another_run_are_not_taken(tmp_path: Path) -> None:
     ran(folder=tmp_path)[1].influence(TEST)
     model, _ = ran()

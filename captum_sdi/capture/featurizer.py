@@ -151,7 +151,7 @@ class Capture:
 
         def attempted(scale: float) -> dict[str, Tensor]:
             with uses_in_sight(self.tape, checked=checks_uses) as check_uses:
-                losses = self._losses(raw, side)
+                losses = self.losses(raw, side)
                 check_uses(losses)
                 self.check_finite(losses.detach().isfinite(), "loss", side, positions)
                 return self._rows(losses, scale, unit, transform, by_step=by_step)
@@ -283,7 +283,7 @@ class Capture:
 
         return seen_forward(self.tape, output_and_losses, batch.size)
 
-    def _losses(self, raw: Any, side: Side) -> Tensor:
+    def losses(self, raw: Any, side: Side) -> Tensor:
         """Attempt a forward pass of a batch that is compared with examples alone, so that a mask may be left out."""
         try:
             return self._forward(raw, side)[1]  # the logits need not outlive the loss's own backward

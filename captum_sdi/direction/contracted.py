@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_sdi.capture.pass_state import Consumer
-from captum_sdi.capture.settling import settled
+from captum_sdi.capture.settling import settled, uses_in_sight
 from captum_sdi.data.batch import batch_size
 from captum_sdi.data.side import Side
 from captum_sdi.features import Bins, Dense, Gradient, Outer
@@ -29,6 +28,9 @@ def weighted_gradients(
     raw: Any,
     side: Side,
     weights: Tensor,
+    *,
+    is_compared: bool = False,
+    checks_uses: bool = False,
 ) -> dict[str, Tensor]:
     """Sum the gradients of a batch's losses, weighed for each group.
 
@@ -37,6 +39,8 @@ def weighted_gradients(
         raw: The batch.
         side: How it is run.
         weights: ``(g, n)``.
+        is_compared: The batch is compared with an example alone: a mask that the model fails on may be left out.
+        checks_uses: Let other modules answer for the targets that are used outside their layer's calls.
 
     Returns:
         By targeted parameter ``(g, *shape)``.
@@ -60,7 +64,10 @@ def weighted_gradients(
                 if scales.any():
                     sums[name][group] += weighted_sum(gradient, scales, sums[name].shape[1:])
 
-        backpropagate(point, raw, side, add)
+        with uses_in_sight(point.capture.tape, checked=checks_uses) as check_uses:
+            losses = point.capture.losses(raw, side) if is_compared else point.capture.forward(raw, side)[1]
+            check_uses(losses)
+            point.capture.tape.backward(losses, add)
         return sums
 
     return settled(attempted)
@@ -77,10 +84,12 @@ def weighted_sum(gradient: Gradient, scales: Tensor, shape: torch.Size) -> Tenso
         >>> weighted_sum(outer, torch.tensor([1.0, 3.0]), torch.Size([2, 1])).flatten()
         tensor([4., 4.])
     """
+    chosen = scales.nonzero().flatten()
+    scales = scales[chosen]
     if isinstance(gradient, Dense):
-        return torch.einsum("n,n...->...", scales, gradient.grads.to(scales)).reshape(shape)
-    cols = gradient.cols.to(scales) * scales[:, None, None]
-    rows = gradient.rows
+        return torch.einsum("n,n...->...", scales, gradient.grads[chosen].to(scales)).reshape(shape)
+    cols = gradient.cols[chosen].to(scales) * scales[:, None, None]
+    rows = gradient.rows[chosen]
     if rows.is_floating_point():
         rows = rows.to(scales)
     # The examples' tokens as those of one example: what is summed over.
@@ -121,21 +130,11 @@ def step_products(
             summed = products.setdefault(place, vector.new_zeros(n_examples, len(vector)))
             summed[rows] += torch.einsum("n...,g...->ng", entries.to(vector), vector)
 
-        backpropagate(point, raw, side, add)
+        losses = point.capture.forward(raw, side)[1]
+        point.capture.tape.backward(losses, add)
         some_vector = next(iter(vectors.values()))
         zeros = some_vector.new_zeros(n_examples, len(some_vector))
         places = range(Bins.count(point.capture.n_steps))
         return torch.stack([products.get(place, zeros) for place in places], dim=2)
 
     return settled(attempted)
-
-
-def backpropagate(
-    point: Point,
-    raw: Any,
-    side: Side,
-    add: Consumer,
-) -> None:
-    """Run a batch forward and backward, and hand every use's gradients on."""
-    losses = point.capture.forward(raw, side)[1]
-    point.capture.tape.backward(losses, add)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from captum_sdi.data.side import Side
 from captum_sdi.direction.contracted import Vectors, weighted_gradients
 from captum_sdi.direction.groups import Groups
+from captum_sdi.features import StepFeatures
 from captum_sdi.index.weights import WeightHashes
 from captum_sdi.passes import Point
 from captum_sdi.precision import in_float16
 from captum_sdi.preconditioners import Identity
+from captum_sdi.rehearsal.alone import BatchRun, telling_examples
 from captum_sdi.study import Study
 
 
@@ -82,23 +88,76 @@ def summed_gradients(point: Point, study: Study, groups: Groups) -> dict[str, Te
     n_read = 0
     with study.progress.bar("sum gradients", None) as bar:
         for positions, raw in train.batches(only):
-            if n_read == 0:  # what holds for every question of this side
-                point.batch(
-                    raw,
-                    train.side,
-                    positions.tolist(),
-                    by_step=False,
-                    collated_alone=train.collated_alone,
-                )
-            else:
-                point.rehearsal.before_batch(point.capture, raw, train.side, positions.tolist())
             n_read += len(positions)
-            batch_sums = weighted_gradients(point, raw, train.side, groups.weights_of(positions))
-            for name, vectors in batch_sums.items():
+            batch_sums = BatchSums(point, raw, groups.weights_of(positions))
+            batch = BatchRun(
+                point.capture,
+                raw,
+                train.side,
+                positions.tolist(),
+                batch_sums.features,
+                train.collated_alone,
+            )
+            point.rehearsal.features(batch)
+            for name, vectors in batch_sums.vectors.items():
                 sums[name] = vectors + sums.get(name, 0)
             bar.update()
     check_read(groups, n_read)
     return sums
+
+
+class BatchSums:
+    """The summed gradients of a batch, and beside them those of the examples that are compared with themselves alone.
+
+    Args:
+        point: The model at a checkpoint.
+        raw: The batch.
+        weights: ``(g, n)``.
+    """
+
+    def __init__(self, point: Point, raw: Any, weights: Tensor) -> None:
+        self._point, self._raw, self._weights = point, raw, weights
+        self.vectors: dict[str, Tensor] = {}
+        """By targeted parameter ``(g, *shape)``, once the batch has been run."""
+
+    def features(
+        self,
+        raw: Any,
+        side: Side,
+        positions: Sequence[int],
+        *,
+        checks_uses: bool = False,
+    ) -> StepFeatures:
+        """Run the batch, or one of its examples alone.
+
+        Returns:
+            ``(n, 1, width)`` for each parameter, of the telling examples; zeros for the others.
+        """
+        capture, n = self._point.capture, len(positions)
+        is_batch = raw is self._raw
+        weights = self._weights if is_batch else self._weights.new_zeros(0, n)
+        told = [] if is_batch and n == 1 else telling_examples(raw, side)
+        weights = torch.cat([weights, torch.eye(n).to(weights)[told]])
+        sums = weighted_gradients(
+            self._point,
+            raw,
+            side,
+            weights,
+            is_compared=True,
+            checks_uses=checks_uses,
+        )
+        n_groups = len(weights) - len(told)
+        if is_batch:
+            self.vectors = {name: vectors[:n_groups] for name, vectors in sums.items()}
+        own = {name: vectors[n_groups:].flatten(1).unsqueeze(1) for name, vectors in sums.items()}
+        exact = StepFeatures(own, {}, torch.zeros(len(told)))
+        sketched = capture.sketched(exact) if told else capture.blank()
+        places = torch.tensor(told, dtype=torch.long)
+
+        def spread_out(row: Tensor) -> Tensor:
+            return row.new_zeros(n, *row.shape[1:]).index_copy(0, places.to(row.device), row)
+
+        return sketched.map(spread_out, torch.full((n,), capture.n_steps))
 
 
 def check_read(groups: Groups, n_read: int) -> None:

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from captum_sdi.evaluate import correlation
+from captum_sdi.evaluate import two_way_correlation
 from captum_sdi.plotting._arguments import Array, finite_array
 from captum_sdi.plotting._axes import column_axes, hide_spines, scale_ticks, set_title
 from captum_sdi.plotting._lines import NEUTRAL, PROPONENT
@@ -30,7 +30,8 @@ def plot_agreement(
     `captum_sdi.plotting`.
 
     Returns:
-        The Axes. Its title is Spearman's correlation for the mean test example, with its interval.
+        The Axes. Its title is Spearman's correlation for the mean test example, and of several its interval over
+        tests and effects at once (`captum_sdi.evaluate.two_way_correlation`).
 
     Raises:
         ValueError: If shapes differ, or a value is NaN or infinite.
@@ -83,8 +84,8 @@ def _correlation_title(scores: Array, measured: Array) -> str:
         constant = (values == values[:, :1]).all(1)
         if constant.any():
             return ""
-    spearman = correlation(scores, measured)
+    spearman = two_way_correlation(scores, measured)
     title = f"Spearman {spearman.value:.2f}"
-    if not spearman.low.isnan():
+    if len(scores) > 1 and not spearman.low.isnan():
         title += f" [{spearman.low:.2f}, {spearman.high:.2f}]"
     return title

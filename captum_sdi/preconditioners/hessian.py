@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -193,11 +192,9 @@ class HessianProduct:
         direction = direction.to(self._vector)
         product = torch.zeros_like(direction)
         n_examples = 0
-        for positions, raw in self._batches():
-            hands_labels = self._point.capture.hands_labels(self._loss.side)
+        for positions, raw in self._train.examples.batches(self._chosen):
             with torch.enable_grad():
-                losses = self._loss(self._vector, raw, hands_labels=hands_labels)
-                summed_loss = losses.sum()
+                summed_loss = self._losses(positions.tolist(), raw).sum()
                 (gradient,) = torch.autograd.grad(summed_loss, self._vector, create_graph=True)
                 if not self._is_checked:
                     check_second_derivative(gradient, self._vector)
@@ -210,11 +207,14 @@ class HessianProduct:
             raise ValueError(f"The Hessian is not finite at checkpoint {self._point.checkpoint.name!r}.")
         return product / n_examples
 
-    def _batches(self) -> Iterator[tuple[Tensor, Any]]:
-        examples = self._train.examples
-        for positions, raw in examples.batches(self._chosen):
-            self._point.rehearsal.before_batch(self._point.capture, raw, examples.side, positions.tolist())
-            yield positions, raw
+    def _losses(self, positions: list[int], raw: Any) -> Tensor:
+        """Compute the losses ``(n,)`` of a batch that has been rehearsed."""
+        capture, rehearsal, side = self._point.capture, self._point.rehearsal, self._loss.side
+        rehearsal.before_batch(capture, raw, side, positions)
+        losses = self._loss(self._vector, raw, hands_labels=capture.hands_labels(side))
+        if rehearsal.answered(side, positions, losses):
+            losses = self._loss(self._vector, raw, hands_labels=True)
+        return losses
 
 
 def evenly_spaced(count: int, n_examples: int) -> Tensor:

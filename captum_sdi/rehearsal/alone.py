@@ -95,6 +95,11 @@ def example_sizes(raw: Any) -> list[tuple[int, int]]:
     return list(zip(n_attended, n_targets, strict=True))
 
 
+def attended_lengths(raw: Any) -> list[int]:
+    """Return how many positions of each example are attended to; zeros where nothing tells."""
+    return [n_attended for n_attended, _ in example_sizes(raw)]
+
+
 def telling_examples(raw: Any, side: Side) -> list[int]:
     """Return the most padded example, and one that differs from it in as many sizes as any does, or the last.
 

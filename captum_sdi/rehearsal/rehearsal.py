@@ -2,8 +2,8 @@
 
 All of it costs two examples' forward, backward and sketch. The first example's run serves three times: the checks
 look at it, its features are compared with those in the batch, and where they agree the model is deterministic. A batch
-of one is its own first example; a second pass, of it or of an example of a later batch, confirms it. Passes that ask
-for no features, as a Hessian's, have an example run forward twice before them.
+of one is its own first example; a second pass, of it or of an example of a later batch, confirms it. Before passes that
+ask for no features, as a Hessian's, an example runs forward alone, and their losses confirm it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from captum_sdi.capture.apart import CAUSES, WAY_OUT
 from captum_sdi.capture.featurizer import Capture
@@ -23,7 +23,7 @@ from captum_sdi.data.side import Manner, Side
 from captum_sdi.features import LoopSpec, StepFeatures
 from captum_sdi.model_facts import vocabulary_size
 from captum_sdi.precision import is_coarse
-from captum_sdi.rehearsal.alone import AloneRun, BatchRun, example_sizes, run_alone, telling_examples
+from captum_sdi.rehearsal.alone import AloneRun, BatchRun, attended_lengths, run_alone, telling_examples
 from captum_sdi.rehearsal.cutting import check_nothing_is_cut
 from captum_sdi.rehearsal.first_example import CHECKS, FirstExample, check_repeats, repeats, warn_if_nothing_repeats
 from captum_sdi.rehearsal.first_run import first_run
@@ -97,7 +97,7 @@ class Rehearsal:
         self._expected = side
         for known in self._of.values():
             if known.unconfirmed is not None:
-                known.is_begun = False
+                known.is_begun, known.turns.n_alone = False, 0
             known.unconfirmed = known.waiting = None
 
     def finish(self) -> None:
@@ -127,7 +127,9 @@ class Rehearsal:
         *,
         steps_count: bool = True,
     ) -> None:
-        """Refuse or warn of what cannot work with a batch whose features are not asked for, by two forward passes.
+        """Refuse or warn of what cannot work with a batch whose features are not asked for, by a forward pass.
+
+        Hand the batch's losses to `answered`; else another forward pass confirms the model at the end of its point.
 
         Args:
             capture: Runs the model.
@@ -147,10 +149,40 @@ class Rehearsal:
         batch = BatchRun(capture, raw, side, positions, only_check, lambda position: None)
         known = self._of.setdefault(side.manner, Rehearsed())
         self._check_batch(batch, known)
+        known.turns.padding_comes |= PADDING in shown_by(attended_lengths(raw), [])
         numbers = [] if known.is_begun else telling_examples(raw, side)
         if numbers:
-            first = self._begin(batch, numbers[0], known, steps_count=steps_count)
-            self._confirm(known, first)
+            self._begin(batch, numbers[0], known, steps_count=steps_count)
+
+    def answered(
+        self,
+        side: Side,
+        positions: Sequence[int],
+        losses: Tensor,
+    ) -> bool:
+        """Take a batch's losses for the second pass that a model is known by, where they are what the first one gave.
+
+        Args:
+            side: How the batch was run.
+            positions: Of its examples.
+            losses: ``(n,)``.
+
+        Returns:
+            Whether the batch has to be run again, its labels handed to the model.
+
+        Raises:
+            ValueError: If the model is not deterministic.
+        """
+        known = self._of[side.manner]
+        first = known.unconfirmed
+        if first is None:
+            return False
+        if first.side.name == side.name and first.run.position in positions:
+            number = positions.index(first.run.position)
+            if repeats(first, losses.detach()[number:][:1]):
+                known.unconfirmed = None
+                return False
+        return self._confirm(known, first)
 
     def _begin(
         self,
@@ -287,8 +319,7 @@ class Rehearsal:
         return features
 
     def _shown_by(self, batch: BatchRun) -> set[str]:
-        lengths = [n_attended for n_attended, _ in example_sizes(batch.raw)]
-        return shown_by(lengths, batch.capture.tape.state.expanded)
+        return shown_by(attended_lengths(batch.raw), batch.capture.tape.state.expanded)
 
     def _compare(
         self,

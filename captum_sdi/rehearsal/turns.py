@@ -27,6 +27,8 @@ class Turns:
     """How many examples have been run alone."""
     seen: set[str] = field(default_factory=set)
     """What batches have shown that an example was compared in."""
+    padding_comes: bool = False
+    """Whether a batch that was read, for something else than features, has padding."""
     largest: tuple[int, int] = (0, 0)
     """Loop steps and examples of the largest batch whose example waits."""
 
@@ -60,6 +62,9 @@ class Turns:
         """
         news = set(shown) - self.seen
         if not news or (self.n_alone >= N_ALONE and news <= ORDERS):
+            return False
+        is_awaited = self.padding_comes and PADDING not in self.seen
+        if is_awaited and news <= {NEIGHBOURS, *ORDERS}:  # else a third run would go to the batch that has it
             return False
         self.seen |= news
         return True

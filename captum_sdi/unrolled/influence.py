@@ -35,7 +35,7 @@ from captum_sdi.unrolled.estimate import UnrolledEstimate, estimated
 from captum_sdi.unrolled.gauge import Gauge
 from captum_sdi.unrolled.replay import Keep, Replay
 from captum_sdi.unrolled.run import TrainingRun
-from captum_sdi.unrolled.run_files import read_start
+from captum_sdi.unrolled.run_files import check_folder, read_start
 from captum_sdi.unrolled.seeds import Seeds, loss_gradients
 from captum_sdi.unrolled.train_steps import StepMatrices
 from captum_sdi.unrolled.updates import TrainRows, Updates
@@ -122,6 +122,8 @@ class UnrolledInfluence(AsksForUpdates, DataInfluence):
         arguments.check_layers(layers)
         if not isinstance(run, TrainingRun):
             raise TypeError(f"run= must be a TrainingRun, got {type(run).__name__}.")
+        if folder is not None:
+            check_folder("folder", folder)
         self.model, self.run = model, run
         self.train_dataset: Any = train_dataset
         self._collate = collate_fn or Collator(padding_token(model))
@@ -338,8 +340,10 @@ class UnrolledInfluence(AsksForUpdates, DataInfluence):
     ) -> Seeds:
         """Prepare the run, and compute the gradients of test losses at its end."""
         tests = self._tests(inputs)
+        # The seeds first: what cannot work with the model is said of them, before it is trained again.
+        seeds = self._derivative.seeds(tests, by_step=by_step, aggregate=aggregate)
         self._derivative.prepare(show_progress=show_progress)
-        return self._derivative.seeds(tests, by_step=by_step, aggregate=aggregate)
+        return seeds
 
     def _tests(self, inputs: Any) -> Examples:
         arguments.check_inputs(inputs)

@@ -17,7 +17,7 @@ from captum_sdi.model_facts import model_device
 from captum_sdi.parameter_vector import ParameterVector
 from captum_sdi.unrolled.optimizers import SGD, AdamW, Optimizer
 from captum_sdi.unrolled.run import TrainingRun
-from captum_sdi.unrolled.run_files import remove_run
+from captum_sdi.unrolled.run_files import check_folder, remove_run
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -35,11 +35,12 @@ def record_training(trainer: Trainer, folder: str | os.PathLike[str]) -> None:
         folder: Where the run is written when training ends.
 
     Raises:
-        ValueError: If the run could not be replayed, with the reason: half precision, several processes, workers
-            that load data, a streaming train set, label smoothing.
+        ValueError: If the folder is a file, or the run could not be replayed, with the reason: half precision, several
+            processes, workers that load data, a streaming train set, label smoothing.
     """
     from transformers import TrainerCallback
 
+    check_folder("folder", folder)
     check_replayable(trainer)
     recorder = Recorder(trainer, folder)
 

@@ -44,6 +44,24 @@ _FIELDS = {
 }
 
 
+def check_folder(argument: str, folder: str | os.PathLike[str]) -> None:
+    """Refuse a place where no folder can be: a file, or a path that goes through one.
+
+    Args:
+        argument: What the user calls it.
+        folder: The place.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    path = Path(folder)
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            raise ValueError(f"{argument}={os.fspath(folder)!r}: {os.fspath(place)} is no folder. Pass a folder.")
+
+
 def write_run(
     folder: str | os.PathLike[str],
     run: TrainingRun,
