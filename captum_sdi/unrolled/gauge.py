@@ -64,7 +64,7 @@ class Gauge:
             verdict = "The end of this run depends smoothly on its examples' weights: its influence can be believed."
         else:
             verdict = (
-                f"A metasmoothness below {TRUSTED} is a warning: the end of this run jumps when examples' weights move a "
+                f"A metasmoothness below {TRUSTED} is a warning: this run's end jumps when examples' weights move a "
                 "little, and of such runs first-order influence agreed with retraining on some, on others not at all. "
                 "Train again without a few examples to know. Smoother runs have a lower peak learning rate, warm-up, a "
                 "cosine schedule, larger batches, or end before all is memorised."
