@@ -64,9 +64,10 @@ class Gauge:
             verdict = "The end of this run depends smoothly on its examples' weights: its influence can be believed."
         else:
             verdict = (
-                f"With a metasmoothness below {TRUSTED} first-order influence is not to be trusted for this run: its "
-                "end jumps when examples' weights move a little. Smoother runs have a lower peak learning rate, "
-                "warm-up, a cosine schedule, larger batches, or end before all is memorised."
+                f"A metasmoothness below {TRUSTED} is a warning: this run's end jumps when examples' weights move a "
+                "little, and of such runs first-order influence agreed with retraining on some, on others not at all. "
+                "Train again without a few examples to know. Smoother runs have a lower peak learning rate, warm-up, a "
+                "cosine schedule, larger batches, or end before all is memorised."
             )
         if self.noise_share > 0.01:
             verdict += (
