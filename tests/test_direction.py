@@ -329,6 +329,61 @@ def test_a_model_without_a_right_forward_derivative_is_refused(operation: Any, s
         direction.step_influence(TEST)
 
 
+class ByNeighbours(RightlyDoubled):
+    """One whose derivatives, forward and backward, are others in a batch."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return (2 if len(gradient) == 1 else 3) * gradient
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return (2 if len(tangent) == 1 else 3) * tangent
+
+
+@pytest.mark.parametrize(
+    ("operation", "batch_size", "sentence"),
+    [
+        (WronglyDoubled, 1, "Forward-mode derivatives of this model differ from its gradients"),
+        (WronglyDoubled, 3, "Forward-mode derivatives of this model differ from its gradients"),
+        (ByNeighbours, 3, r"The features of test example \d depend on the batch: in a batch of 3"),
+    ],
+)
+def test_a_wrong_forward_derivative_is_told_from_one_that_neighbours_change(
+    operation: Any, batch_size: int, sentence: str
+) -> None:
+    sdi = plain(batch_size=batch_size)
+    direction = sdi.direction([1])
+    sdi.model.block.register_forward_hook(lambda module, args, output: operation.apply(output))
+    with pytest.raises(ValueError, match=sentence):
+        direction.step_influence(TEST)
+
+
+def test_that_nothing_repeats_is_said_once() -> None:
+    with pytest.warns(UserWarning, match="Nothing repeats") as said:
+        plain(loop="head").direction([1]).step_influence(TEST)
+    assert sum("Nothing repeats" in str(warning.message) for warning in said) == 1
+
+
+class WithoutMask(WithStates):
+    """Fails on every mask."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        if attention_mask is not None:
+            raise RuntimeError("the mask has another shape")
+        return super().forward(input_ids)
+
+
+@pytest.mark.filterwarnings("ignore:WithoutMask fails on the attention_mask")
+def test_a_mask_that_only_the_test_batch_has_may_be_left_out() -> None:
+    model = WithoutMask().double()
+    train = [{name: column[:3] for name, column in row.items()} for row in TRAIN[:2]]
+    sdi = SDIInfluence(model, train, layers=None, batch_size=3, sketch=Exact(), loop="block")
+    received = sdi.direction([0, 1]).step_influence(TEST)
+    expected = sdi.step_influence(TEST)
+    torch.testing.assert_close(received.trajectories[:, 0], expected.trajectories.sum(1))
+
+
 @pytest.mark.parametrize(
     ("groups", "sentence"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,34 @@ def test_a_direction_reads_its_examples_once() -> None:
     first, second = (Counter(model).during(lambda: sdi.direction(weights)) for _ in range(2))
     assert max(first) <= len(PADDED) + 2
     assert second == (len(PADDED), len(PADDED))
+
+
+@pytest.mark.parametrize("name", ["plain", "half precision", "other logits with labels"])
+def test_the_first_question_to_a_direction_costs_at_most_two_examples_more(name: str) -> None:
+    make, settings = OTHERS.get(name, (looped_gpt, {"loop": "core"}))
+    data = [{name: column[:5] for name, column in row.items()} for row in ORDERED]
+    for n_tests, batch_size in ((1, 3), (3, 3), (4, 2), (2, 1)):
+        model = make()
+        settings_here = {"batch_size": batch_size, "sketch": Exact(), "test_loss_fn": TokenCrossEntropy(), **settings}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # attention_mask is dropped
+            sdi = SDIInfluence(model, data, **settings_here)
+            direction = sdi.direction([0, 1])
+            counter, calls = Counter(model), [direction.step_influence, direction.step_influence, sdi.influence]
+            first, second, features = (counter.during(partial(call, data[:n_tests])) for call in calls)
+            features_again = counter.during(lambda sdi=sdi, n_tests=n_tests: sdi.influence(data[:n_tests]))
+        extra = [more - usual for more, usual in zip(first, second, strict=True)]
+        assert 1 <= max(extra) <= 2, (n_tests, batch_size, extra)
+        assert second[1] == 0
+        assert features > features_again, "of which the direction has shown nothing"
+
+
+def test_a3_neighbours_that_matter_in_the_test_batch_of_a_direction_are_refused() -> None:
+    sdi = SDIInfluence(spread(Mean().double()), equal_rows(3), loop="block", batch_size=3, sketch=Exact())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attention_mask is dropped
+        with pytest.raises(ValueError, match=REFUSED):
+            sdi.direction([0, 1]).step_influence(PADDED[:3])
 
 
 def test_a3_padding_in_a_later_batch_of_a_direction_is_refused() -> None:

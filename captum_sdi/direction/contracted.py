@@ -102,14 +102,17 @@ def step_products(
     raw: Any,
     side: Side,
     vectors: Vectors,
+    *,
+    checks_uses: bool = False,
 ) -> Tensor:
     """Multiply the gradients of a batch's losses with vectors, in each bin, by a backward pass.
 
     Args:
         point: The model at a checkpoint.
-        raw: The batch.
+        raw: The batch, which is compared with another pass: a mask that the model fails on may be left out.
         side: How it is run.
         vectors: By targeted parameter.
+        checks_uses: Let other modules answer for the targets that are used outside their layer's calls.
 
     Returns:
         ``(n, g, b)``, in the order of `captum_sdi.features.Bins`.
@@ -130,8 +133,10 @@ def step_products(
             summed = products.setdefault(place, vector.new_zeros(n_examples, len(vector)))
             summed[rows] += torch.einsum("n...,g...->ng", entries.to(vector), vector)
 
-        losses = point.capture.forward(raw, side)[1]
-        point.capture.tape.backward(losses, add)
+        with uses_in_sight(point.capture.tape, checked=checks_uses) as check_uses:
+            losses = point.capture.losses(raw, side)
+            check_uses(losses)
+            point.capture.tape.backward(losses, add)
         some_vector = next(iter(vectors.values()))
         zeros = some_vector.new_zeros(n_examples, len(some_vector))
         places = range(Bins.count(point.capture.n_steps))

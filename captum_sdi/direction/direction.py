@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from captum_sdi.data.batch import select
-from captum_sdi.data.losses import first_targeted_example
 from captum_sdi.direction.answers import Answers
 from captum_sdi.direction.contracted import Vectors
 from captum_sdi.direction.forward_mode import ForwardMode
 from captum_sdi.direction.gradients import GroupGradients
 from captum_sdi.direction.groups import Groups
+from captum_sdi.direction.rehearsed import RehearsedBatch
 from captum_sdi.index.weights import WeightHashes
 from captum_sdi.maps.look import side_as_run
 from captum_sdi.maps.words import words_by
@@ -39,8 +38,8 @@ class Direction:
 
     is the derivative of the test loss along the group's direction, through the block's use in step t alone. One
     forward pass with dual numbers tells it for all steps and for every token of every test example, without a
-    backward pass (forward-only attribution: arXiv 2511.19803). The first batch ever asked about is compared
-    with a backward pass, once. Nothing is sketched: the numbers are those of `captum_sdi.Exact`.
+    backward pass (forward-only attribution: arXiv 2511.19803). Two examples of the first batch ever asked about are
+    compared with a backward pass of each alone, once. Nothing is sketched: the numbers are those of `captum_sdi.Exact`.
 
     `captum_sdi.SDIInfluence.direction` makes one. It holds the gradients of each group at each checkpoint,
     ``(g, size)`` for all targeted parameters' entries.
@@ -52,7 +51,7 @@ class Direction:
     ask: Callable[[Any], Question] = field(repr=False)
     """Puts test examples beside the study that the direction was made in."""
     _checked: set[int] = field(default_factory=set, repr=False, compare=False)
-    """The positions of test examples whose answers a backward pass has confirmed: one, once there is one."""
+    """The positions of test examples whose answers backward passes have confirmed: of one batch, once there is one."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -124,28 +123,12 @@ class Direction:
         """Yield the answers of the test examples at one checkpoint, times its weight."""
         forward_mode: ForwardMode | None = None
         for positions, raw in question.tests.batches():
-            if not self._checked:
-                self._check(point, raw, vectors, question, positions.tolist())
-                forward_mode = None  # other modules may answer for parameters since
-            if forward_mode is None:
-                forward_mode = ForwardMode(point, side_as_run(point, question.tests.side), by_token=by_token)
-            derivatives = forward_mode.step_derivatives(raw, vectors)
+            if self._checked:
+                if forward_mode is None:
+                    forward_mode = ForwardMode(point, side_as_run(point, question.tests.side), by_token=by_token)
+                derivatives = forward_mode.step_derivatives(raw, vectors)
+            else:
+                rehearsed = RehearsedBatch(point, raw, question.tests, positions.tolist(), vectors, by_token=by_token)
+                forward_mode, derivatives = rehearsed.derivatives()
+                self._checked.update(rehearsed.compared())
             yield Answers.of(derivatives, raw, positions, point.checkpoint.weight)
-
-    def _check(
-        self,
-        point: Point,
-        raw: Any,
-        vectors: Vectors,
-        question: Question,
-        positions: list[int],
-    ) -> None:
-        """Rehearse a batch as every question does, and compare one of its examples with a backward pass, once."""
-        tests = question.tests
-        point.batch(raw, tests.side, positions, by_step=False, collated_alone=tests.collated_alone)
-        number = first_targeted_example(raw, tests.side.loss_fn)
-        if number is None:
-            return  # nothing can be seen in losses of zero: a later batch's turn
-        example = select(raw, [number])
-        ForwardMode(point, side_as_run(point, tests.side), by_token=False).check(example, vectors)
-        self._checked.add(positions[number])

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from captum_sdi.borrow import observable
@@ -124,8 +124,7 @@ class ForwardMode:
         expected = step_products(self.point, raw, self.side, vectors)
         difference = float((derivatives.to(expected) - expected).norm())
         length = float(expected.norm())
-        limit = LARGEST_COARSE if is_coarse(self.point.model) else LARGEST_DIFFERENCE
-        if difference > limit * length:
+        if difference > largest_difference(self.point.model) * length:
             raise ValueError(
                 f"Forward-mode derivatives of this model differ from its gradients, by {difference / length:.2g} of "
                 "their length: an operation has a wrong forward derivative, or a parameter is read in a way that dual "
@@ -143,6 +142,10 @@ class StepDerivatives:
     """``(n, g, b)``, or ``(n, p, g, b)``: in the order of `captum_sdi.features.Bins`."""
     n_steps: int
 
+    def losses_of_examples(self) -> Tensor:
+        """Return the losses of whole examples ``(n,)``."""
+        return self.losses if self.losses.ndim == 1 else self.losses.sum(1)
+
     def of_examples(self) -> Tensor:
         """Return the derivatives of whole examples ``(n, g, b)``."""
         return self.values if self.losses.ndim == 1 else self.values.sum(1)
@@ -152,6 +155,11 @@ def tangents_of(point: Point, vectors: Vectors, group: int) -> Mapping[str, Tens
     """Return one group's vector, by targeted parameter, in the parameters' own dtype."""
     targets = point.capture.targets()
     return {name: vectors[name][group].to(parameter) for name, parameter in targets.items()}
+
+
+def largest_difference(model: nn.Module) -> float:
+    """Return how far forward mode may be from the backward pass in a model's precision."""
+    return LARGEST_COARSE if is_coarse(model) else LARGEST_DIFFERENCE
 
 
 @contextmanager

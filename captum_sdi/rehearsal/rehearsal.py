@@ -92,6 +92,12 @@ class Rehearsal:
         self._steps_counted = False
         self._expected: Side | None = None
 
+    def anew(self) -> Rehearsal:
+        """Return another rehearsal of the same model, for which nothing has been compared; it does not warn again."""
+        other = Rehearsal(self._model, self._loop)
+        other._steps_counted = self._steps_counted
+        return other
+
     def begin(self, side: Side) -> None:
         """Note which side's batches will come, whatever others do, and forget what an error left unfinished."""
         self._expected = side
