@@ -17,7 +17,7 @@ class OuroReplicaConfig(PretrainedConfig):
     model_type = "ouro"
 
     def __init__(self, vocab_size: int = 16, total_ut_steps: int = 4, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(**{"tie_word_embeddings": False, **settings})  # true by default in some versions
         self.vocab_size, self.total_ut_steps = vocab_size, total_ut_steps
 
 
