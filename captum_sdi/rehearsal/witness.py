@@ -80,7 +80,10 @@ class Witness:
 
 
 def agree(own: Tensor, loss: Tensor) -> bool:
-    """Say whether a loss is the model's own, up to what its precision rounds.
+    """Compare a loss with the model's own.
+
+    Returns:
+        Whether they are the same up to what their precision rounds.
 
     Example:
         >>> agree(torch.tensor(5.48348e-05), torch.tensor(5.49345e-05)), agree(torch.tensor(0.101), torch.tensor(0.1))
