@@ -99,8 +99,9 @@ class RehearsedBatch:
             ``(n, b, g)``: the products of gradients with directions, in place of features.
         """
         if raw is self._raw and len(positions) > 1:
-            self._run_forward()
+            losses = self._run_forward()
             self._check_forward_mode()
+            self._point.capture.tape.state.losses = losses  # where the rehearsal looks for those of the last pass
             return self._together_features
         products = step_products(self._point, raw, side, self._vectors, checks_uses=checks_uses)
         alone = as_features(products, self._point.capture.n_steps)
@@ -116,7 +117,6 @@ class RehearsedBatch:
         losses, products = derivatives.losses_of_examples().detach(), derivatives.of_examples()
         capture.check_finite(losses.isfinite(), "loss", side, self._positions)
         capture.check_finite(products.isfinite().flatten(1).all(1), "gradient", side, self._positions)
-        capture.tape.state.losses = losses  # where the rehearsal looks for those of the last pass
         self._together = forward_mode, derivatives
         self._together_features = as_features(products, derivatives.n_steps)
         return losses
