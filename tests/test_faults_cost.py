@@ -214,6 +214,17 @@ def test_a3_neighbours_that_matter_in_the_test_batch_of_a_direction_are_refused(
             sdi.direction([0, 1]).step_influence(PADDED[:3])
 
 
+@pytest.mark.parametrize("n_first", [1, 3])
+def test_a3_padding_in_a_later_question_to_a_direction_is_refused(n_first: int) -> None:
+    sdi = SDIInfluence(spread(Mean().double()), equal_rows(3), loop="block", batch_size=3, sketch=Exact())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # attention_mask is dropped
+        direction = sdi.direction([0, 1])
+        direction.step_influence(equal_rows(3)[:n_first])
+        with pytest.raises(ValueError, match=REFUSED):
+            direction.step_influence(PADDED[:3])
+
+
 def test_a3_padding_in_a_later_batch_of_a_direction_is_refused() -> None:
     data = [*equal_rows(3), *PADDED[:3]]
     sdi = SDIInfluence(spread(Mean().double()), data, loop="block", batch_size=3, sketch=Exact())

@@ -16,7 +16,9 @@ from captum_sdi.index.weights import WeightHashes
 from captum_sdi.maps.look import side_as_run
 from captum_sdi.maps.words import words_by
 from captum_sdi.passes import Point
+from captum_sdi.rehearsal.alone import attended_lengths
 from captum_sdi.rehearsal.arguments import check_inputs
+from captum_sdi.rehearsal.turns import ORDERS, shown_by
 from captum_sdi.scores.influence_map import InfluenceMap
 from captum_sdi.scores.result import StepInfluence
 from captum_sdi.scores.words import Words, remembered
@@ -38,8 +40,9 @@ class Direction:
 
     is the derivative of the test loss along the group's direction, through the block's use in step t alone. One
     forward pass with dual numbers tells it for all steps and for every token of every test example, without a
-    backward pass (forward-only attribution: arXiv 2511.19803). Two examples of the first batch ever asked about are
-    compared with a backward pass of each alone, once. Nothing is sketched: the numbers are those of `captum_sdi.Exact`.
+    backward pass (forward-only attribution: arXiv 2511.19803). Two examples of the first batch ever asked about, and of
+    the first one with padding, are compared with a backward pass of each alone. Nothing is sketched: the numbers are
+    those of `captum_sdi.Exact`.
 
     `captum_sdi.SDIInfluence.direction` makes one. It holds the gradients of each group at each checkpoint,
     ``(g, size)`` for all targeted parameters' entries.
@@ -50,8 +53,8 @@ class Direction:
     """At each checkpoint, in order."""
     ask: Callable[[Any], Question] = field(repr=False)
     """Puts test examples beside the study that the direction was made in."""
-    _checked: set[int] = field(default_factory=set, repr=False, compare=False)
-    """The positions of test examples whose answers backward passes have confirmed: of one batch, once there is one."""
+    _confirmed: set[str] = field(default_factory=set, repr=False, compare=False)
+    """What test batches have shown whose answers backward passes of examples alone have confirmed."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,12 +126,21 @@ class Direction:
         """Yield the answers of the test examples at one checkpoint, times its weight."""
         forward_mode: ForwardMode | None = None
         for positions, raw in question.tests.batches():
-            if self._checked:
+            shown = comparable(raw)
+            if self._confirmed and shown <= self._confirmed:
                 if forward_mode is None:
                     forward_mode = ForwardMode(point, side_as_run(point, question.tests.side), by_token=by_token)
                 derivatives = forward_mode.step_derivatives(raw, vectors)
             else:
                 rehearsed = RehearsedBatch(point, raw, question.tests, positions.tolist(), vectors, by_token=by_token)
                 forward_mode, derivatives = rehearsed.derivatives()
-                self._checked.update(rehearsed.compared())
+                if rehearsed.compared():
+                    self._confirmed.update(shown)
             yield Answers.of(derivatives, raw, positions, point.checkpoint.weight)
+
+
+def comparable(raw: Any) -> set[str]:
+    """Return what a batch shows that may make its examples others than alone: an example, neighbours, padding."""
+    lengths = attended_lengths(raw)
+    shown = shown_by(lengths, called_once=[]) - ORDERS if len(lengths) > 1 else set()
+    return {"an example", *shown}
